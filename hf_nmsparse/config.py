@@ -1,0 +1,91 @@
+"""NMSparseConfig: what is made sparse, and in which pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = ["DEFAULT_IGNORE", "NMSparseConfig"]
+
+DEFAULT_IGNORE: tuple[str, ...] = (
+    "lm_head",
+    "classifier",
+    "classification_head",
+    "class_labels_classifier",
+    "bbox_predictor",
+    "score",
+    "qa_outputs",
+    "router",
+    "router.classifier",
+)
+"""Output heads and mixture-of-experts routers: dense everywhere in the field. A rule here may match nothing."""
+
+
+@dataclass(frozen=True)
+class NMSparseConfig:
+    """Which linear layers of a model become N:M sparse.
+
+    A rule names layers by their dotted path in the model: either a shell pattern over the whole path
+    (``"model.encoder.*"``) or the end of the path (``"fc1"``, ``"self_attn.q_proj"``); whatever lies below a module
+    that matches is matched too.
+
+    Args:
+        pattern: ``"2:4"`` or an `NMPattern`.
+        targets: Rules for the layers to make sparse; None takes every ``nn.Linear``.
+        ignore: Rules for layers that stay dense; None takes `DEFAULT_IGNORE`. The model's output head and tied
+            weights stay dense in any case.
+
+    Raises:
+        ValueError: The pattern is none, or a rule list is empty or holds something other than names.
+    """
+
+    pattern: NMPattern
+    targets: tuple[str, ...] | None
+    ignore: tuple[str, ...] | None
+
+    def __init__(
+        self,
+        pattern: str | NMPattern = "2:4",
+        targets: Iterable[str] | None = None,
+        ignore: Iterable[str] | None = None,
+    ) -> None:
+        object.__setattr__(self, "pattern", NMPattern.parse(pattern))
+        object.__setattr__(self, "targets", _rules("targets", targets))
+        object.__setattr__(self, "ignore", _rules("ignore", ignore))
+        if self.targets == ():
+            raise ValueError("config: targets is empty, so no layer would be sparse; leave it out to take every Linear")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NMSparseConfig:
+        """Reads the record that `to_dict` writes.
+
+        Raises:
+            ValueError: A key is unknown.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"config: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON and YAML hold it; fields left at None are not written."""
+        record: dict[str, Any] = {"pattern": str(self.pattern)}
+        if self.targets is not None:
+            record["targets"] = list(self.targets)
+        if self.ignore is not None:
+            record["ignore"] = list(self.ignore)
+        return record
+
+
+def _rules(field: str, rules: Iterable[str] | None) -> tuple[str, ...] | None:
+    if rules is None:
+        return None
+    listed = (rules,) if isinstance(rules, str) else tuple(rules)
+    for rule in listed:
+        if not isinstance(rule, str) or not rule:
+            raise ValueError(f"config: {field} holds layer names such as 'fc1', got {rule!r}")
+    return listed

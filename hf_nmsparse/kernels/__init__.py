@@ -1,0 +1,1 @@
+"""Products of a dense input with a packed N:M weight."""

@@ -1,0 +1,88 @@
+"""Weights to N:M masks, and what can be counted on masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = ["apply_mask", "count_flips", "count_violations", "magnitude_mask"]
+
+
+def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """The mask that keeps the N largest magnitudes of every M weights in a row.
+
+    Exactly N are kept in every group: of equal magnitudes the lower index wins, so that a mask is a function of the
+    weights alone on every device. Groups are ranked by counting, for each weight, the pairs it loses; half of the
+    M^2 comparisons decide both members of a pair.
+
+    Args:
+        weight: ``[..., in_features]``, floating point. Rank the fp32 master, never a 16-bit copy: the copy has ties
+            that the master has not.
+        pattern: ``in_features`` must be a multiple of ``pattern.m``.
+
+    Returns:
+        Booleans of the shape of ``weight``; True keeps.
+
+    Raises:
+        ValueError: The row does not divide into groups, or a weight is NaN.
+    """
+    pattern.groups(weight.shape[-1])
+    magnitude = weight.detach().abs()
+    # Magnitudes cannot cancel, so that their sum is NaN only where one of them is.
+    if torch.isnan(magnitude.sum()):
+        raise ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
+    magnitude = magnitude.reshape(-1, pattern.m).t()  # [M, groups], a view
+    if pattern.m > 8:
+        # A column of wide groups touches a cache line per weight, M times over; one copy costs less.
+        magnitude = magnitude.contiguous()
+    kept = _two_of_four(magnitude) if pattern == NMPattern(2, 4) else _by_rank(magnitude, pattern)
+    return torch.stack(kept, dim=1).reshape(weight.shape)
+
+
+def _two_of_four(magnitude: Tensor) -> list[Tensor]:
+    """A weight stays when it wins two of its three comparisons: the majority of three bits."""
+    a, b, c, d = magnitude.unbind(0)
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    ba, ca, da, cb, db, dc = ~ab, ~ac, ~ad, ~bc, ~bd, ~cd
+
+    def majority(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return (x & y) | (z & (x | y))
+
+    return [majority(ab, ac, ad), majority(ba, bc, bd), majority(ca, cb, cd), majority(da, db, dc)]
+
+
+def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
+    """A weight stays when fewer than N others of its group beat it."""
+    members = magnitude.unbind(0)
+    losses = [torch.zeros_like(members[0], dtype=torch.int8) for _ in members]
+    for i in range(pattern.m):
+        for j in range(i + 1, pattern.m):
+            first_wins = members[i] >= members[j]
+            losses[j] += first_wins
+            losses[i] += ~first_wins
+    return [count < pattern.n for count in losses]
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight`` where ``mask`` keeps it, +0.0 elsewhere.
+
+    A product would write -0.0 for negative weights, which some 2:4 compressors do not take for zero.
+    """
+    return torch.where(mask, weight, weight.new_zeros(()))
+
+
+def count_violations(weight: Tensor, pattern: NMPattern) -> int:
+    """Groups of ``weight`` ([..., in_features]) with more than N non-zero weights."""
+    pattern.groups(weight.shape[-1])
+    nonzero = (weight.detach() != 0).reshape(-1, pattern.m).sum(dim=1)
+    return int((nonzero > pattern.n).sum())
+
+
+def count_flips(old: Tensor, new: Tensor) -> Tensor:
+    """SAD, the sum of absolute differences of two masks: the entries that differ, as a 0-d int64 tensor.
+
+    It stays a tensor so that counting on a GPU does not wait for it.
+    """
+    return (old ^ new).sum()

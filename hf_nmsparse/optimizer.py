@@ -1,0 +1,131 @@
+"""SparseStep: what happens to N:M layers around ``optimizer.step``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask
+from hf_nmsparse.srste import METHODS
+
+__all__ = ["Flips", "SparseStep"]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Mask changes of a layer, or of a model, since they were last taken.
+
+    Attributes:
+        sad: Mask entries that differ between consecutive optimizer steps, averaged over the steps.
+        weights: Weights counted.
+    """
+
+    sad: float
+    weights: int
+
+    @property
+    def rate(self) -> float:
+        """The flip rate: the fraction of mask entries that a step changes."""
+        return self.sad / self.weights
+
+
+class SparseStep:
+    """Adds a method's rule before every optimizer step and renews the masks after it.
+
+    Both run as hooks of the torch optimizer, inside ``optimizer.step()``: gradients are averaged, unscaled and
+    clipped by then, and a step that a loss scaler skips is skipped here too. So the rule applies exactly once per
+    step, whatever the number of processes or accumulation steps. In a training loop without Trainer this object is
+    all that SR-STE needs::
+
+        sparsify(model, NMSparseConfig("2:4"))
+        optimizer = torch.optim.AdamW(model.parameters())
+        step = SparseStep(model, optimizer, method="sr-ste", decay=2e-4)
+
+    Args:
+        model: A model after `sparsify`.
+        optimizer: It holds the sparse weights that train; a frozen one is left alone.
+        method: A key of `METHODS`.
+        decay: lambda of SR-STE; a method that has none takes 0.
+
+    Raises:
+        ValueError: The method is unknown, the decay is negative or of no use to the method, or nothing is sparse.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, decay: float = 0.0) -> None:
+        check_method(method, decay)
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+        if not self.layers:
+            raise ValueError("SparseStep: the model has no N:M layer; call sparsify(model, config) first")
+        self.method = METHODS[method]
+        self.decay = decay
+        self._flips: dict[str, Tensor] = {}
+        self._steps = 0
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if self.method.fixed_mask:
+            self._fix_masks()
+
+    def remove(self) -> None:
+        """Takes the hooks off; the layers go back to masks ranked in every forward."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self.layers.values():
+            layer.mask, layer.fixed_mask = None, False
+
+    def take_flips(self) -> dict[str, Flips]:
+        """The flips of each layer since the last call, then counts from zero. Empty before the first step."""
+        steps, flips = self._steps, self._flips
+        self._steps, self._flips = 0, {}
+        return {name: Flips(int(count) / steps, self.layers[name].weight.numel()) for name, count in flips.items()}
+
+    @torch.no_grad()
+    def _fix_masks(self) -> None:
+        for layer in self.layers.values():
+            layer.mask, layer.fixed_mask = layer.current_mask(), True
+            layer.weight.copy_(apply_mask(layer.weight, layer.mask))
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        lr = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        # A fused optimizer unscales inside its kernel, so that its gradients are still scaled here.
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        for layer in self.layers.values():
+            weight, grad = layer.weight, layer.weight.grad
+            if layer.mask is None:
+                layer.mask = magnitude_mask(weight, layer.pattern)
+            if grad is not None and id(weight) in lr:
+                self.method.rule(weight, grad, layer.mask, float(lr[id(weight)]), self.decay * scale)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        for name, layer in self.layers.items():
+            assert layer.mask is not None
+            if self.method.fixed_mask:
+                flips = torch.zeros((), dtype=torch.int64)
+            else:
+                mask = magnitude_mask(layer.weight, layer.pattern)
+                flips = count_flips(layer.mask, mask)
+                layer.mask = mask
+            self._flips[name] = self._flips[name] + flips if name in self._flips else flips
+
+
+def check_method(method: str, decay: float) -> None:
+    """Refuses an unknown method and a decay that it would not use.
+
+    Raises:
+        ValueError: As said.
+    """
+    if method not in METHODS:
+        raise ValueError(f"sparse_method: got {method!r}; the methods are {', '.join(METHODS)}")
+    if not 0 <= decay < float("inf"):
+        raise ValueError(f"sparse_decay: needs a finite number >= 0, got {decay!r}")
+    if decay and not METHODS[method].uses_decay:
+        raise ValueError(f"sparse_decay: {method!r} has no decay, got {decay!r}; leave it at 0 or choose 'sr-ste'")

@@ -1,0 +1,70 @@
+"""N:M patterns: keep N of every M neighbouring weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["MAX_M", "NMPattern"]
+
+MAX_M = 32
+_TEXT = re.compile(r"([0-9]+):([0-9]+)")
+
+
+@dataclass(frozen=True)
+class NMPattern:
+    """Keeps the ``n`` largest magnitudes of every group of ``m`` consecutive weights.
+
+    Groups lie along the input dimension of a linear layer and never cross a row. N counts the weights that are
+    kept, as in Zhou et al. (ICLR 2021); some tools count the pruned ones.
+
+    Args:
+        n: Weights kept in a group, ``1 <= n < m``.
+        m: Weights in a group, ``2 <= m <= 32``.
+
+    Raises:
+        ValueError: The two numbers are no N:M pattern.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or type(self.m) is not int:
+            raise ValueError(f"pattern: N and M are whole numbers, got {self.n!r} and {self.m!r}; write 2:4")
+        if not 1 <= self.n < self.m <= MAX_M:
+            raise ValueError(f"pattern: N:M needs 1 <= N < M <= {MAX_M}, got {self.n}:{self.m}; 2:4 keeps 2 of 4")
+
+    @classmethod
+    def parse(cls, text: str | NMPattern) -> NMPattern:
+        """Reads ``"2:4"``; a pattern is returned as it is.
+
+        Raises:
+            ValueError: ``text`` is not of the form N:M, or its numbers are no pattern.
+        """
+        if isinstance(text, NMPattern):
+            return text
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f"pattern: expected N:M such as '2:4', got {text!r}; in YAML keep the quotes")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights that is kept."""
+        return self.n / self.m
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row of ``in_features`` weights.
+
+        Raises:
+            ValueError: The row does not divide into groups of M.
+        """
+        if in_features % self.m:
+            raise ValueError(
+                f"pattern {self}: in_features {in_features} is not a multiple of {self.m}; leave this layer dense"
+            )
+        return in_features // self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"

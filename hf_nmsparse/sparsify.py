@@ -1,0 +1,212 @@
+"""Verbs on a model: sparsify, finalize, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import IO
+
+from torch import nn
+
+from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
+from hf_nmsparse.layers import NMLinear, sparse_layers
+from hf_nmsparse.masks import count_violations
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
+
+
+def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
+    """Turns the linear layers that ``config`` selects into N:M layers, in place.
+
+    Weights stay dense masters; the forward uses their masked copy. Keys of the state dict, ties and optimizers built
+    earlier stay as they are. A Hugging Face model remembers ``config`` in its own configuration, so that a checkpoint
+    of the training loads as a sparse model again.
+
+    Args:
+        model: Any module with ``nn.Linear`` layers.
+        config: Pattern and rules.
+
+    Returns:
+        The linear layers that stay dense, by name, with the reason.
+
+    Raises:
+        ValueError: A rule matches no linear layer, or no layer would become sparse, or the model is sparse already.
+    """
+    if sparse_layers(model):
+        raise ValueError("sparsify: the model is sparse already; load the dense checkpoint to change pattern or rules")
+    chosen, dense = select_layers(model, config)
+    for layer in chosen.values():
+        NMLinear.from_linear(layer, config.pattern)
+    for name, reason in dense.items():
+        model.get_submodule(name).dense_reason = reason  # type: ignore[assignment]  # for report
+    hf_config = getattr(model, "config", None)
+    if hf_config is not None:
+        hf_config.quantization_config = {"quant_method": "nmsparse", "format": "dense", **config.to_dict()}
+    return dense
+
+
+def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """Sorts the linear layers of ``model`` into those that become sparse and those that stay dense, with the reason.
+
+    Raises:
+        ValueError: A rule matches no linear layer, or every layer stays dense.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for field, rules in (("targets", config.targets), ("ignore", config.ignore)):
+        for rule in rules or ():
+            if not any(_matches(name, rule) for name in linears):
+                example = f"; this model has, for example, {next(iter(linears))!r}" if linears else ""
+                raise ValueError(f"sparsify: {field} rule {rule!r} matches no linear layer of the model{example}")
+    users = _weight_users(model)
+    head = _output_head(model)
+    chosen: dict[str, nn.Linear] = {}
+    dense: dict[str, str] = {}
+    for name, linear in linears.items():
+        others = [user for user in users[id(linear.weight)] if user != name]
+        reason: str | None = None
+        if config.targets is not None and not any(_matches(name, rule) for rule in config.targets):
+            reason = "no target rule matches"
+        elif linear is head:
+            reason = "the output head"
+        elif others:
+            reason = f"tied to {others[0]}"
+        elif (ignored := _first_match(name, DEFAULT_IGNORE if config.ignore is None else config.ignore)) is not None:
+            reason = f"ignore rule {ignored!r}"
+        elif type(linear) is not nn.Linear:
+            reason = f"its class is {type(linear).__name__}, not nn.Linear"
+        elif linear.in_features % config.pattern.m:
+            reason = f"in_features {linear.in_features} is not a multiple of {config.pattern.m}"
+        if reason is None:
+            chosen[name] = linear
+        else:
+            dense[name] = reason
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3]) or "it has no nn.Linear"
+        raise ValueError(f"sparsify: no layer of the model can be {config.pattern} sparse ({reasons})")
+    return chosen, dense
+
+
+def finalize(model: nn.Module) -> None:
+    """Masks the weights of every N:M layer once more, in place, and verifies that each group keeps at most N.
+
+    Raises:
+        ValueError: The model has no N:M layer in training form.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    if not layers:
+        raise ValueError("finalize: the model has no N:M layer in training; call sparsify(model, config) first")
+    for layer in layers:
+        layer.finalize()
+        assert count_violations(layer.weight, layer.pattern) == 0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One line of `report`.
+
+    Attributes:
+        name: Dotted path of the layer.
+        shape: ``(out_features, in_features)``.
+        pattern: None for a dense layer.
+        kept: Fraction of the weights that the forward uses.
+        violations: Groups whose stored weight has more than N non-zeros. Dense masters violate until `finalize`.
+        note: Why a dense layer is dense.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: NMPattern | None
+    kept: float
+    violations: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is sparse in a model; its text is the table that `report` prints."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def violations(self) -> int:
+        """Groups with more than N non-zero weights, over all sparse layers."""
+        return sum(layer.violations for layer in self.layers)
+
+    @property
+    def sparse(self) -> tuple[LayerReport, ...]:
+        """The sparse layers."""
+        return tuple(layer for layer in self.layers if layer.pattern is not None)
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "pattern", "kept", "violations")]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            if layer.pattern is None:
+                rows.append((layer.name, shape, "dense", "100.0%", layer.note))
+            else:
+                rows.append((layer.name, shape, str(layer.pattern), f"{layer.kept:.1%}", str(layer.violations)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join([*(row[c].ljust(widths[c]) for c in range(4)), row[4]]).rstrip() for row in rows]
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.sparse)
+        lines.append(
+            f"{len(self.sparse)} sparse and {len(self.layers) - len(self.sparse)} dense linear layers, "
+            f"{weights:,} sparse weights, {self.violations:,} groups violate their pattern"
+        )
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, file: IO[str] | None = None) -> Report:
+    """Prints a table of the linear layers: name, shape, pattern, fraction kept, violations of the stored weight.
+
+    Args:
+        model: A sparse or dense model.
+        file: Where to print; standard output if None.
+
+    Returns:
+        The same as an object.
+    """
+    rows = []
+    sparse = sparse_layers(model)
+    for name, module in model.named_modules():
+        pattern = sparse.get(name)
+        if pattern is None and not isinstance(module, nn.Linear):
+            continue
+        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        if pattern is None:
+            rows.append(LayerReport(name, shape, None, 1.0, 0, getattr(module, "dense_reason", "")))
+        elif isinstance(module, nn.Linear):
+            violations = count_violations(module.weight, pattern)
+            rows.append(LayerReport(name, shape, pattern, pattern.density, violations))
+        else:  # a packed layer cannot hold more than N
+            rows.append(LayerReport(name, shape, pattern, pattern.density, 0))
+    result = Report(tuple(rows))
+    print(result, file=file or sys.stdout)
+    return result
+
+
+def _matches(name: str, rule: str) -> bool:
+    """Whether ``rule`` matches the path ``name``, its end, or the same of a module above it."""
+    parts = name.split(".")
+    paths = (".".join(parts[:stop]) for stop in range(1, len(parts) + 1))
+    return any(fnmatchcase(path, rule) or fnmatchcase(path, f"*.{rule}") for path in paths)
+
+
+def _first_match(name: str, rules: Iterable[str]) -> str | None:
+    return next((rule for rule in rules if _matches(name, rule)), None)
+
+
+def _weight_users(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter, by identity, the modules that hold it under different names."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    return get_output_embeddings() if callable(get_output_embeddings) else None
