@@ -127,5 +127,5 @@ def check_method(method: str, decay: float) -> None:
         raise ValueError(f"sparse_method: got {method!r}; the methods are {', '.join(METHODS)}")
     if not 0 <= decay < float("inf"):
         raise ValueError(f"sparse_decay: needs a finite number >= 0, got {decay!r}")
-    if decay and not METHODS[method].uses_decay:
+    if decay and METHODS[method].default_decay is None:
         raise ValueError(f"sparse_decay: {method!r} has no decay, got {decay!r}; leave it at 0 or choose 'sr-ste'")

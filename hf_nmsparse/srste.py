@@ -79,19 +79,19 @@ class Method:
         rule: Runs on every sparse weight right before the optimizer steps.
         fixed_mask: Masks are taken once, pruned weights set to zero, and never changed. Otherwise masks follow the
             weights after every optimizer step.
-        uses_decay: Whether ``rule`` reads ``decay``.
+        default_decay: lambda where the user gives none; None if ``rule`` reads no ``decay``.
     """
 
     rule: Rule
     fixed_mask: bool = False
-    uses_decay: bool = False
+    default_decay: float | None = None
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "ste": Method(no_decay),
-        "sr-ste": Method(add_to_gradient, uses_decay=True),
-        "sr-ste-decoupled": Method(shrink_weight, uses_decay=True),
+        "sr-ste": Method(add_to_gradient, default_decay=2e-4),
+        "sr-ste-decoupled": Method(shrink_weight, default_decay=0.4),
         "asp": Method(mask_gradient, fixed_mask=True),
     }
 )

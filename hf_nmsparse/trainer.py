@@ -1,0 +1,244 @@
+"""SparseTrainer and its arguments: Seq2SeqTrainer for N:M layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import seed_worker
+from transformers.utils import logging
+
+from hf_nmsparse.batching import TokenBatchSampler
+from hf_nmsparse.optimizer import Flips, SparseStep, check_method
+from hf_nmsparse.srste import METHODS
+
+__all__ = ["SparseTrainer", "SparseTrainingArguments"]
+
+logger = logging.get_logger(__name__)
+
+DENSE = "dense"
+
+
+@dataclass
+class SparseTrainingArguments(Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments and what a sparse run adds.
+
+    Raises:
+        ValueError: A value is out of range or does not fit the method.
+    """
+
+    sparse_method: str = field(
+        default="sr-ste",
+        metadata={"help": f"How masked weights are trained: {', '.join(METHODS)}, or {DENSE} for the baseline."},
+    )
+    sparse_decay: float | None = field(
+        default=None,
+        metadata={"help": "lambda of SR-STE, added once per optimizer step; the method's default if left out."},
+    )
+    sparse_log_layers: bool = field(
+        default=True,
+        metadata={"help": "Log SAD and flip rate of each layer too; the console shows the totals only."},
+    )
+    sparse_values: str | None = field(
+        default=None,
+        metadata={"help": "Number type of the packed file that push_to_hub sends: fp32, fp16 or bf16."},
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Source and target tokens of a batch on one device, padding counted; replaces "
+            "per_device_train_batch_size, and the dataset needs input_ids and labels."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparse_method == DENSE:
+            if self.sparse_decay:
+                raise ValueError(f"sparse_decay: the dense method has no decay, got {self.sparse_decay!r}; leave it out")
+            self.sparse_decay = 0.0
+        else:
+            if self.sparse_decay is None and self.sparse_method in METHODS:
+                self.sparse_decay = METHODS[self.sparse_method].default_decay
+            check_method(self.sparse_method, self.sparse_decay or 0.0)
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch: needs at least 1, got {self.tokens_per_batch!r}")
+
+
+class SparseTrainer(Seq2SeqTrainer):
+    """A Seq2SeqTrainer that trains the N:M layers of a model after `sparsify`.
+
+    It adds the method's rule to every optimizer step (`SparseStep`), logs SAD and flip rate, batches by tokens if
+    asked to, and normalises the loss of encoder-decoder models by the target tokens of the whole step: Marian, T5,
+    BART, mBART and M2M100 take a plain mean and leave that to nobody, so that gradients would grow with accumulation
+    steps and processes. Checkpoints hold the dense masters under their stock names.
+
+    Args:
+        model: A model after `sparsify`, or a dense one with ``sparse_method="dense"``.
+        args: The arguments.
+        **kwargs: As `transformers.Seq2SeqTrainer` takes them.
+
+    Raises:
+        ValueError: The method and the model do not fit each other.
+    """
+
+    args: SparseTrainingArguments
+
+    def __init__(
+        self, model: nn.Module | None = None, args: SparseTrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        if not isinstance(args, SparseTrainingArguments):
+            raise ValueError(f"SparseTrainer: args must be SparseTrainingArguments, got {type(args).__name__}")
+        super().__init__(model=model, args=args, **kwargs)
+        self.sparse_step: SparseStep | None = None
+        self._stepped: torch.optim.Optimizer | None = None
+        config = getattr(self.model, "config", None)
+        # A mixture of experts adds its router losses inside the model, where a loss of ours would drop them.
+        if (
+            self.compute_loss_func is None
+            and getattr(config, "is_encoder_decoder", False)
+            and not getattr(config, "output_router_logits", False)
+        ):
+            self.compute_loss_func = partial(token_loss, label_smoothing=args.label_smoothing_factor)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_TotalsProgressCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Builds the optimizer as Trainer does and hooks the method's rule into its step."""
+        optimizer = super().create_optimizer(model)
+        stepped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it on a second call of train
+        if self.args.sparse_method != DENSE and stepped is not self._stepped:
+            if self.sparse_step is not None:
+                self.sparse_step.remove()
+            assert self.args.sparse_decay is not None
+            self.sparse_step = SparseStep(
+                self.model if model is None else model, stepped, self.args.sparse_method, self.args.sparse_decay
+            )
+            self._stepped = stepped
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's loss; where it takes the labels away, the decoder's inputs are made from them first."""
+        if self.compute_loss_func is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
+            inputs = {**inputs, "decoder_input_ids": decoder_inputs(self.model, inputs["labels"])}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's loader, or one of batches by token budget."""
+        if self.args.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        if self.train_dataset is None:
+            raise ValueError("SparseTrainer: training needs a train_dataset")
+        source_lengths, target_lengths = pair_lengths(self.train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        sampler = TokenBatchSampler(
+            source_lengths,
+            target_lengths,
+            self.args.tokens_per_batch,
+            seed,
+            self.args.world_size,
+            self.args.process_index,
+        )
+        logger.warning_once(
+            f"{len(sampler):,} batches of at most {self.args.tokens_per_batch:,} tokens an epoch on each of "
+            f"{self.args.world_size} processes, {sampler.padding_waste:.1%} of the tokens are padding"
+        )
+        loader = DataLoader(
+            self._remove_unused_columns(self.train_dataset, description="training"),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+            ),
+        )
+        # The sampler knows the processes: to accelerate, each loader stands alone.
+        prepared: DataLoader[Any] = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0)
+        return prepared
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as Trainer does, with SAD and flip rate since the last training log."""
+        if self.sparse_step is not None and "loss" in logs:
+            flips = self.sparse_step.take_flips()
+            if flips:
+                total = Flips(sum(f.sad for f in flips.values()), sum(f.weights for f in flips.values()))
+                logs["sad"], logs["flip_rate"] = total.sad, total.rate
+                if self.args.sparse_log_layers:
+                    logs.update({f"sad/{name}": layer.sad for name, layer in flips.items()})
+                    logs.update({f"flip_rate/{name}": layer.rate for name, layer in flips.items()})
+        super().log(logs, start_time)
+
+
+def token_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy summed over the target tokens, divided by those of the whole optimizer step.
+
+    Args:
+        outputs: Model outputs with logits ``[batch, target, vocabulary]``.
+        labels: ``[batch, target]``, -100 where there is no target.
+        num_items_in_batch: Target tokens over all accumulation steps and processes; those of ``labels`` if None.
+        label_smoothing: Weight of the uniform distribution over the vocabulary.
+    """
+    logits = outputs["logits"]
+    total = F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = labels.ne(-100).sum()
+    return total / num_items_in_batch
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """The labels shifted right, as the model itself does it where it can.
+
+    M2M100 and NLLB have no method for it and follow BART's rule: the start token first, padding for -100.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return shifted
+    shifted = labels.roll(1, dims=-1)
+    shifted[..., 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
+
+
+def pair_lengths(dataset: Any) -> tuple[list[int], list[int]]:
+    """Tokens of the source and target sentences of a tokenised dataset, from its length columns if it has them.
+
+    Raises:
+        ValueError: The dataset has neither the length columns nor ``input_ids`` and ``labels``.
+    """
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if {"source_length", "target_length"} <= set(columns):
+        return dataset["source_length"], dataset["target_length"]
+    if not {"input_ids", "labels"} <= set(columns):
+        raise ValueError(f"tokens_per_batch: the dataset needs the columns input_ids and labels, got {sorted(columns)}")
+    pairs = [(len(row["input_ids"]), len(row["labels"])) for row in dataset]
+    return [source for source, _ in pairs], [target for _, target in pairs]
+
+
+class _TotalsProgressCallback(ProgressCallback):
+    """Trainer's progress bar, without the lines of each layer."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        totals = {key: value for key, value in (logs or {}).items() if "/" not in key}
+        super().on_log(args, state, control, logs=totals, **kwargs)

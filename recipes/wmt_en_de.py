@@ -1,0 +1,156 @@
+"""Trains a translation model with N:M sparsity, packs it, loads the packed file in a fresh process and scores it there.
+
+    accelerate launch recipes/wmt_en_de.py recipes/configs/wmt14_transformer_base_2of4.yaml [--key value ...]
+
+One YAML file says everything; keys on the command line win over it. Keys are the fields of RecipeArguments below and of
+SparseTrainingArguments, which has all of Seq2SeqTrainingArguments. A run that was stopped goes on from its last
+checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    HfArgumentParser,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from hf_nmsparse import (
+    NMSparseConfig,
+    SparseTrainer,
+    SparseTrainingArguments,
+    finalize,
+    push_to_hub,
+    report,
+    save_packed,
+    sparsify,
+)
+from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
+from hf_nmsparse.cards import model_card
+from hf_nmsparse.corpus import load_corpus, tokenise
+from hf_nmsparse.metrics import Evaluation, compare, score, versions
+from hf_nmsparse.tokenizer import train_tokenizer
+
+logger = logging.get_logger("recipe")
+
+
+@dataclass
+class RecipeArguments:
+    """What is trained on what; how it is trained is in SparseTrainingArguments."""
+
+    corpus: str = field(metadata={"help": "Hub dataset, local folder or 'homeassistant'; see hf_nmsparse.corpus."})
+    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset: de-en."})
+    source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
+    target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
+    max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are cut."})
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; from scratch if left out."})
+    source_prefix: str = field(default="", metadata={"help": "Put before every source text, as T5 wants it."})
+    vocab_size: int = field(default=32_000, metadata={"help": "Joint BPE vocabulary of a model from scratch."})
+    d_model: int = field(default=512, metadata={"help": "Width of a model from scratch."})
+    layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers, from scratch."})
+    heads: int = field(default=8, metadata={"help": "Attention heads, from scratch."})
+    ffn: int = field(default=2048, metadata={"help": "Feed-forward width, from scratch."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout, from scratch."})
+
+    pattern: str = field(default="2:4", metadata={"help": "N:M, N of M weights are kept."})
+    targets: list[str] | None = field(default=None, metadata={"help": "Layers to make sparse; every Linear if None."})
+    ignore: list[str] | None = field(default=None, metadata={"help": "Layers that stay dense; heads if None."})
+    values: str = field(default="bf16", metadata={"help": "Number type of the packed file: fp32, fp16, bf16."})
+    average: int = field(default=1, metadata={"help": "Average the dense masters of the last so many checkpoints."})
+
+    split: str = field(default="test", metadata={"help": "The split that is scored."})
+    beams: int = field(default=4, metadata={"help": "Beam size of the evaluation."})
+    eval_batch: int = field(default=64, metadata={"help": "Sentences a batch of the evaluation."})
+    baseline: str | None = field(default=None, metadata={"help": "Output folder of the dense run to compare with."})
+    push_to: str | None = field(default=None, metadata={"help": "Hub repository that gets the packed model."})
+
+
+def main() -> None:
+    """The whole run, from text to a scored and packed model."""
+    recipe, args = parse(sys.argv[1:])
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+
+    # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
+    corpus = load_corpus(recipe.corpus, recipe.source_lang, recipe.target_lang, recipe.corpus_config)
+    for split in ("train", recipe.split):
+        if split not in corpus:
+            raise ValueError(f"corpus {recipe.corpus}: no split {split!r}; it has {', '.join(corpus)}")
+    if recipe.max_train_pairs is not None:
+        corpus["train"] = corpus["train"].select(range(min(recipe.max_train_pairs, len(corpus["train"]))))
+    with args.main_process_first(desc="tokenizer"):
+        tokenizer = load_tokenizer(recipe, corpus["train"], output)
+    model = load_model(recipe, tokenizer)
+    with args.main_process_first(desc="tokens"):
+        tokens = {
+            split: tokenise(corpus[split], tokenizer, recipe.max_length, recipe.source_prefix)
+            for split in ("train", "validation")
+            if split in corpus
+        }
+
+    # The linear layers of the blocks become N:M layers: their weights stay dense masters, the forward masks them.
+    if args.sparse_method != "dense":
+        sparsify(model, NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore))
+
+    trainer = SparseTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens.get("validation"),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        processing_class=tokenizer,
+    )
+    resumed = get_last_checkpoint(args.output_dir) if output.is_dir() else None
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resumed)
+    train_seconds = time.perf_counter() - began
+    if not trainer.is_world_process_zero():
+        return
+
+    # The mean of the last dense masters, masked again: the masks of the checkpoints differ.
+    if recipe.average > 1:
+        model.load_state_dict(average_checkpoints(last_checkpoints(output, recipe.average)), strict=False)
+    if args.sparse_method == "dense":
+        saved = output / "dense"
+        model.to(DTYPES[recipe.values]).save_pretrained(saved)
+    else:
+        finalize(model)
+        table = report(model)
+        if table.violations:
+            raise ValueError(f"recipe: {table.violations} groups violate {recipe.pattern} after finalize")
+        saved = output / "packed"
+        save_packed(model, saved, values=recipe.values)
+    tokenizer.save_pretrained(saved)
+
+    # A fresh process loads these very files and translates; its output is what is scored.
+    sources, references = corpus[recipe.split]["source"], corpus[recipe.split]["target"]
+    hypotheses = translate_in_fresh_process(saved, sources, recipe, output)
+    evaluation = evaluate(recipe, args, trainer, hypotheses, references, saved, train_seconds)
+    evaluation.write(output / "evaluation.json")
+    (saved / "README.md").write_text(model_card(evaluation), encoding="utf-8")
+    print(evaluation)
+    if recipe.push_to is not None:
+        push_to_hub(saved, recipe.push_to)
