@@ -57,9 +57,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         shuffled = np.random.default_rng(seed).permutation(len(source))
         order = shuffled[np.lexsort((source[shuffled], target[shuffled]))]
         self._batches = _fill(order, source[order], target[order], tokens_per_batch)
-        padded = sum(
-            len(batch) * int(source[batch].max() + target[batch].max()) for batch in self._batches
-        )
+        padded = sum(len(batch) * int(source[batch].max() + target[batch].max()) for batch in self._batches)
         self.padding_waste = 1 - int(source.sum() + target.sum()) / padded
 
     def set_epoch(self, epoch: int) -> None:

@@ -208,7 +208,12 @@ def _wheel_pairs(wheel: Path, source_lang: str, target_lang: str) -> Iterator[tu
                 source, target = (dict(_texts(json.loads(archive.read(file)))) for file in (name, other))
                 for key in source.keys() & target.keys():
                     text, translation = source[key].strip(), target[key].strip()
-                    if len(text.split()) >= 4 and translation and text != translation and "\n" not in text + translation:
+                    if (
+                        len(text.split()) >= 4
+                        and translation
+                        and text != translation
+                        and "\n" not in text + translation
+                    ):
                         yield text, translation
 
 

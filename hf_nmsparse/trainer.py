@@ -65,7 +65,9 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
         if self.sparse_method == DENSE:
             if self.sparse_decay:
-                raise ValueError(f"sparse_decay: the dense method has no decay, got {self.sparse_decay!r}; leave it out")
+                raise ValueError(
+                    f"sparse_decay: the dense method has no decay, got {self.sparse_decay!r}; leave it out"
+                )
             self.sparse_decay = 0.0
         else:
             if self.sparse_decay is None and self.sparse_method in METHODS:
@@ -201,7 +203,11 @@ def token_loss(
     """
     logits = outputs["logits"]
     total = F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=-100,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum()

@@ -48,9 +48,9 @@ from hf_nmsparse import (
 )
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import model_card
-from hf_nmsparse.corpus import load_corpus, tokenise
+from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.metrics import Evaluation, compare, score, versions
-from hf_nmsparse.tokenizer import train_tokenizer
+from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 
 logger = logging.get_logger("recipe")
 
@@ -64,7 +64,7 @@ class RecipeArguments:
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
     target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
-    max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are cut."})
+    max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are left out."})
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; from scratch if left out."})
     source_prefix: str = field(default="", metadata={"help": "Put before every source text, as T5 wants it."})
@@ -154,3 +154,76 @@ def main() -> None:
     print(evaluation)
     if recipe.push_to is not None:
         push_to_hub(saved, recipe.push_to)
+
+
+def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
+    """One YAML file first, if any, then ``--key value`` pairs that win over it."""
+    parser = HfArgumentParser((RecipeArguments, SparseTrainingArguments))
+    if argv and not argv[0].startswith("-"):
+        file, argv = Path(argv[0]), argv[1:]
+        if not file.is_file():
+            raise ValueError(f"recipe: no such file {file}; see recipes/configs")
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"recipe: {file} holds {type(settings).__name__}, not keys and values")
+        known = [f.name for kind in (RecipeArguments, SparseTrainingArguments) for f in fields(kind) if f.init]
+        for key in settings:
+            if key not in known:
+                near = get_close_matches(str(key), known, 1)
+                raise ValueError(
+                    f"recipe: {file}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+        for action in parser._actions:
+            if action.dest in settings:
+                action.required = False
+        parser.set_defaults(**settings)
+    recipe, args = parser.parse_args_into_dataclasses(args=argv)
+    return recipe, args
+
+
+def load_tokenizer(recipe: RecipeArguments, train: Dataset, output: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
+    if recipe.model is not None:
+        return AutoTokenizer.from_pretrained(recipe.model)
+    folder = output / "tokenizer"
+    if not folder.is_dir():
+        texts = (text for column in ("source", "target") for text in train[column])
+        train_tokenizer(texts, recipe.vocab_size, recipe.max_length).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The checkpoint in fp32, or a Transformer from scratch: Marian's, post-norm, with one embedding for all ends."""
+    if recipe.model is not None:
+        return AutoModelForSeq2SeqLM.from_pretrained(recipe.model, dtype=torch.float32)
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=recipe.d_model,
+        encoder_layers=recipe.layers,
+        decoder_layers=recipe.layers,
+        encoder_attention_heads=recipe.heads,
+        decoder_attention_heads=recipe.heads,
+        encoder_ffn_dim=recipe.ffn,
+        decoder_ffn_dim=recipe.ffn,
+        dropout=recipe.dropout,
+        activation_function="relu",
+        scale_embedding=True,
+        init_std=recipe.d_model**-0.5,
+        max_position_embeddings=max(512, recipe.max_length),
+        forced_eos_token_id=None,
+        **special,
+    )
+    model = MarianMTModel(config)
+    model.generation_config = GenerationConfig(
+        num_beams=recipe.beams, max_length=recipe.max_length, bad_words_ids=[[tokenizer.pad_token_id]], **special
+    )
+    return model
+
+
+if __name__ == "__main__":
+    main()
