@@ -78,7 +78,7 @@ def _read_split(folder: Path, split: str, source_lang: str, target_lang: str) ->
         source, target = _read("text", source_file), _read("text", target_file)
         if len(source) != len(target):
             raise ValueError(
-                f"corpus: {source_file} has {len(source)} lines and {target_file} has {len(target)}; they are not aligned"
+                f"corpus: {source_file} has {len(source)} lines, {target_file} has {len(target)}; they are not aligned"
             )
         pair = [source.rename_column("text", source_lang), target.rename_column("text", target_lang)]
         return datasets.concatenate_datasets(pair, axis=1)
@@ -110,9 +110,9 @@ def _two_columns(rows: Dataset, where: str, source_lang: str, target_lang: str) 
     if not len(rows):
         raise ValueError(f"{where}: it has no rows")
     nested = "translation" in rows.column_names
-    available = list(rows.features["translation"]) if nested else rows.column_names
     if nested and not isinstance(rows[0]["translation"], dict):
         raise ValueError(f"{where}: translation holds {type(rows[0]['translation']).__name__}, not one text a language")
+    available = list(rows[0]["translation"]) if nested else rows.column_names
     for lang in (source_lang, target_lang):
         if lang not in available:
             raise ValueError(f"{where}: no language {lang!r}; it has {', '.join(map(str, available))}")

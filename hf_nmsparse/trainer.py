@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import seed_worker
-from transformers.utils import logging
+from transformers.trainer_utils import TrainOutput, seed_worker
 
 from hf_nmsparse.batching import TokenBatchSampler
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.srste import METHODS
 
 __all__ = ["SparseTrainer", "SparseTrainingArguments"]
-
-logger = logging.get_logger(__name__)
 
 DENSE = "dense"
 
@@ -104,6 +100,7 @@ class SparseTrainer(Seq2SeqTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.sparse_step: SparseStep | None = None
         self._stepped: torch.optim.Optimizer | None = None
+        self._seconds_before: float | None = None
         config = getattr(self.model, "config", None)
         # A mixture of experts adds its router losses inside the model, where a loss of ours would drop them.
         if (
@@ -123,9 +120,7 @@ class SparseTrainer(Seq2SeqTrainer):
             if self.sparse_step is not None:
                 self.sparse_step.remove()
             assert self.args.sparse_decay is not None
-            self.sparse_step = SparseStep(
-                self.model if model is None else model, stepped, self.args.sparse_method, self.args.sparse_decay
-            )
+            self.sparse_step = SparseStep(model or self.model, stepped, self.args.sparse_method, self.args.sparse_decay)
             self._stepped = stepped
         return optimizer
 
@@ -157,10 +152,11 @@ class SparseTrainer(Seq2SeqTrainer):
             self.args.world_size,
             self.args.process_index,
         )
-        logger.warning_once(
-            f"{len(sampler):,} batches of at most {self.args.tokens_per_batch:,} tokens an epoch on each of "
-            f"{self.args.world_size} processes, {sampler.padding_waste:.1%} of the tokens are padding"
-        )
+        if self.is_world_process_zero():
+            print(
+                f"{len(sampler):,} batches an epoch for each of {self.args.world_size} processes, at most "
+                f"{self.args.tokens_per_batch:,} tokens a batch, {sampler.padding_waste:.1%} of them padding"
+            )
         loader = DataLoader(
             self._remove_unused_columns(self.train_dataset, description="training"),
             batch_sampler=sampler,
@@ -177,8 +173,21 @@ class SparseTrainer(Seq2SeqTrainer):
         prepared: DataLoader[Any] = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0)
         return prepared
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains as Trainer does."""
+        self._seconds_before = None
+        return super().train(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as Trainer does, with SAD and flip rate since the last training log."""
+        """Logs as Trainer does, with the seconds trained, and SAD and flip rate since the last training log.
+
+        The seconds go on from the log of the checkpoint where a run resumes.
+        """
+        if "loss" in logs and start_time is not None:
+            if self._seconds_before is None:
+                logged = (entry.get("train_seconds", 0.0) for entry in self.state.log_history)
+                self._seconds_before = max(logged, default=0.0)
+            logs["train_seconds"] = self._seconds_before + time.time() - start_time
         if self.sparse_step is not None and "loss" in logs:
             flips = self.sparse_step.take_flips()
             if flips:

@@ -213,7 +213,6 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
         dropout=recipe.dropout,
         activation_function="relu",
         scale_embedding=True,
-        init_std=recipe.d_model**-0.5,
         max_position_embeddings=max(512, recipe.max_length),
         forced_eos_token_id=None,
         **special,

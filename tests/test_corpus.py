@@ -1,0 +1,157 @@
+"""Parallel text from local files, the PyPI wheel and, refused, from elsewhere."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_nmsparse import corpus
+from hf_nmsparse.corpus import homeassistant_corpus, load_corpus
+
+PAIRS = [("A man sleeps.", "Ein Mann schläft."), ('He said "no".', "Er sagte „nein“."), ("NA", "null")]
+MULTI30K = Path("../shared/data/multi30k")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(folder: Path, kind: str) -> None:
+    folder.mkdir()
+    rows = [{"en": en, "de": de} for en, de in PAIRS]
+    nested = [{"translation": row} for row in rows]
+    if kind == "nested.jsonl":
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, nested)) + "\n")
+    elif kind == "flat.jsonl.gz":
+        (folder / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    elif kind == "tsv":
+        lines = ["en\tde", *("\t".join(pair) for pair in PAIRS)]
+        (folder / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif kind == "parquet":
+        from datasets import Dataset
+
+        Dataset.from_list(nested).to_parquet(folder / "train.parquet")
+    else:
+        for index, lang in enumerate(("en", "de")):
+            (folder / f"train.{lang}").write_text("\n".join(pair[index] for pair in PAIRS), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["nested.jsonl", "flat.jsonl.gz", "tsv", "parquet", "text"])
+def test_every_format_gives_the_same_text(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "corpus", kind)
+    splits = load_corpus(str(tmp_path / "corpus"), "en", "de")
+    assert list(splits) == ["train"]
+    assert splits["train"].column_names == ["source", "target"]
+    assert list(zip(splits["train"]["source"], splits["train"]["target"], strict=True)) == PAIRS
+
+
+def test_the_languages_can_be_turned_round(tmp_path: Path) -> None:
+    write(tmp_path / "corpus", "nested.jsonl")
+    assert load_corpus(str(tmp_path / "corpus"), "de", "en")["train"][0] == {
+        "source": "Ein Mann schläft.",
+        "target": "A man sleeps.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no file named train"),
+        ({"train.xml": "<a/>"}, "cannot read train.xml; the formats are jsonl, json, parquet, tsv, en.de"),
+        ({"train.jsonl": ""}, "train.jsonl is empty"),
+        ({"train.jsonl": '{"en": "a", "de": '}, "cannot read .*train.jsonl"),
+        ({"train.en": "a\nb\n", "train.de": "c\n"}, "train.en has 2 lines, .*train.de has 1; they are not aligned"),
+        ({"train.en": "a\n"}, "train.de is missing beside its other half"),
+        ({"train.jsonl": '{"en": "a", "fr": "b"}'}, "no language 'de'; it has en, fr"),
+        ({"train.jsonl": '{"translation": {"en": "a", "fr": "b"}}'}, "no language 'de'; it has en, fr"),
+        ({"train.jsonl": '{"translation": "a"}'}, "translation holds str, not one text a language"),
+        ({"train.jsonl": '{"en": "a", "de": "b"}\n{"en": "a", "de": " "}'}, "row 1 has no 'de' text, got ' '"),
+        ({"train.jsonl": '{"en": "a", "de": "b"}\n{"en": null, "de": "b"}'}, "row 1 has no 'en' text, got None"),
+        ({"train.tsv": "en\tde\n"}, "cannot read .*train.tsv: .* no data"),
+    ],
+)
+def test_refusals(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_corpus(str(folder), "en", "de")
+    assert "\n" not in str(refused.value)
+
+
+def test_neither_folder_nor_hub() -> None:
+    with pytest.raises(ValueError, match="corpus 'no/such': no local folder, and the Hub has not answered") as refused:
+        load_corpus("no/such", "en", "de")
+    assert "\n" not in str(refused.value)
+
+
+def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, texts: dict[str, dict[str, Any]]) -> Path:
+    """A wheel with the translations of one integration, taken for the real one."""
+    folder.mkdir(exist_ok=True)
+    path = folder / corpus._WHEEL
+    with zipfile.ZipFile(path, "w") as archive:
+        for lang, content in texts.items():
+            archive.writestr(f"homeassistant/components/sun/translations/{lang}.json", json.dumps(content))
+    monkeypatch.setattr(corpus, "_WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_homeassistant_pairs_texts_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    english = {
+        "title": "Sun",  # too short
+        "step": {"one": "Where does the sun rise?", "two": "Only here in English, alas", "same": "a b c d"},
+        "many": {str(i): f"Text number {i} of many" for i in range(6)},
+    }
+    german = {
+        "title": "Sonne",
+        "step": {"one": "Wo geht die Sonne auf?", "three": "Nur hier auf Deutsch", "same": "a b c d"},
+        "many": {str(i): f"Text Nummer {i} von vielen" for i in range(6)},
+    }
+    wheel(tmp_path, monkeypatch, {"en": english, "de": german, "fr": {}})
+    monkeypatch.setattr(corpus, "_HELD_OUT", 2)
+    splits = homeassistant_corpus("en", "de", cache=tmp_path)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 3, "validation": 2, "test": 2}
+    pairs = {(row["source"], row["target"]) for rows in splits.values() for row in rows}
+    expected = {(f"Text number {i} of many", f"Text Nummer {i} von vielen") for i in range(6)}
+    assert pairs == expected | {("Where does the sun rise?", "Wo geht die Sonne auf?")}
+    again = homeassistant_corpus("en", "de", cache=tmp_path)
+    assert {split: rows[:] for split, rows in again.items()} == {split: rows[:] for split, rows in splits.items()}
+
+
+def test_homeassistant_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = wheel(tmp_path, monkeypatch, {"en": {"a": "one two three four"}, "de": {"a": "eins zwei drei vier"}})
+    with pytest.raises(ValueError, match="no texts in both 'en' and 'fr'"):
+        homeassistant_corpus("en", "fr", cache=tmp_path)
+    with pytest.raises(ValueError, match="only 1 texts in 'en' and 'de'"):
+        homeassistant_corpus("en", "de", cache=tmp_path)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ValueError, match="is not the expected file; delete it and run again"):
+        homeassistant_corpus("en", "de", cache=tmp_path)
+
+
+def test_homeassistant_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
+
+    monkeypatch.setattr(subprocess, "run", no_network)
+    with pytest.raises(ValueError, match=r"pip could not download homeassistant==[0-9.]+: ERROR: No matching"):
+        homeassistant_corpus("en", "de", cache=tmp_path)
+
+
+@pytest.mark.skipif(not MULTI30K.is_dir(), reason="the real corpus does not lie beside the project")
+def test_real_corpus() -> None:
+    splits = load_corpus(str(MULTI30K), "en", "de")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 29_000, "validation": 1_014, "test": 1_000}
+    assert splits["train"][0] == {
+        "source": "Two young, White males are outside near many bushes.",
+        "target": "Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.",
+    }

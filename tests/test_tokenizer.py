@@ -1,0 +1,91 @@
+"""The BPE tokenizer and the tokenised corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_nmsparse.tokenizer import tokenise, train_tokenizer
+
+TEXTS = ["Ein Mann schläft im Garten.", "A man sleeps in the garden.", "Der Garten ist groß.", "The garden is big."] * 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 300
+    ids = tokenizer("A garden")["input_ids"]
+    assert ids[-1] == 1
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_a_word_is_the_same_token_anywhere(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenizer("garden")["input_ids"][:-1] == tokenizer("the garden")["input_ids"][-2:-1]
+
+
+# Text is normalised to NFC and trimmed; nothing else of it may change.
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z", "M")), max_size=20))
+def test_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    import unicodedata
+
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == unicodedata.normalize("NFC", text)
+
+
+def test_it_is_the_same_after_saving(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:4]:
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_training_is_deterministic(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert train_tokenizer(iter(TEXTS), vocab_size=300).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_vocabulary_below_the_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size: needs at least 259 .* got 100"):
+        train_tokenizer(TEXTS, vocab_size=100)
+
+
+def test_tokens_and_lengths(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = Dataset.from_dict({"source": ["The garden", "A man"], "target": ["Der Garten", "Ein Mann"]})
+    tokens = tokenise(pairs, tokenizer, max_length=50)
+    assert tokens.column_names == ["input_ids", "labels", "source_length", "target_length"]
+    for row, pair in zip(tokens, pairs, strict=True):
+        assert row["input_ids"] == tokenizer(pair["source"])["input_ids"]
+        assert row["labels"] == tokenizer(pair["target"])["input_ids"]
+        assert (row["source_length"], row["target_length"]) == (len(row["input_ids"]), len(row["labels"]))
+    prefixed = tokenise(pairs, tokenizer, max_length=50, source_prefix="de: ")
+    assert prefixed[0]["input_ids"] == tokenizer("de: The garden")["input_ids"]
+    assert prefixed[0]["labels"] == tokens[0]["labels"]
+
+
+def test_long_pairs_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    long = "garden " * 30
+    pairs = Dataset.from_dict({"source": [long, "A man", "A man"], "target": ["Ein", long, "Ein Mann"]})
+    tokens = tokenise(pairs, tokenizer, max_length=20)
+    assert len(tokens) == 1
+    assert tokens[0]["input_ids"] == tokenizer("A man")["input_ids"]
+    with pytest.raises(ValueError, match="each of the 3 pairs has more than 2 tokens; raise max_length"):
+        tokenise(pairs, tokenizer, max_length=2)
+
+
+def test_the_second_run_reads_the_cache(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    Dataset.from_dict({"source": ["The garden"], "target": ["Der Garten"]}).save_to_disk(tmp_path / "pairs")
+    pairs = Dataset.load_from_disk(tmp_path / "pairs")
+    first = tokenise(pairs, tokenizer, max_length=50)
+    again = tokenise(Dataset.load_from_disk(tmp_path / "pairs"), tokenizer, max_length=50)
+    assert first.cache_files
+    assert first.cache_files == again.cache_files
+    assert tokenise(pairs, tokenizer, max_length=49).cache_files != first.cache_files
