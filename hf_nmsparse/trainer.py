@@ -13,10 +13,11 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from hf_nmsparse.batching import TokenBatchSampler
+from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.srste import METHODS
 
@@ -67,7 +68,7 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
             self.sparse_decay = 0.0
         else:
             if self.sparse_decay is None and self.sparse_method in METHODS:
-                self.sparse_decay = METHODS[self.sparse_method].default_decay
+                self.sparse_decay = METHODS[self.sparse_method].default_decay or 0.0
             check_method(self.sparse_method, self.sparse_decay or 0.0)
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch: needs at least 1, got {self.tokens_per_batch!r}")
@@ -98,6 +99,9 @@ class SparseTrainer(Seq2SeqTrainer):
         if not isinstance(args, SparseTrainingArguments):
             raise ValueError(f"SparseTrainer: args must be SparseTrainingArguments, got {type(args).__name__}")
         super().__init__(model=model, args=args, **kwargs)
+        sparse = len(sparse_layers(self.model)) if self.model is not None else 0
+        if args.sparse_method == DENSE and sparse:
+            raise ValueError(f"SparseTrainer: sparse_method 'dense' cannot train a model with {sparse} N:M layers")
         self.sparse_step: SparseStep | None = None
         self._stepped: torch.optim.Optimizer | None = None
         self._seconds_before: float | None = None
@@ -109,17 +113,21 @@ class SparseTrainer(Seq2SeqTrainer):
             and not getattr(config, "output_router_logits", False)
         ):
             self.compute_loss_func = partial(token_loss, label_smoothing=args.label_smoothing_factor)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(_TotalsProgressCallback)
+        for shown, totals in ((ProgressCallback, _TotalsProgress), (PrinterCallback, _TotalsPrinter)):
+            if self.pop_callback(shown) is not None:
+                self.add_callback(totals)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer as Trainer does and hooks the method's rule into its step."""
         optimizer = super().create_optimizer(model)
+        if self.args.sparse_method == DENSE:
+            return optimizer
         stepped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it on a second call of train
-        if self.args.sparse_method != DENSE and stepped is not self._stepped:
+        if stepped is not self._stepped:
             if self.sparse_step is not None:
                 self.sparse_step.remove()
             assert self.args.sparse_decay is not None
+            assert self.model is not None
             self.sparse_step = SparseStep(model or self.model, stepped, self.args.sparse_method, self.args.sparse_decay)
             self._stepped = stepped
         return optimizer
@@ -251,9 +259,17 @@ def pair_lengths(dataset: Any) -> tuple[list[int], list[int]]:
     return [source for source, _ in pairs], [target for _, target in pairs]
 
 
-class _TotalsProgressCallback(ProgressCallback):
-    """Trainer's progress bar, without the lines of each layer."""
+class _Totals(TrainerCallback):
+    """Keeps what is logged of each layer from the console."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         totals = {key: value for key, value in (logs or {}).items() if "/" not in key}
         super().on_log(args, state, control, logs=totals, **kwargs)
+
+
+class _TotalsProgress(_Totals, ProgressCallback):
+    """Trainer's progress bar."""
+
+
+class _TotalsPrinter(_Totals, PrinterCallback):
+    """What Trainer prints where there is no progress bar."""

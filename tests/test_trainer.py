@@ -1,0 +1,364 @@
+"""SparseTrainer: the loss, the decay and the masks mean the same however a step is divided."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BartConfig, BartForConditionalGeneration, M2M100Config, M2M100ForConditionalGeneration
+
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments, decoder_inputs, token_loss
+from tests.tiny import collator, marian, token_pairs
+
+
+def arguments(folder: Path, **settings: Any) -> SparseTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "sparse_decay": 0.1,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return SparseTrainingArguments(**{**defaults, **settings})
+
+
+def train(folder: Path, resume: bool = False, model: Any = None, pairs: int = 32, **settings: Any) -> SparseTrainer:
+    args = arguments(folder, **settings)
+    if model is None:
+        model = marian()
+        if args.sparse_method != "dense":
+            sparsify(model, NMSparseConfig("2:4"))
+    trainer = SparseTrainer(model=model, args=args, train_dataset=token_pairs(pairs), data_collator=collator(model))
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer
+
+
+def weights(trainer: SparseTrainer) -> dict[str, torch.Tensor]:
+    assert trainer.model is not None
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def losses(trainer: SparseTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+# The same eight pairs a step, cut differently, differ by the order of fp32 sums alone: a few times 1e-7 in weights of
+# size 0.1 after four steps. A loss not normalised over the step would be off by the accumulation steps, here 4x.
+SAME = 2e-6
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "sr-ste-decoupled", "ste", "dense"])
+def test_accumulation_changes_nothing(tmp_path: Path, method: str) -> None:
+    settings = {"sparse_method": method, "sparse_decay": None}
+    whole = train(tmp_path, per_device_train_batch_size=8, **settings)
+    parts = train(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+    assert largest_difference(weights(whole), weights(parts)) < SAME
+    assert losses(whole) == pytest.approx(losses(parts), abs=1e-5)
+
+
+def test_the_whole_step_is_a_mean_over_its_target_tokens(tmp_path: Path) -> None:
+    trainer = train(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    batch = collator(model)([token_pairs(32)[index] for index in range(8)])
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).logits
+    per_token = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    expected = per_token.sum() / (batch["labels"] != -100).sum()
+    assert losses(trainer) == pytest.approx([expected.item()], abs=1e-5)
+
+
+def test_one_step_by_hand(tmp_path: Path) -> None:
+    """W1 = W0 - lr * (clip(g) + decay * (1 - mask) * W0), with the clip not seeing the decay."""
+    trainer = train(tmp_path, max_steps=1, max_grad_norm=0.1, sparse_decay=0.5)
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    batch = collator(model)([token_pairs(32)[index] for index in range(8)])
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert norm > 0.1
+    after = weights(trainer)
+    for name, module in model.named_modules():
+        if isinstance(module, NMLinear):
+            weight = module.weight.detach()
+            pruned = ~magnitude_mask(weight, module.pattern)
+            assert module.weight.grad is not None
+            expected = weight - 0.05 * (module.weight.grad + 0.5 * pruned * weight)
+            # fp32 rounding of weights below 0.1
+            assert float((after[f"{name}.weight"] - expected).abs().max()) < 1e-7
+
+
+def test_decay_does_not_depend_on_clipping(tmp_path: Path) -> None:
+    """What decay adds to the first step is the same under a tight clip and under none."""
+    moved = []
+    for clip in (0.01, 1e6):
+        with_decay = weights(train(tmp_path, max_steps=1, max_grad_norm=clip, sparse_decay=1.0))
+        without = weights(train(tmp_path, max_steps=1, max_grad_norm=clip, sparse_method="ste", sparse_decay=None))
+        moved.append({name: with_decay[name] - without[name] for name in with_decay})
+    assert largest_difference(*moved) < 1e-7
+    assert max(float(change.abs().max()) for change in moved[0].values()) > 1e-4
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
+def test_masks_follow_the_weights(tmp_path: Path, optim: str) -> None:
+    trainer = train(tmp_path, optim=optim, learning_rate=0.01, max_steps=6)
+    assert trainer.model is not None
+    for module in trainer.model.modules():
+        if isinstance(module, NMLinear):
+            assert module.mask is not None
+            assert torch.equal(module.mask, magnitude_mask(module.weight, module.pattern))
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_flips_are_logged_in_total_and_by_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], disable_tqdm: bool
+) -> None:
+    settings: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "logging_steps": 2}
+    trainer = train(tmp_path, disable_tqdm=disable_tqdm, **settings)
+    shown = capsys.readouterr()
+    assert "'flip_rate'" in shown.out + shown.err
+    assert "flip_rate/" not in shown.out + shown.err
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        layers = {key: value for key, value in entry.items() if key.startswith("sad/")}
+        assert len(layers) == 32
+        assert entry["sad"] == pytest.approx(sum(layers.values()))
+        assert 0 < entry["flip_rate"] < 1
+        total = sum(module.weight.numel() for module in trainer.model.modules() if isinstance(module, NMLinear))  # type: ignore[union-attr]
+        assert entry["flip_rate"] == pytest.approx(entry["sad"] / total)
+        assert entry["train_seconds"] > 0
+
+
+def test_flips_counted_over_two_steps_by_hand(tmp_path: Path) -> None:
+    masks = []
+    for steps in (0, 1, 2):
+        model = marian()
+        sparsify(model, NMSparseConfig("2:4"))
+        if steps:
+            train(tmp_path, model=model, optim="adamw_torch", learning_rate=0.01, max_steps=steps)
+        layer = model.model.encoder.layers[0].fc1
+        masks.append(magnitude_mask(layer.weight, layer.pattern))
+    flips = int((masks[0] != masks[1]).sum()) + int((masks[1] != masks[2]).sum())
+    trainer = train(tmp_path, optim="adamw_torch", learning_rate=0.01, max_steps=2, logging_steps=2)
+    assert trainer.state.log_history[0]["sad/model.encoder.layers.0.fc1"] == flips / 2
+
+
+def test_tensorboard_gets_them(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, report_to="tensorboard", max_steps=2)
+    [folder] = {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"train/sad", "train/flip_rate", "train/flip_rate/model.decoder.layers.1.fc2"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+@pytest.mark.parametrize("settings", [{"tokens_per_batch": 80}, {"train_sampling_strategy": "random"}])
+def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
+    common = {
+        "optim": "adamw_torch_fused",
+        "learning_rate": 0.01,
+        "max_steps": 12,  # more than an epoch
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "lr_scheduler_type": "inverse_sqrt",
+        "warmup_steps": 3,
+        **settings,
+    }
+
+    def model() -> Any:
+        with_dropout = marian(dropout=0.1)
+        sparsify(with_dropout, NMSparseConfig("2:4"))
+        return with_dropout
+
+    through = train(tmp_path / "through", model=model(), **common)
+    first = train(tmp_path / "stopped", model=model(), **common)
+    last = first.state.global_step
+    for step in range(6, last + 1):  # what a kill after the checkpoint of step 5 leaves
+        folder = tmp_path / "stopped" / f"checkpoint-{step}"
+        if folder.is_dir():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    resumed = train(tmp_path / "stopped", resume=True, model=model(), **common)
+    assert largest_difference(weights(through), weights(resumed)) == 0
+    logs = [{k: v for k, v in e.items() if k != "train_seconds"} for e in through.state.log_history if "loss" in e]
+    again = [{k: v for k, v in e.items() if k != "train_seconds"} for e in resumed.state.log_history if "loss" in e]
+    assert logs == again
+    seconds = [entry["train_seconds"] for entry in resumed.state.log_history if "loss" in entry]
+    assert seconds == sorted(seconds)
+
+
+def test_checkpoints_hold_the_dense_masters(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    trainer = train(tmp_path, save_strategy="steps", save_steps=4)
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert saved.keys() <= marian().state_dict().keys()
+    weight = saved["model.encoder.layers.0.fc1.weight"]
+    assert torch.equal(weight, weights(trainer)["model.encoder.layers.0.fc1.weight"])
+    assert int((weight == 0).sum()) == 0
+    config = json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "nmsparse", "format": "dense", "pattern": "2:4"}
+
+
+def test_asp_keeps_its_masks(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    layer = model.model.decoder.layers[0].fc2
+    mask = magnitude_mask(layer.weight, layer.pattern)
+    trainer = train(
+        tmp_path, model=model, sparse_method="asp", sparse_decay=None, optim="adamw_torch", weight_decay=0.1
+    )
+    assert torch.equal(layer.weight != 0, mask)
+    assert trainer.state.log_history[0]["sad"] == 0
+
+
+def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:
+    trainer = train(tmp_path, max_steps=1)
+    first = trainer.sparse_step
+    trainer.train()
+    assert trainer.sparse_step is first
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    for _ in range(2):
+        train(tmp_path, model=model, max_steps=1)
+    assert trainer.model is not None
+    assert largest_difference(weights(trainer), dict(model.state_dict())) == 0
+
+
+def test_eval_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    model = marian()
+    pairs = token_pairs(8)
+    args = arguments(tmp_path, sparse_method="dense", sparse_decay=None, label_smoothing_factor=0.1)
+    trainer = SparseTrainer(model=model, args=args, eval_dataset=pairs, data_collator=collator(model))
+    batch = collator(model)([pairs[index] for index in range(8)])
+    with torch.no_grad():
+        outputs = model(**batch)
+    expected = F.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_token_loss_by_hand() -> None:
+    logits = torch.zeros(1, 3, 4)
+    labels = torch.tensor([[1, 2, -100]])
+    log4 = torch.log(torch.tensor(4.0)).item()
+    assert token_loss({"logits": logits}, labels).item() == pytest.approx(log4)
+    assert token_loss({"logits": logits}, labels, num_items_in_batch=8).item() == pytest.approx(log4 / 4)
+
+
+def test_decoder_inputs_are_the_models_own() -> None:
+    settings: dict[str, Any] = {
+        "vocab_size": 30,
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+    }
+    labels = torch.tensor([[5, 6, 2], [7, 2, -100]])
+    expected = torch.tensor([[2, 5, 6], [2, 7, 2]])
+    m2m = M2M100ForConditionalGeneration(M2M100Config(**settings))
+    assert not hasattr(m2m, "prepare_decoder_input_ids_from_labels")
+    for model in (m2m, BartForConditionalGeneration(BartConfig(**settings))):
+        assert torch.equal(decoder_inputs(model, labels), expected)
+        model.eval()
+        with torch.no_grad():
+            by_model = model(input_ids=labels.clamp(min=1), labels=labels).logits
+            by_us = model(input_ids=labels.clamp(min=1), decoder_input_ids=decoder_inputs(model, labels)).logits
+        assert torch.equal(by_model, by_us)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparse_method": "srste"}, "sparse_method: got 'srste'; the methods are ste, sr-ste"),
+        ({"sparse_decay": -1.0}, "sparse_decay: needs a finite number >= 0, got -1.0"),
+        ({"sparse_method": "ste", "sparse_decay": 0.1}, "'ste' has no decay"),
+        ({"sparse_method": "dense", "sparse_decay": 0.1}, "the dense method has no decay"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch: needs at least 1, got 0"),
+    ],
+)
+def test_arguments_are_checked(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)
+
+
+def test_model_and_method_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model has no N:M layer; call sparsify"):
+        train(tmp_path, model=marian())
+    sparse = marian()
+    sparsify(sparse, NMSparseConfig("2:4"))
+    with pytest.raises(ValueError, match="sparse_method 'dense' .* 32 N:M layers"):
+        train(tmp_path, model=sparse, sparse_method="dense", sparse_decay=None)
+    with pytest.raises(ValueError, match="args must be SparseTrainingArguments, got NoneType"):
+        SparseTrainer(model=marian())
+
+
+def test_defaults_of_the_methods(tmp_path: Path) -> None:
+    decays = {
+        method: arguments(tmp_path, sparse_method=method, sparse_decay=None).sparse_decay
+        for method in ("sr-ste", "sr-ste-decoupled", "ste", "asp", "dense")
+    }
+    assert decays == {"sr-ste": 2e-4, "sr-ste-decoupled": 0.4, "ste": 0.0, "asp": 0.0, "dense": 0.0}
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+from tests.test_trainer import losses, train, weights
+from pathlib import Path
+settings = json.loads(sys.argv[1])
+trainer = train(Path(sys.argv[2]), **settings)
+if trainer.is_world_process_zero():
+    torch.save({"weights": weights(trainer), "losses": losses(trainer)}, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 2}, {"tokens_per_batch": 60}])
+def test_two_processes_are_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """2 processes x accumulation 2 over the same batches as 1 process x accumulation 4, for 20 steps."""
+    common = {"max_steps": 20, "pairs": 96, **settings}
+    one = train(tmp_path / "one", gradient_accumulation_steps=4, **common)
+    script, result = tmp_path / "script.py", tmp_path / "result.pt"
+    script.write_text(TWO_PROCESSES)
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    arguments_of_script = [json.dumps({"gradient_accumulation_steps": 2, **common}), str(tmp_path / "two"), str(result)]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(script), *arguments_of_script],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(result, weights_only=True)
+    assert losses(one) == pytest.approx(two["losses"], abs=1e-5)
+    assert largest_difference(weights(one), two["weights"]) < 5 * SAME  # five times as many steps as above

@@ -1,0 +1,57 @@
+"""A tiny Marian model and tokenised pairs of uneven length for the tests of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+
+from hf_nmsparse.tokenizer import train_tokenizer
+
+VOCABULARY = 300
+
+
+def marian(seed: int = 0, **overrides: Any) -> MarianMTModel:
+    """Two layers on each side, d_model 32, no dropout unless asked for: 32 linear layers in its blocks."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "forced_eos_token_id": None,
+    }
+    return MarianMTModel(MarianConfig(**{**settings, **overrides}))
+
+
+def token_pairs(count: int, seed: int = 0) -> Dataset:
+    """Random pairs of 3 to 12 tokens a side, each ending with </s>."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sentence() -> list[int]:
+        length = int(torch.randint(2, 12, (), generator=generator))
+        return [*torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(), 1]
+
+    return Dataset.from_list([{"input_ids": sentence(), "labels": sentence()} for _ in range(count)])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few German and English sentences."""
+    texts = ["Ein Mann schläft im Garten.", "A man sleeps in the garden.", "Der Garten ist groß.", "The garden is big."]
+    return train_tokenizer(texts * 5, VOCABULARY, max_length=64)
+
+
+def collator(model: MarianMTModel) -> DataCollatorForSeq2Seq:
+    """Pads pairs as the recipe does."""
+    return DataCollatorForSeq2Seq(tokenizer(), model=model)
