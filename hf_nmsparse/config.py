@@ -12,14 +12,14 @@ __all__ = ["DEFAULT_IGNORE", "NMSparseConfig"]
 
 DEFAULT_IGNORE: tuple[str, ...] = (
     "lm_head",
+    "output_projection",
+    "router",
     "classifier",
     "classification_head",
     "class_labels_classifier",
     "bbox_predictor",
     "score",
     "qa_outputs",
-    "router",
-    "router.classifier",
 )
 """Output heads and mixture-of-experts routers: dense everywhere in the field. A rule here may match nothing."""
 

@@ -1,0 +1,224 @@
+"""Families of models from tiny random configurations: sparsify, a step, finalize, and back from a packed file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.optimizer import SparseStep
+from hf_nmsparse.quantizer import save_packed
+from hf_nmsparse.sparsify import finalize, report, sparsify
+
+BART = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+T5 = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": [8, 8],
+    "patch_size": 4,
+}
+BLOCK = 4 + 2 + 4 + 4 + 2  # encoder: attention and feed-forward; decoder: two attentions and feed-forward
+
+
+def text() -> dict[str, Any]:
+    return {"input_ids": torch.tensor([[5, 6, 7, 2]]), "labels": torch.tensor([[8, 9, 2]])}
+
+
+def image(**labels: Any) -> dict[str, Any]:
+    return {"pixel_values": torch.rand(1, 3, 8, 8), **labels}
+
+
+def boxes() -> list[dict[str, torch.Tensor]]:
+    return [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
+
+
+def detr() -> Any:
+    backbone = hf.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = hf.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        num_queries=3,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_labels=3,
+    )
+    return hf.DetrForObjectDetection(config)
+
+
+def perceiver() -> Any:
+    config = hf.PerceiverConfig(
+        num_latents=4,
+        d_latents=16,
+        d_model=322,
+        num_blocks=1,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=1,
+        train_size=[8, 8],
+    )
+    return hf.PerceiverForOpticalFlow(config)
+
+
+def flow() -> dict[str, Any]:
+    return {"inputs": torch.rand(1, 2, 27, 8, 8)}
+
+
+# Family: how it is built, what it is fed, how many of its linear layers become sparse, why the others do not.
+FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], int, dict[str, int]]] = {
+    "marian": (lambda: hf.MarianMTModel(hf.MarianConfig(**BART)), text, BLOCK, {"the output head": 1}),
+    "bart": (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), text, BLOCK, {"the output head": 1}),
+    "mbart": (lambda: hf.MBartForConditionalGeneration(hf.MBartConfig(**BART)), text, BLOCK, {"the output head": 1}),
+    "pegasus": (
+        lambda: hf.PegasusForConditionalGeneration(hf.PegasusConfig(**BART)),
+        text,
+        BLOCK,
+        {"the output head": 1},
+    ),
+    "m2m100": (
+        lambda: hf.M2M100ForConditionalGeneration(hf.M2M100Config(**BART, encoder_layerdrop=0, decoder_layerdrop=0)),
+        text,
+        BLOCK,
+        {"the output head": 1},
+    ),
+    "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), text, BLOCK, {"the output head": 1}),
+    "t5 v1.1": (
+        lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        ),
+        text,
+        BLOCK + 2,
+        {"the output head": 1},
+    ),
+    "mt5": (lambda: hf.MT5ForConditionalGeneration(hf.MT5Config(**T5)), text, BLOCK + 2, {"the output head": 1}),
+    "umt5": (lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5)), text, BLOCK + 2, {"the output head": 1}),
+    "nllb-moe": (
+        lambda: hf.NllbMoeForConditionalGeneration(
+            hf.NllbMoeConfig(
+                **BART,
+                encoder_layerdrop=0,
+                decoder_layerdrop=0,
+                num_experts=2,
+                encoder_sparse_step=1,
+                decoder_sparse_step=1,
+                expert_capacity=8,
+            )
+        ),
+        text,
+        BLOCK + 4,  # two experts on either side in place of one feed-forward block
+        {"the output head": 1, "ignore rule 'router'": 2},
+    ),
+    "fsmt": (
+        lambda: hf.FSMTForConditionalGeneration(
+            hf.FSMTConfig(**BART, langs=["en", "de"], src_vocab_size=40, tgt_vocab_size=40)
+        ),
+        text,
+        BLOCK,
+        {"ignore rule 'output_projection'": 1},
+    ),
+    "vit": (
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT, num_labels=3)),
+        lambda: image(labels=torch.tensor([1])),
+        6,
+        {"ignore rule 'classifier'": 1},
+    ),
+    "yolos": (
+        lambda: hf.YolosForObjectDetection(hf.YolosConfig(**VIT, num_detection_tokens=3, num_labels=3)),
+        lambda: image(labels=boxes()),
+        6,
+        {"ignore rule 'class_labels_classifier'": 3, "ignore rule 'bbox_predictor'": 3},
+    ),
+    "detr": (
+        detr,
+        lambda: {"pixel_values": torch.rand(1, 3, 32, 32), "labels": boxes()},
+        BLOCK,
+        {"ignore rule 'class_labels_classifier'": 1, "ignore rule 'bbox_predictor'": 3},
+    ),
+    "perceiver": (
+        perceiver,
+        flow,
+        12,
+        {"in_features 322 is not a multiple of 4": 7, "in_features 54 is not a multiple of 4": 1},
+    ),
+}
+
+
+def loss_of(outputs: Any) -> torch.Tensor:
+    loss: torch.Tensor | None = getattr(outputs, "loss", None)
+    return outputs.logits.square().mean() if loss is None else loss
+
+
+def output_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs).logits
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path) -> None:
+    build, feed, sparse, reasons = FAMILIES[family]
+    torch.manual_seed(0)
+    model, inputs = build(), feed()
+    keys = set(model.state_dict())
+    dense = sparsify(model, NMSparseConfig("2:4"))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+    assert (len(layers), Counter(dense.values())) == (sparse, Counter(reasons))
+    assert set(model.state_dict()) == keys
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    SparseStep(model, optimizer, "sr-ste", decay=2e-4)
+    loss = loss_of(model.train()(**inputs))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert [name for name, layer in layers.items() if layer.weight.grad is None] == []
+    optimizer.step()
+
+    save_packed(model, tmp_path)
+    finalize(model)
+    assert report(model).violations == 0
+    expected = output_of(model.eval(), inputs)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), expected)
+    for name, layer in layers.items():
+        assert torch.equal(loaded.get_submodule(name).weight, layer.weight)
