@@ -84,6 +84,8 @@ class NMSparseConfig:
 def _rules(field: str, rules: Iterable[str] | None) -> tuple[str, ...] | None:
     if rules is None:
         return None
+    if isinstance(rules, Mapping) or not isinstance(rules, Iterable):
+        raise ValueError(f"config: {field} is a list of layer names such as 'fc1', got {rules!r}")
     listed = (rules,) if isinstance(rules, str) else tuple(rules)
     for rule in listed:
         if not isinstance(rule, str) or not rule:

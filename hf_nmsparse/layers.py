@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_nmsparse.kernels import reference
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packing import pack, packed_shapes, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import straight_through
 
-__all__ = ["NMLinear", "sparse_layers"]
+__all__ = ["NMLinear", "PackedLinear", "sparse_layers"]
 
 
 class NMLinear(nn.Linear):
@@ -82,6 +84,83 @@ class NMLinear(nn.Linear):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{super().extra_repr()}, pattern={self.pattern}"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds its weight packed and never dense.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        pattern: The N:M pattern of the weight.
+        bias: Whether the layer has a bias.
+        device: Where the tensors lie.
+        dtype: Dtype of values and bias.
+
+    Attributes:
+        weight: The kept values, ``[out_features, in_features / M * N]``.
+        weight_indices: Their places, uint8; see `packing`.
+        bias: ``[out_features]`` or None.
+        pattern: The N:M pattern.
+
+    Raises:
+        ValueError: ``in_features`` does not divide into groups.
+    """
+
+    weight_indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: NMPattern,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.pattern = in_features, out_features, pattern
+        values, codes = packed_shapes(out_features, in_features, pattern)
+        self.weight = nn.Parameter(torch.zeros(values, device=device, dtype=dtype))
+        self.register_buffer("weight_indices", torch.zeros(codes, device=device, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, pattern: NMPattern, name: str = "weight") -> PackedLinear:
+        """Packs ``linear``, whose weight is ``pattern`` sparse; its bias is shared, not copied.
+
+        Raises:
+            ValueError: The weight breaks the pattern; ``name`` is what the message calls it.
+        """
+        packed = cls(linear.in_features, linear.out_features, pattern, bias=False, device="meta")
+        tensors = pack(linear.weight, pattern, name)
+        packed.weight = nn.Parameter(tensors["weight"], requires_grad=linear.weight.requires_grad)
+        packed.weight_indices = tensors["weight_indices"]
+        packed.bias = linear.bias
+        return packed.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """An ``nn.Linear`` with the same weight, dense, that remembers its pattern; the bias is shared."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
+        linear.bias = self.bias  # type: ignore[assignment]
+        linear.pattern = self.pattern  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    def dense_weight(self) -> Tensor:
+        """The weight as a stock layer holds it, ``[out_features, in_features]``, detached."""
+        return unpack(self.weight.detach(), self.weight_indices, self.pattern)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        return reference.linear(input, self.weight, self.weight_indices, self.bias, self.pattern)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}"
+        )
 
 
 def sparse_layers(model: nn.Module) -> dict[str, NMPattern]:

@@ -30,8 +30,9 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     """
     pattern.groups(weight.shape[-1])
     magnitude = weight.detach().abs()
-    # Magnitudes cannot cancel, so that their sum is NaN only where one of them is.
-    if torch.isnan(magnitude.sum()):
+    # Magnitudes cannot cancel, so that their sum is NaN only where one of them is. A compiled graph cannot branch on
+    # it: there the next ranking outside of the graph, in SparseStep or finalize, finds the NaN.
+    if not torch.compiler.is_compiling() and torch.isnan(magnitude.sum()):
         raise ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
     magnitude = magnitude.reshape(-1, pattern.m).t()  # [M, groups], a view
     if pattern.m > 8:

@@ -49,19 +49,24 @@ class SparseStep:
         model: A model after `sparsify`.
         optimizer: It holds the sparse weights that train; a frozen one is left alone.
         method: A key of `METHODS`.
-        decay: lambda of SR-STE; a method that has none takes 0.
+        decay: lambda of SR-STE; None takes the method's default.
 
     Raises:
-        ValueError: The method is unknown, the decay is negative or of no use to the method, or nothing is sparse.
+        ValueError: The method is unknown, the decay is negative or of no use to the method, nothing is sparse, or the
+            optimizer holds none of the sparse weights. In a step: gradients are still scaled, or come from a closure.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, decay: float = 0.0) -> None:
-        check_method(method, decay)
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, decay: float | None = None
+    ) -> None:
+        self.decay = check_method(method, decay)
+        self.method = METHODS[method]
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
         if not self.layers:
             raise ValueError("SparseStep: the model has no N:M layer; call sparsify(model, config) first")
-        self.method = METHODS[method]
-        self.decay = decay
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(layer.weight) in held for layer in self.layers.values()):
+            raise ValueError("SparseStep: the optimizer holds no sparse weight; build it from this model's parameters")
         self._flips: dict[str, Tensor] = {}
         self._steps = 0
         self._handles = [
@@ -92,19 +97,28 @@ class SparseStep:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(value is not None for value in (*args[1:2], kwargs.get("closure"))):
+            raise ValueError("SparseStep: a closure computes gradients after the rule has run; call step() without one")
+        # A fused optimizer would unscale inside its kernel, after the rule.
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise ValueError(
+                "SparseStep: gradients are still scaled; call scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            )
+        if _skips(optimizer):
+            return
         lr = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        # A fused optimizer unscales inside its kernel, so that its gradients are still scaled here.
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
         for layer in self.layers.values():
             weight, grad = layer.weight, layer.weight.grad
             if layer.mask is None:
                 layer.mask = magnitude_mask(weight, layer.pattern)
-            if grad is not None and id(weight) in lr:
-                self.method.rule(weight, grad, layer.mask, float(lr[id(weight)]), self.decay * scale)
+            weight_lr = lr.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
+            if grad is not None and weight_lr is not None:
+                self.method.rule(weight, grad, layer.mask, float(weight_lr), self.decay)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if _skips(optimizer):
+            return
         self._steps += 1
         for name, layer in self.layers.items():
             assert layer.mask is not None
@@ -117,15 +131,27 @@ class SparseStep:
             self._flips[name] = self._flips[name] + flips if name in self._flips else flips
 
 
-def check_method(method: str, decay: float) -> None:
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` will leave the weights alone: a loss scaler leaves that to the kernel of a fused optimizer."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def check_method(method: str, decay: float | None) -> float:
     """Refuses an unknown method and a decay that it would not use.
+
+    Returns:
+        The decay; the method's own where it is None, 0 where the method has none.
 
     Raises:
         ValueError: As said.
     """
     if method not in METHODS:
         raise ValueError(f"sparse_method: got {method!r}; the methods are {', '.join(METHODS)}")
+    if decay is None:
+        return METHODS[method].default_decay or 0.0
     if not 0 <= decay < float("inf"):
         raise ValueError(f"sparse_decay: needs a finite number >= 0, got {decay!r}")
     if decay and METHODS[method].default_decay is None:
         raise ValueError(f"sparse_decay: {method!r} has no decay, got {decay!r}; leave it at 0 or choose 'sr-ste'")
+    return decay

@@ -125,7 +125,7 @@ def _generation(model: Any, tokenizer: Any, tgt_lang: str | None, given: dict[st
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
-    if _is_multilingual(tokenizer) and forced is None and starts_plainly:
+    if _languages(tokenizer) and forced is None and starts_plainly:
         raise ValueError("translate: this model translates into several languages; name one with tgt_lang")
     if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
         if config.max_new_tokens is not None or config.max_length is not None:
@@ -139,9 +139,15 @@ def _generation(model: Any, tokenizer: Any, tgt_lang: str | None, given: dict[st
     return {**kwargs, "max_new_tokens": None}
 
 
-def _is_multilingual(tokenizer: Any) -> bool:
-    """Whether texts carry a language code, as those of mBART, M2M100 and NLLB do."""
-    return hasattr(tokenizer, "src_lang")
+def _languages(tokenizer: Any) -> dict[str, str]:
+    """The token of each language, by its code; empty where texts carry none.
+
+    M2M100 writes "en" as "__en__"; with mBART and NLLB the code is the token; FSMT has ``src_lang`` without any.
+    """
+    if not hasattr(tokenizer, "src_lang"):
+        return {}
+    tokens = getattr(tokenizer, "lang_code_to_token", None)
+    return tokens or {code: code for code in map(str, tokenizer.extra_special_tokens)}
 
 
 def _language_id(tokenizer: Any, name: str, language: str) -> int:
@@ -150,14 +156,16 @@ def _language_id(tokenizer: Any, name: str, language: str) -> int:
     Raises:
         ValueError: The tokenizer has no languages, or not this one.
     """
-    if not _is_multilingual(tokenizer):
+    languages = _languages(tokenizer)
+    if not languages:
         raise ValueError(f"translate: this model has one pair of languages; leave out {name}, got {language!r}")
-    # M2M100 writes "en" as "__en__"; elsewhere the code is the token.
-    token = getattr(tokenizer, "lang_code_to_token", {}).get(language, language)
-    if token not in tokenizer.all_special_tokens:
-        known = getattr(tokenizer, "lang_code_to_token", None) or tokenizer.extra_special_tokens
-        raise ValueError(f"translate: {name} {language!r} is unknown; this model knows {', '.join(sorted(known))}")
-    index: int = tokenizer.convert_tokens_to_ids(token)
+    if language not in languages:
+        examples = [code for code in languages if code[:2] == language[:2]] or list(languages)[:5]
+        raise ValueError(
+            f"translate: {name} {language!r} is none of the {len(languages)} languages here, such as "
+            f"{', '.join(examples)}"
+        )
+    index: int = tokenizer.convert_tokens_to_ids(languages[language])
     return index
 
 
@@ -183,13 +191,14 @@ class NMTranslationPipeline(Pipeline):
     asked for. Arguments of `translate` may be given when it is built and in every call.
     """
 
-    _load_tokenizer = True
+    _load_tokenizer = True  # type: ignore[assignment]
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Translates a text, a sequence of texts, or an iterator of texts.
 
         Args:
             inputs: What to translate.
+            *args: None are known.
             **kwargs: ``batch_size``, ``src_lang``, ``tgt_lang`` and arguments of ``generate`` such as ``num_beams``.
 
         Raises:
@@ -202,7 +211,7 @@ class NMTranslationPipeline(Pipeline):
         elif isinstance(inputs, Iterator):
             inputs = (text for text in inputs)
         # Pipeline looks at the first element.
-        return super().__call__(inputs, **kwargs) if inputs != [] else []
+        return super().__call__(inputs, *args, **kwargs) if inputs != [] else []
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, kwargs, {}
@@ -232,7 +241,7 @@ def _register() -> None:
     )
     # With this attribute save_pretrained would copy this file into the model's folder, which would then load only
     # with trust_remote_code.
-    del NMTranslationPipeline._registered_impl
+    del NMTranslationPipeline._registered_impl  # type: ignore[attr-defined]
 
 
 _register()

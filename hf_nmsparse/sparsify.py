@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import IO
+from typing import IO, Any
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
+__all__ = ["LayerReport", "Report", "examine", "finalize", "report", "select_layers", "sparsify"]
 
 
 def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
@@ -42,8 +42,8 @@ def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
         NMLinear.from_linear(layer, config.pattern)
     for name, reason in dense.items():
         model.get_submodule(name).dense_reason = reason  # type: ignore[assignment]  # for report
-    hf_config = getattr(model, "config", None)
-    if hf_config is not None:
+    hf_config: Any = getattr(model, "config", None)
+    if hasattr(hf_config, "save_pretrained"):  # other models keep a dict or a dataclass under this name
         hf_config.quantization_config = {"quant_method": "nmsparse", "format": "dense", **config.to_dict()}
     return dense
 
@@ -77,6 +77,8 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
             reason = f"ignore rule {ignored!r}"
         elif type(linear) is not nn.Linear:
             reason = f"its class is {type(linear).__name__}, not nn.Linear"
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            reason = "nn.TransformerEncoderLayer reads its weight without calling it"
         elif linear.in_features % config.pattern.m:
             reason = f"in_features {linear.in_features} is not a multiple of {config.pattern.m}"
         if reason is None:
@@ -168,13 +170,20 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     Returns:
         The same as an object.
     """
+    result = examine(model)
+    print(result, file=file or sys.stdout)
+    return result
+
+
+def examine(model: nn.Module) -> Report:
+    """What `report` prints, as an object."""
     rows = []
     sparse = sparse_layers(model)
     for name, module in model.named_modules():
         pattern = sparse.get(name)
         if pattern is None and not isinstance(module, nn.Linear):
             continue
-        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        shape = (int(module.out_features), int(module.in_features))
         if pattern is None:
             rows.append(LayerReport(name, shape, None, 1.0, 0, getattr(module, "dense_reason", "")))
         elif isinstance(module, nn.Linear):
@@ -182,9 +191,7 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
             rows.append(LayerReport(name, shape, pattern, pattern.density, violations))
         else:  # a packed layer cannot hold more than N
             rows.append(LayerReport(name, shape, pattern, pattern.density, 0))
-    result = Report(tuple(rows))
-    print(result, file=file or sys.stdout)
-    return result
+    return Report(tuple(rows))
 
 
 def _matches(name: str, rule: str) -> bool:

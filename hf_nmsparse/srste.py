@@ -43,8 +43,8 @@ def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
 Rule = Callable[[Tensor, Tensor, Tensor, float, float], None]
 """``rule(weight, grad, mask, lr, decay)`` edits ``weight`` or ``grad`` in place right before the optimizer steps.
 
-It runs once a step. By then gradients are averaged over processes and accumulation steps, unscaled and clipped, so that ``decay`` means
-the same whatever these are. A rule runs without autograd.
+It runs once a step. By then gradients are averaged over processes and accumulation steps, unscaled and clipped, so
+that ``decay`` means the same whatever these are. A rule runs without autograd.
 """
 
 
@@ -68,7 +68,7 @@ def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: 
 
 def mask_gradient(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:
     """ASP: pruned weights get no gradient, so that they stay at zero (NVIDIA's automatic sparsity)."""
-    grad.mul_(mask)
+    grad.masked_fill_(~mask, 0.0)  # a product would turn an infinite gradient into NaN
 
 
 @dataclass(frozen=True)

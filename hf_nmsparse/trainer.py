@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from hf_nmsparse.batching import TokenBatchSampler
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
+from hf_nmsparse.quantizer import prepare_for_training, save_packed
 from hf_nmsparse.srste import METHODS
 
 __all__ = ["SparseTrainer", "SparseTrainingArguments"]
@@ -98,12 +101,17 @@ class SparseTrainer(Seq2SeqTrainer):
     ) -> None:
         if not isinstance(args, SparseTrainingArguments):
             raise ValueError(f"SparseTrainer: args must be SparseTrainingArguments, got {type(args).__name__}")
+        if getattr(model, "quantization_method", None) == "nmsparse":
+            assert isinstance(model, PreTrainedModel)
+            prepare_for_training(model)
         super().__init__(model=model, args=args, **kwargs)
         sparse = len(sparse_layers(self.model)) if self.model is not None else 0
         if args.sparse_method == DENSE and sparse:
             raise ValueError(f"SparseTrainer: sparse_method 'dense' cannot train a model with {sparse} N:M layers")
         self.sparse_step: SparseStep | None = None
         self._stepped: torch.optim.Optimizer | None = None
+        self._pushing = False
+        self._began = time.perf_counter()
         self._seconds_before: float | None = None
         config = getattr(self.model, "config", None)
         # A mixture of experts adds its router losses inside the model, where a loss of ours would drop them.
@@ -170,7 +178,7 @@ class SparseTrainer(Seq2SeqTrainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=partial(
@@ -183,20 +191,46 @@ class SparseTrainer(Seq2SeqTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as Trainer does."""
-        self._seconds_before = None
+        self._began, self._seconds_before = time.perf_counter(), None
         return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the dense masters as Trainer does; for a push, the packed model."""
+        if not self._pushing:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            assert isinstance(self.model, PreTrainedModel)
+            save_packed(self.model, folder, values=self.args.sparse_values)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Packs the model into the output folder and pushes that; a dense model goes as Trainer pushes it."""
+        self._pushing = self.args.sparse_method != DENSE
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._pushing = False
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes Trainer's card, unless the output folder has one with scores, which Trainer's would lose."""
+        card = Path(self.args.output_dir) / "README.md"
+        if not (card.is_file() and ModelCard.load(card).data.eval_results):
+            super().create_model_card(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as Trainer does, with the seconds trained, and SAD and flip rate since the last training log.
 
         The seconds go on from the log of the checkpoint where a run resumes.
         """
-        if "loss" in logs and start_time is not None:
+        of_training = "loss" in logs or "train_loss" in logs  # while it runs, and at its end
+        if of_training:
             if self._seconds_before is None:
                 logged = (entry.get("train_seconds", 0.0) for entry in self.state.log_history)
                 self._seconds_before = max(logged, default=0.0)
-            logs["train_seconds"] = self._seconds_before + time.time() - start_time
-        if self.sparse_step is not None and "loss" in logs:
+            logs["train_seconds"] = self._seconds_before + time.perf_counter() - self._began
+        if of_training and self.sparse_step is not None:
             flips = self.sparse_step.take_flips()
             if flips:
                 total = Flips(sum(f.sad for f in flips.values()), sum(f.weights for f in flips.values()))

@@ -10,10 +10,9 @@ checkpoint when the same command is given again.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-import time
+import traceback
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from hf_nmsparse import (
     NMSparseConfig,
@@ -47,12 +45,25 @@ from hf_nmsparse import (
     sparsify,
 )
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
-from hf_nmsparse.cards import model_card
+from hf_nmsparse.cards import write_card
 from hf_nmsparse.corpus import load_corpus
-from hf_nmsparse.metrics import Evaluation, compare, score, versions
+from hf_nmsparse.metrics import Evaluation, compare, evaluation_record, score
+from hf_nmsparse.packing import VALUE_DTYPES, packed_bytes
+from hf_nmsparse.sparsify import examine
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 
-logger = logging.get_logger("recipe")
+# Of the training arguments, what the card lists.
+SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "label_smoothing_factor",
+    "tokens_per_batch",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+)
 
 
 @dataclass
@@ -85,6 +96,7 @@ class RecipeArguments:
     beams: int = field(default=4, metadata={"help": "Beam size of the evaluation."})
     eval_batch: int = field(default=64, metadata={"help": "Sentences a batch of the evaluation."})
     baseline: str | None = field(default=None, metadata={"help": "Output folder of the dense run to compare with."})
+    license: str = field(default="apache-2.0", metadata={"help": "License on the model card."})
     push_to: str | None = field(default=None, metadata={"help": "Hub repository that gets the packed model."})
 
 
@@ -123,37 +135,45 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
     )
-    resumed = get_last_checkpoint(args.output_dir) if output.is_dir() else None
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resumed)
-    train_seconds = time.perf_counter() - began
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
     if not trainer.is_world_process_zero():
         return
 
-    # The mean of the last dense masters, masked again: the masks of the checkpoints differ.
+    # The mean of the last dense masters, masked once more: the masks of the checkpoints differ.
     if recipe.average > 1:
-        model.load_state_dict(average_checkpoints(last_checkpoints(output, recipe.average)), strict=False)
+        mean = average_checkpoints(last_checkpoints(output, recipe.average))
+        model.load_state_dict({**model.state_dict(), **mean})  # tied and computed weights are in no file
     if args.sparse_method == "dense":
         saved = output / "dense"
-        model.to(DTYPES[recipe.values]).save_pretrained(saved)
+        model.to(VALUE_DTYPES[recipe.values]).save_pretrained(saved)
     else:
         finalize(model)
-        table = report(model)
-        if table.violations:
-            raise ValueError(f"recipe: {table.violations} groups violate {recipe.pattern} after finalize")
+        report(model)
         saved = output / "packed"
         save_packed(model, saved, values=recipe.values)
     tokenizer.save_pretrained(saved)
 
-    # A fresh process loads these very files and translates; its output is what is scored.
-    sources, references = corpus[recipe.split]["source"], corpus[recipe.split]["target"]
+    # A fresh process loads these very files and translates; its output is what is scored and goes on the card.
+    sources, references = list(corpus[recipe.split]["source"]), list(corpus[recipe.split]["target"])
     hypotheses = translate_in_fresh_process(saved, sources, recipe, output)
-    evaluation = evaluate(recipe, args, trainer, hypotheses, references, saved, train_seconds)
+    evaluation = evaluate(recipe, trainer, saved, hypotheses, references)
     evaluation.write(output / "evaluation.json")
-    (saved / "README.md").write_text(model_card(evaluation), encoding="utf-8")
-    print(evaluation)
+    write_curve(trainer, output / "curve.json")
+    write_card(
+        saved,
+        evaluation,
+        recipe.push_to or f"{output.name}",
+        source_lang=recipe.source_lang,
+        target_lang=recipe.target_lang,
+        license=recipe.license,
+        dataset=recipe.corpus if recipe.corpus_config else None,
+        settings={key: getattr(args, key) for key in SETTINGS},
+    )
+    print(f"{saved}: BLEU {evaluation.bleu:.2f} ({evaluation.signature}), chrF {evaluation.chrf:.2f}")
+    if evaluation.against_dense is not None:
+        print(f"against the dense model: {evaluation.against_dense['verdict']}")
     if recipe.push_to is not None:
-        push_to_hub(saved, recipe.push_to)
+        print(push_to_hub(saved, recipe.push_to))
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
@@ -224,5 +244,83 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
     return model
 
 
+def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeArguments, output: Path) -> list[str]:
+    """Translates with the saved files in a process that has nothing else of this run."""
+    source_file, hypothesis_file = output / f"{recipe.split}.source.txt", output / f"{recipe.split}.hypotheses.txt"
+    lines = [recipe.source_prefix + " ".join(text.split()) for text in sources]
+    source_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    command = [sys.executable, "-m", "hf_nmsparse", "translate", "--model", str(saved)]
+    command += ["--input", str(source_file), "--output", str(hypothesis_file)]
+    command += ["--batch-size", str(recipe.eval_batch), "--beams", str(recipe.beams)]
+    subprocess.run(command, check=True)
+    return read_lines(hypothesis_file)
+
+
+def evaluate(
+    recipe: RecipeArguments, trainer: SparseTrainer, saved: Path, hypotheses: list[str], references: list[str]
+) -> Evaluation:
+    """Scores the translations, beside those of the dense run if one is named, and says what was run."""
+    args, config = trainer.args, trainer.model.config
+    against = None
+    if recipe.baseline is not None:
+        file = Path(recipe.baseline) / f"{recipe.split}.hypotheses.txt"
+        if not file.is_file():
+            raise ValueError(f"baseline: {file} is missing; run the dense configuration first")
+        against = compare(hypotheses, read_lines(file), references)
+    sparse = args.sparse_method != "dense"
+    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    dtype = VALUE_DTYPES[recipe.values]
+    spared = sum(
+        row.shape[0] * row.shape[1] * dtype.itemsize - packed_bytes(*row.shape, row.pattern, dtype)
+        for row in examine(trainer.model).sparse
+        if row.pattern is not None
+    )
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}  # the last of each
+    return evaluation_record(
+        score(hypotheses, references),
+        against,
+        corpus=Path(recipe.corpus).name if Path(recipe.corpus).is_dir() else recipe.corpus,
+        split=recipe.split,
+        model=f"{type(trainer.model).__name__}, {parameters:,} parameters, {config.encoder_layers}+"
+        f"{config.decoder_layers} layers, d {config.d_model}, beam {recipe.beams}",
+        method=args.sparse_method,
+        pattern=recipe.pattern if sparse else None,
+        decay=args.sparse_decay or None,
+        seed=args.seed,
+        steps=trainer.state.global_step,
+        train_seconds=logged["train_seconds"],
+        flip_rate=logged.get("flip_rate"),
+        values=recipe.values,
+        packed_bytes=size if sparse else None,
+        dense_bytes=size + spared,
+        base_model=recipe.model,
+    )
+
+
+def write_curve(trainer: SparseTrainer, file: Path) -> None:
+    """Loss, SAD and flip rate of the whole model against steps, small enough to keep beside the evaluation."""
+    keys = ("step", "loss", "eval_loss", "sad", "flip_rate", "train_seconds")
+    rows = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history]
+    lines = ",\n".join(json.dumps(row) for row in rows if "loss" in row or "eval_loss" in row)
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without what ends them."""
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def run() -> None:
+    """Runs `main`; what a user can mend is one line, anything else a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name
+        if raised_in not in ("hf_nmsparse", "recipes"):
+            raise
+        sys.exit(f"wmt_en_de: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from hf_nmsparse.quantizer import save_packed
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.optimizer import SparseStep
-from hf_nmsparse.quantizer import save_packed
 from hf_nmsparse.sparsify import finalize, report, sparsify
 
 BART = {

@@ -73,7 +73,7 @@ SAME = 2e-6
 
 @pytest.mark.parametrize("method", ["sr-ste", "sr-ste-decoupled", "ste", "dense"])
 def test_accumulation_changes_nothing(tmp_path: Path, method: str) -> None:
-    settings = {"sparse_method": method, "sparse_decay": None}
+    settings: dict[str, Any] = {"sparse_method": method, "sparse_decay": None}
     whole = train(tmp_path, per_device_train_batch_size=8, **settings)
     parts = train(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     assert largest_difference(weights(whole), weights(parts)) < SAME
@@ -143,12 +143,13 @@ def test_flips_are_logged_in_total_and_by_layer(
     assert "flip_rate/" not in shown.out + shown.err
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 2
+    assert trainer.model is not None
+    total = sum(layer.weight.numel() for layer in trainer.model.modules() if isinstance(layer, NMLinear))
     for entry in logged:
         layers = {key: value for key, value in entry.items() if key.startswith("sad/")}
         assert len(layers) == 32
         assert entry["sad"] == pytest.approx(sum(layers.values()))
         assert 0 < entry["flip_rate"] < 1
-        total = sum(module.weight.numel() for module in trainer.model.modules() if isinstance(module, NMLinear))  # type: ignore[union-attr]
         assert entry["flip_rate"] == pytest.approx(entry["sad"] / total)
         assert entry["train_seconds"] > 0
 

@@ -1,1 +1,1 @@
-"""Products of a dense input with a packed N:M weight."""
+"""Products with packed weights. `reference` is the definition that every other kernel is checked against."""

@@ -1,0 +1,422 @@
+"""BLEU and chrF with their signatures, a paired test against the dense model, and the record of an evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+from sacrebleu.metrics import BLEU, CHRF
+
+import hf_nmsparse
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "Score",
+    "TranslationScore",
+    "compare",
+    "evaluation_record",
+    "score",
+    "versions",
+]
+
+References = Sequence[str] | Sequence[Sequence[str]]
+"""One raw reference for each sentence, or several."""
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a corpus is translated.
+
+    Attributes:
+        bleu: Corpus BLEU, 0 to 100.
+        chrf: Corpus chrF2, 0 to 100.
+        signature: sacreBLEU's signature of ``bleu``; scores with different signatures are not comparable.
+        chrf_signature: The same of ``chrf``.
+        sentences: Number of sentences.
+    """
+
+    bleu: float
+    chrf: float
+    signature: str
+    chrf_signature: str
+    sentences: int
+
+    def __str__(self) -> str:
+        return f"BLEU {self.bleu:.2f}  {self.signature}\nchrF {self.chrf:.2f}  {self.chrf_signature}"
+
+
+def score(hypotheses: Sequence[str], references: References, tokenize: str = "13a") -> Score:
+    """Scores detokenised translations against raw references.
+
+    Args:
+        hypotheses: One translation for each sentence.
+        references: One text for each sentence, or a list of texts for each. Raw: never decoded from label ids.
+        tokenize: sacreBLEU's tokenizer for BLEU; ``"zh"``, ``"ja-mecab"`` and ``"ko-mecab"`` for these languages.
+
+    Raises:
+        ValueError: There are no sentences, the two lists are not aligned, or something is not a text.
+    """
+    streams = _reference_streams(hypotheses, references)
+    bleu, chrf = _bleu(tokenize), CHRF()
+    return Score(
+        bleu=float(bleu.corpus_score(list(hypotheses), streams).score),
+        chrf=float(chrf.corpus_score(list(hypotheses), streams).score),
+        signature=str(bleu.get_signature()),
+        chrf_signature=str(chrf.get_signature()),
+        sentences=len(hypotheses),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired bootstrap test of two translations of the same corpus.
+
+    Attributes:
+        bleu: BLEU of the system.
+        bleu_baseline: BLEU of the baseline.
+        interval: 95% interval of the difference, from the bootstrap.
+        p: Two-sided p-value of "there is no difference".
+        samples: Bootstrap samples.
+        seed: Seed of the resampling.
+        signature: sacreBLEU's signature of both scores.
+        sentences: Number of sentences.
+    """
+
+    bleu: float
+    bleu_baseline: float
+    interval: tuple[float, float]
+    p: float
+    samples: int
+    seed: int
+    signature: str
+    sentences: int
+
+    @property
+    def difference(self) -> float:
+        """BLEU of the system minus BLEU of the baseline."""
+        return self.bleu - self.bleu_baseline
+
+    @property
+    def verdict(self) -> str:
+        """What the test allows to say, at p < 0.05."""
+        if self.p >= SIGNIFICANT:
+            return "no difference shown"
+        return "better than the baseline" if self.difference > 0 else "worse than the baseline"
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"BLEU {self.bleu:.2f} against {self.bleu_baseline:.2f}: {self.difference:+.2f} "
+            f"(95% interval {low:+.2f} to {high:+.2f}, p = {self.p:.3f}), {self.verdict}"
+        )
+
+
+def compare(
+    hypotheses: Sequence[str],
+    baseline: Sequence[str],
+    references: References,
+    samples: int = 1000,
+    seed: int = 12345,
+    tokenize: str = "13a",
+) -> Comparison:
+    """Tests whether a system differs from a baseline in BLEU, by paired bootstrap (Koehn, EMNLP 2004).
+
+    Sentences are drawn with replacement, the same ones for both systems. The interval holds the middle 95% of the
+    differences; the p-value is twice the fraction of samples on the rarer side of zero, so that both agree, and a
+    system compared with itself has p = 1.
+
+    Args:
+        hypotheses: The system's translations.
+        baseline: The baseline's translations of the same sentences, such as those of the dense model.
+        references: As in `score`.
+        samples: Bootstrap samples, at least 100.
+        seed: Seed of the resampling. The default is sacreBLEU's, and so are the resamples.
+        tokenize: As in `score`.
+
+    Raises:
+        ValueError: As in `score`, or there are too few samples.
+    """
+    if samples < 100:
+        raise ValueError(f"compare: p < {SIGNIFICANT} takes at least 100 samples, got {samples!r}")
+    streams = _reference_streams(hypotheses, references)
+    _reference_streams(baseline, references, "baseline translations")
+    bleu = _bleu(tokenize)
+    points = [float(bleu.corpus_score(list(texts), streams).score) for texts in (hypotheses, baseline)]
+    statistics = [_sentence_statistics(texts, streams, tokenize) for texts in (hypotheses, baseline)]
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(hypotheses), size=(samples, len(hypotheses)), replace=True)
+    differences = np.array([_corpus_bleu(statistics[0][rows]) - _corpus_bleu(statistics[1][rows]) for rows in drawn])
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
+    return Comparison(
+        bleu=points[0],
+        bleu_baseline=points[1],
+        interval=(
+            float(np.quantile(differences, 0.025, method="lower")),
+            float(np.quantile(differences, 0.975, method="higher")),
+        ),
+        p=min(1.0, 2 * (int(rarer) + 1) / (samples + 1)),
+        samples=samples,
+        seed=seed,
+        signature=str(bleu.get_signature()),
+        sentences=len(hypotheses),
+    )
+
+
+def _bleu(tokenize: str) -> BLEU:
+    if tokenize not in BLEU.TOKENIZERS:
+        raise ValueError(f"score: tokenize {tokenize!r} is unknown; sacreBLEU knows {', '.join(BLEU.TOKENIZERS)}")
+    return BLEU(tokenize=tokenize)
+
+
+def _sentence_statistics(hypotheses: Sequence[str], streams: list[list[str | None]], tokenize: str) -> np.ndarray:
+    """What corpus BLEU sums up, ``[sentences, 10]``: matched and all n-grams of each order, and the two lengths."""
+    # effective_order has no part in the counts; without it sacreBLEU advises against scores of sentences.
+    metric = BLEU(tokenize=tokenize, effective_order=True)
+    rows = []
+    for hypothesis, *references in zip(hypotheses, *streams, strict=True):
+        sentence = metric.sentence_score(hypothesis, [text for text in references if text is not None])
+        rows.append([*sentence.counts, *sentence.totals, sentence.sys_len, sentence.ref_len])
+    return np.array(rows, dtype=np.int64)
+
+
+def _corpus_bleu(statistics: np.ndarray) -> float:
+    """BLEU of the sentences whose statistics are given, ``[sentences, 10]``."""
+    total = statistics.sum(axis=0).tolist()
+    return float(BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score)
+
+
+def _reference_streams(
+    hypotheses: Sequence[str], references: References, what: str = "translations"
+) -> list[list[str | None]]:
+    """The references as sacreBLEU takes them: the first of every sentence, the second of every sentence, and so on.
+
+    Raises:
+        ValueError: The two cannot be scored.
+    """
+    for name, texts in ((what, hypotheses), ("references", references)):
+        if isinstance(texts, str):
+            raise ValueError(f"score: {name} are a list of texts, got one text; put it into a list")
+    if not len(hypotheses):
+        raise ValueError(f"score: there are no {what}; translate the corpus first")
+    if len(hypotheses) != len(references):
+        raise ValueError(
+            f"score: {len(hypotheses)} {what} but {len(references)} references; they must be aligned line by line"
+        )
+    rows: list[Sequence[str]] = [[row] if isinstance(row, str) else row for row in references]
+    for index, (hypothesis, row) in enumerate(zip(hypotheses, rows, strict=True)):
+        if not isinstance(hypothesis, str):
+            raise ValueError(f"score: sentence {index} of the {what} is no text but {type(hypothesis).__name__}")
+        if not isinstance(row, Sequence) or not row or not all(isinstance(text, str) for text in row):
+            raise ValueError(f"score: sentence {index} needs a text, or a list of texts, as reference, got {row!r}")
+    return [list(stream) for stream in zip_longest(*rows)]
+
+
+class TranslationScore(evaluate.Metric):  # type: ignore[misc]
+    """`score` as a metric of the evaluate library, which needs no network.
+
+    ``TranslationScore().compute(predictions=[...], references=[...])`` returns a dictionary with ``bleu``, ``chrf``,
+    ``signature``, ``chrf_signature`` and ``sentences``; ``references`` holds a text, or a list of texts, for each
+    prediction. ``compute`` takes ``tokenize`` as `score` does.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = Value("string")
+        return evaluate.MetricInfo(
+            description="Corpus BLEU and chrF by sacreBLEU, each with its signature.",
+            citation="https://aclanthology.org/W18-6319",
+            inputs_description="predictions: texts; references: for each of them a text or a list of texts.",
+            features=[
+                Features({"predictions": text, "references": text}),
+                Features({"predictions": text, "references": ListOf(text)}),
+            ],
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds sentences, after the checks that `score` makes."""
+        if predictions is not None and references is not None:
+            _reference_streams(predictions, references, "predictions")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: list[str], references: list[Any], tokenize: str = "13a") -> dict[str, Any]:
+        return asdict(score(predictions, references, tokenize))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "sacrebleu")
+    return {
+        "python": platform.python_version(),
+        "hf_nmsparse": hf_nmsparse.__version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The record of one evaluated run; as JSON it is the source of every number on a model card.
+
+    Attributes:
+        corpus: The corpus, as `load_corpus` takes it.
+        split: The part of the corpus that is scored.
+        model: A few words on the model, such as "Transformer base, 6+6 layers".
+        method: How it was trained: a name in `METHODS`, or "dense".
+        seed: Seed of the training.
+        steps: Optimizer steps of the training.
+        bleu: As in `Score`; so are the next four.
+        chrf: chrF2.
+        signature: Signature of BLEU.
+        chrf_signature: Signature of chrF.
+        sentences: Sentences scored.
+        dense_bytes: Size of the weights in a dense file of the same number type.
+        packed_bytes: Size of the weights in the packed file; None for a dense model.
+        pattern: N:M; None for a dense model.
+        decay: lambda of SR-STE; None where the method has none.
+        values: Number type in the file: fp32, fp16 or bf16.
+        base_model: The model it was trained from; None for training from scratch.
+        train_seconds: Wall time of the training.
+        flip_rate: Fraction of mask entries that a step changed at the end of the training.
+        against_dense: ``bleu_dense``, ``difference``, ``interval``, ``p``, ``verdict``, ``samples`` and ``seed`` of
+            `compare`; None where nothing was compared.
+        threads: CPU threads of torch.
+        versions: See `versions`.
+    """
+
+    corpus: str
+    split: str
+    model: str
+    method: str
+    seed: int
+    steps: int
+    bleu: float
+    chrf: float
+    signature: str
+    chrf_signature: str
+    sentences: int
+    dense_bytes: int
+    packed_bytes: int | None = None
+    pattern: str | None = None
+    decay: float | None = None
+    values: str | None = None
+    base_model: str | None = None
+    train_seconds: float | None = None
+    flip_rate: float | None = None
+    against_dense: dict[str, Any] | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        if self.pattern is not None:
+            NMPattern.parse(self.pattern)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], where: str = "evaluation") -> Evaluation:
+        """Reads the record that `to_dict` writes.
+
+        Args:
+            record: The record, with every key.
+            where: How errors name it.
+
+        Raises:
+            ValueError: A key is unknown or missing, or a value is of the wrong type.
+        """
+        known = {entry.name for entry in fields(cls)}
+        for problem, keys in (("unknown", set(record) - known), ("missing", known - set(record))):
+            if keys:
+                raise ValueError(f"{where}: key {min(keys)!r} is {problem}; write the file with Evaluation.write")
+        try:
+            return cls(**record)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Evaluation:
+        """Reads a file that `write` wrote.
+
+        Raises:
+            ValueError: It is no such file; the message names it.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: an evaluation is one JSON object, got {type(record).__name__}")
+        return cls.from_dict(record, str(path))
+
+    def write(self, path: str | Path) -> None:
+        """Writes the record as JSON with sorted keys, one a line; folders are made as needed."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def evaluation_record(result: Score, against_dense: Comparison | None = None, **run: Any) -> Evaluation:
+    """The record of a run from its scores and the facts about it.
+
+    Args:
+        result: The scores of the files that are published.
+        against_dense: The comparison with the dense model.
+        **run: The other fields of `Evaluation`; those with a default may be left out.
+
+    Raises:
+        ValueError: A field is unknown or missing, or the comparison scored something else.
+    """
+    known = {entry.name: entry for entry in fields(Evaluation) if entry.name not in {*asdict(result), "against_dense"}}
+    required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
+    for problem, keys in (("unknown", set(run) - set(known)), ("missing", required - set(run))):
+        if keys:
+            raise ValueError(f"evaluation_record: {min(keys)!r} is {problem}; the fields are {', '.join(known)}")
+    test = None
+    if against_dense is not None:
+        if (against_dense.bleu, against_dense.sentences) != (result.bleu, result.sentences):
+            raise ValueError(
+                f"evaluation_record: the comparison is of BLEU {against_dense.bleu:.2f} on {against_dense.sentences} "
+                f"sentences, the score of {result.bleu:.2f} on {result.sentences}; compare the same translations"
+            )
+        test = {
+            "bleu_dense": against_dense.bleu_baseline,
+            "difference": against_dense.difference,
+            "interval": list(against_dense.interval),
+            "p": against_dense.p,
+            "verdict": against_dense.verdict,
+            "samples": against_dense.samples,
+            "seed": against_dense.seed,
+        }
+    return Evaluation(**asdict(result), against_dense=test, **run)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    allowed = tuple(get_origin(option) or option for option in get_args(hint) if NoneType in get_args(hint))
+    allowed = allowed or (get_origin(hint) or hint,)
+    if float in allowed:
+        allowed += (int,)
+    if (
+        not isinstance(value, allowed)
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        expected = " or ".join("null" if option is NoneType else option.__name__ for option in allowed)
+        raise ValueError(f"{name} is {expected}, got {value!r}")

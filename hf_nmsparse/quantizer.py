@@ -1,0 +1,630 @@
+"""Sparse models in and out of files: what `from_pretrained` calls, and the verbs that save and push.
+
+Importing this module registers the loader, after which ``AutoModelForSeq2SeqLM.from_pretrained`` and its like read
+packed checkpoints and checkpoints of the training. It is the only module that knows transformers' quantizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import wraps
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import hf_nmsparse
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.layers import NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packing import (
+    FORMAT_VERSION,
+    VALUE_DTYPES,
+    PackedFormatError,
+    check_packed,
+    pack,
+    packed_shapes,
+    unpack,
+)
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.sparsify import select_layers, sparsify
+
+__all__ = [
+    "NMSparseQuantizationConfig",
+    "NMSparseQuantizer",
+    "export_dense",
+    "prepare_for_training",
+    "push_to_hub",
+    "save_packed",
+    "set_compute",
+]
+
+METHOD = "nmsparse"
+COMPUTES = ("dense", "reference")
+_CODES = ".weight_indices"
+
+# A second import of this file, as importlib.reload does it, replaces what the first one registered.
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+
+
+@register_quantization_config(METHOD)
+class NMSparseQuantizationConfig(QuantizationConfigMixin):
+    """What config.json says of a sparse model, and how the model is to compute once it is loaded.
+
+    Users give ``compute`` alone, ``NMSparseQuantizationConfig(compute="reference")``, as the ``quantization_config`` of
+    ``from_pretrained``; everything else comes from the file.
+
+    Args:
+        compute: ``"dense"`` unpacks each weight into a plain ``nn.Linear`` that carries its ``pattern``;
+            ``"reference"`` keeps it packed in a `PackedLinear`. It is a choice of the reader and not written.
+        pattern: The N:M pattern of the sparse layers.
+        values: Number type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``. A packed file has one for all its
+            floating-point tensors.
+        targets: The rules that chose the sparse layers, as in `NMSparseConfig`.
+        ignore: The rules that kept layers dense, as in `NMSparseConfig`.
+        format: ``"packed"``, or ``"dense"`` for a checkpoint of the training.
+        format_version: Version of the packed format.
+        producer: The program that wrote the file.
+        quant_method: ``"nmsparse"``.
+        **unknown: No other key is taken.
+
+    Raises:
+        ValueError: A key is unknown or a value out of range.
+    """
+
+    def __init__(
+        self,
+        compute: str = "dense",
+        *,
+        pattern: str | NMPattern = "2:4",
+        values: str | None = None,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        format: str = "packed",
+        format_version: int = FORMAT_VERSION,
+        producer: str | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = "compute, pattern, values, targets, ignore, format, format_version, producer, quant_method"
+            raise ValueError(f"quantization_config: unknown key {min(unknown)!r}; known keys are {known}")
+        _one_of("compute", compute, COMPUTES)
+        _one_of("format", format, ("packed", "dense"))
+        _one_of("values", values, (None, *VALUE_DTYPES))
+        _one_of("quant_method", quant_method, (METHOD,))
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config: format_version {format_version!r} is unknown, this package reads "
+                f"{FORMAT_VERSION}; install a newer hf-nmsparse"
+            )
+        if producer is not None and not isinstance(producer, str):
+            raise ValueError(f"quantization_config: producer is a text, got {producer!r}")
+        sparse = NMSparseConfig(pattern, targets, ignore)
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own methods are an enum
+        self.compute, self.format, self.format_version = compute, format, format_version
+        self.pattern, self.targets, self.ignore = sparse.pattern, sparse.targets, sparse.ignore
+        self.values, self.producer = values, producer
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> NMSparseQuantizationConfig:
+        """Reads the record of config.json.
+
+        Raises:
+            PackedFormatError: The record breaks a rule.
+        """
+        try:
+            config = cls(**config_dict)
+        except (TypeError, ValueError) as error:
+            raise PackedFormatError(f"config.json: {error}") from None
+        if "compute" in config_dict:
+            raise PackedFormatError("config.json: quantization_config: compute is the reader's choice, not the file's")
+        needed = ("pattern", "format_version", "values") if config.format == "packed" else ("pattern", "format")
+        for key in needed:
+            if config_dict.get(key) is None:
+                raise PackedFormatError(f"config.json: quantization_config: {key} is missing")
+        return (config, kwargs) if return_unused_kwargs else config  # type: ignore[return-value]  # as the base class
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as config.json holds it; `compute` is not part of it."""
+        record = {"quant_method": METHOD, "format": self.format, **self.sparse_config().to_dict()}
+        if self.format == "packed":
+            record |= {"format_version": self.format_version, "values": self.values, "producer": self.producer}
+        return {key: value for key, value in record.items() if value is not None}
+
+    def sparse_config(self) -> NMSparseConfig:
+        """Pattern and rules alone."""
+        return NMSparseConfig(self.pattern, self.targets, self.ignore)
+
+
+class _Unpack(ConversionOps):
+    """Values and codes of one layer to its dense weight."""
+
+    def __init__(self, pattern: NMPattern) -> None:
+        self.pattern = pattern
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[Tensor]]:
+        """The weight by the name of its parameter."""
+        values, codes = (input_dict[source][0] for source in source_patterns)
+        return {kwargs["full_layer_name"]: [unpack(values, codes, self.pattern)]}
+
+
+@register_quantizer(METHOD)
+class NMSparseQuantizer(HfQuantizer):
+    """What `from_pretrained` and `save_pretrained` call for models with an nmsparse record in their configuration."""
+
+    quantization_config: NMSparseQuantizationConfig
+
+    def __init__(self, quantization_config: NMSparseQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "from_pretrained: quantization_config is for packed checkpoints and this one is dense; load it "
+                "without, then call sparsify(model, config)"
+            )
+        self._converters: list[WeightConverter] = []
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Checks the files, then gives the layers that they hold packed the form that `compute` asks for."""
+        config = self.quantization_config
+        if config.format == "dense":
+            return
+        if not checkpoint_files:
+            raise ValueError("from_pretrained: a packed model is loaded from its files, not from a state_dict")
+        renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+        layers: dict[str, str] = {}  # name in the file: name in the model
+        with ExitStack() as stack:
+            files = _open_files(checkpoint_files, stack)
+            for prefix, found in _names_in_model(files, model, renamings).items():
+                _check_layer(files, prefix, None if found is None else model.get_submodule(found), config)
+                if found is not None and prefix + _CODES in files:
+                    layers[prefix] = found
+        if not layers:
+            raise PackedFormatError(
+                f"{Path(checkpoint_files[0]).name}: no key ends in {_CODES}, or none fits a layer of the model"
+            )
+        for prefix, name in layers.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            if config.compute == "dense":
+                layer.pattern = config.pattern  # type: ignore[assignment]
+                self._converters.append(_converter(prefix, renamings, config.pattern))
+            else:
+                model.set_submodule(name, _empty_packed(layer, config.pattern))
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How the weights of the layers that compute dense are made from the file."""
+        return self._converters
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Leaves nothing behind that a later `save_pretrained` would trip over."""
+        if self.quantization_config.format == "dense":
+            _detach(model)
+            sparsify(model, self.quantization_config.sparse_config())
+            return model
+        self._converters = []
+        # The model keeps the conversions of its loading, and would run them backwards over the packed tensors.
+        used: list[Any] = model._weight_conversions  # type: ignore[assignment]
+        model._weight_conversions = [  # type: ignore[assignment]
+            entry
+            for entry in used
+            if not any(isinstance(operation, _Unpack) for operation in getattr(entry, "operations", ()))
+        ]
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `model.save_pretrained` writes: the model packed again, in its present number type."""
+        values = _values_name(model.dtype)
+        model.config.quantization_config.values = values
+        return _packed_state_dict(model, model.state_dict(), VALUE_DTYPES[values]), {}
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A packed model is not trained as it is: see `prepare_for_training`."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The reference product looks at the codes, which breaks the graph."""
+        return self.quantization_config.compute == "dense"
+
+
+def save_packed(model: PreTrainedModel, path: str | Path, values: str | None = None, **kwargs: Any) -> None:
+    """Writes ``model`` as a packed checkpoint, and leaves the model itself as it is.
+
+    Layers in training are masked once more, in the number type of their master, and only then cast. The same model
+    always gives the same bytes.
+
+    Args:
+        model: A model after `sparsify`, or one loaded from a packed checkpoint.
+        path: The directory.
+        values: ``"fp32"``, ``"fp16"`` or ``"bf16"``; None takes the model's. All floating-point tensors of the file
+            are cast to it, embeddings and norms included, and config.json names it, so that the model loads in it.
+        **kwargs: As ``save_pretrained`` takes them. ``state_dict`` holds the dense masters under their stock names,
+            for the case that the model's own are sharded.
+
+    Raises:
+        ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``, or
+            weights lie on disk.
+    """
+    values = _values_name(model.dtype) if values is None else values
+    _one_of("values", values, tuple(VALUE_DTYPES), where="save_packed")
+    patterns = set(sparse_layers(model).values())
+    if len(patterns) != 1:
+        found = ", ".join(sorted(map(str, patterns))) or "none; call sparsify(model, config) first"
+        raise ValueError(f"save_packed: a packed model has one pattern, this model has {found}")
+    record = _record(model)
+    twin = _empty_twin(model, VALUE_DTYPES[values])
+    twin.config.quantization_config = NMSparseQuantizationConfig(
+        pattern=patterns.pop(),
+        values=values,
+        targets=record.get("targets"),
+        ignore=record.get("ignore"),
+        producer=record.get("producer", f"hf-nmsparse {hf_nmsparse.__version__}"),
+    )
+    tensors = _packed_state_dict(model, kwargs.pop("state_dict", None) or model.state_dict(), VALUE_DTYPES[values])
+    twin.save_pretrained(path, state_dict=tensors, **kwargs)
+
+
+def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> None:
+    """Writes ``model`` as a stock checkpoint that any tool loads: weights masked, zeros in their places.
+
+    Args:
+        model: A model after `sparsify`, or one loaded from a packed checkpoint.
+        path: The directory.
+        **kwargs: As ``save_pretrained`` takes them.
+
+    Raises:
+        ValueError: The model has no sparse layer, or weights lie on disk.
+    """
+    if not sparse_layers(model):
+        raise ValueError("export_dense: the model has no sparse layer; model.save_pretrained(path) writes it as it is")
+    twin = _empty_twin(model, None)
+    if hasattr(twin.config, "quantization_config"):
+        del twin.config.quantization_config
+    tensors = dict(_dense_tensors(model, kwargs.pop("state_dict", None) or model.state_dict()))
+    twin.save_pretrained(path, state_dict=tensors, **kwargs)
+
+
+def push_to_hub(
+    model: PreTrainedModel | str | Path,
+    repo_id: str,
+    values: str | None = None,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload packed N:M sparse model",
+    **kwargs: Any,
+) -> str:
+    """Pushes a packed model to the Hub; the repository is made where there is none.
+
+    Other files of the repository, README.md among them, stay unless the folder brings its own; weights of an earlier
+    push that the new one does not replace are deleted.
+
+    Args:
+        model: A model that `save_packed` takes, or the directory of a saved model, which goes up whole: weights,
+            tokenizer and card.
+        repo_id: ``owner/name``.
+        values: As in `save_packed`; the directory of a saved model has its own.
+        private: Whether a new repository is private.
+        token: The user's token; by default the one that is stored on this machine.
+        revision: The branch to push to.
+        create_pr: Open a pull request instead.
+        commit_message: The message.
+        **kwargs: As `save_packed` takes them.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: As `save_packed`, or the directory holds no saved model.
+    """
+    if isinstance(model, PreTrainedModel):
+        with TemporaryDirectory() as folder:
+            save_packed(model, folder, values, **kwargs)
+            return push_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+    if values is not None or kwargs:
+        raise ValueError(
+            f"push_to_hub: {model} is written already; give {', '.join(kwargs) or 'values'} to save_packed"
+        )
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"push_to_hub: {model} holds no config.json; save a model there first")
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=model,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+    )
+    return str(commit.commit_url)
+
+
+def set_compute(model: PreTrainedModel, compute: str) -> None:
+    """Switches a model that was loaded packed to another way to compute, in place.
+
+    Args:
+        model: The model.
+        compute: ``"dense"`` or ``"reference"``, as in `NMSparseQuantizationConfig`.
+
+    Raises:
+        ValueError: ``compute`` is none of these, the model was not loaded packed, or it is spread over devices.
+    """
+    _one_of("compute", compute, COMPUTES, where="set_compute")
+    quantizer = _attached(model, "set_compute")
+    for name, pattern in sparse_layers(model).items():
+        layer = model.get_submodule(name)
+        if hasattr(layer, "_hf_hook"):
+            raise ValueError(f"set_compute: {name} is offloaded; load the model again with compute={compute!r}")
+        if compute == "dense" and isinstance(layer, PackedLinear):
+            model.set_submodule(name, layer.to_linear())
+        elif compute != "dense" and isinstance(layer, nn.Linear):
+            model.set_submodule(name, PackedLinear.from_linear(layer, pattern, f"{name}.weight"))
+    quantizer.quantization_config.compute = compute
+
+
+def prepare_for_training(model: PreTrainedModel) -> None:
+    """Makes an ordinary trainable model with N:M layers of one that was loaded packed, in place.
+
+    Pruned weights start at zero and get gradients like all others. Load with ``dtype=torch.float32`` for masters in
+    fp32. A checkpoint of the training is loaded ready for it and stays as it is.
+
+    Args:
+        model: A model loaded from a packed checkpoint or from one of the training.
+
+    Raises:
+        ValueError: The model was loaded from neither, or it is spread over devices.
+    """
+    if any(isinstance(module, NMLinear) for module in model.modules()):
+        return
+    quantizer = _attached(model, "prepare_for_training")
+    set_compute(model, "dense")
+    names = list(sparse_layers(model))
+    for name in names:
+        del model.get_submodule(name).pattern
+    config = quantizer.quantization_config.sparse_config()
+    try:
+        same = select_layers(model, config)[0].keys() == set(names)
+    except ValueError:  # the rules were written for a model with other prefixes
+        same = False
+    _detach(model)
+    sparsify(model, config if same else NMSparseConfig(config.pattern, names, ()))
+
+
+def _merge_with_compute(merge: Any) -> Any:
+    """Lets ``compute`` through where transformers takes the file's record and warns that it drops the user's."""
+
+    @wraps(merge)
+    def merge_quantization_configs(record: Any, from_args: Any = None) -> Any:
+        if isinstance(from_args, NMSparseQuantizationConfig):
+            config = AutoQuantizationConfig.from_dict(record) if isinstance(record, dict) else copy.copy(record)
+            if isinstance(config, NMSparseQuantizationConfig):
+                config.compute = from_args.compute
+                return merge(config, None)
+        return merge(record, from_args)
+
+    merge_quantization_configs.stock = merge  # type: ignore[attr-defined]
+    return merge_quantization_configs
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs
+AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
+    _merge_with_compute(getattr(_merge, "stock", _merge))
+)
+
+
+def _one_of(key: str, value: Any, known: tuple[Any, ...], where: str = "quantization_config") -> None:
+    if value not in known:
+        names = ", ".join(repr(name) for name in known if name is not None)
+        raise ValueError(f"{where}: {key} is one of {names}, got {value!r}")
+
+
+def _values_name(dtype: torch.dtype) -> str:
+    for name, known in VALUE_DTYPES.items():
+        if known == dtype:
+            return name
+    raise ValueError(f"save_packed: a packed model has values in {', '.join(VALUE_DTYPES)}, this model is in {dtype}")
+
+
+def _attached(model: PreTrainedModel, where: str) -> NMSparseQuantizer:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, NMSparseQuantizer):
+        raise ValueError(f"{where}: the model was not loaded from a packed checkpoint")
+    return quantizer
+
+
+def _detach(model: PreTrainedModel) -> None:
+    """Makes a model that `from_pretrained` took for quantized an ordinary one."""
+    _attached(model, "detach").remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
+
+
+def _record(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's configuration says of its sparsity; empty where the layers were made by hand."""
+    record = getattr(model.config, "quantization_config", None) or {}
+    return record.to_dict() if isinstance(record, NMSparseQuantizationConfig) else dict(record)
+
+
+def _open_files(paths: list[str], stack: ExitStack) -> dict[str, tuple[str, Any]]:
+    """For each key of a checkpoint the name of its file and the open file."""
+    files = {}
+    for path in paths:
+        name = Path(path).name
+        if not name.endswith(".safetensors"):
+            raise PackedFormatError(f"{name}: a packed checkpoint is a safetensors file")
+        try:
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise PackedFormatError(f"{name}: the file is not a whole safetensors file ({error})") from None
+        files.update(dict.fromkeys(opened.keys(), (name, opened)))
+    return files
+
+
+def _names_in_model(
+    files: Mapping[str, Any], model: PreTrainedModel, renamings: list[WeightRenaming]
+) -> dict[str, str | None]:
+    """For each module of a checkpoint that has a weight its name in ``model``; None where ``model`` has it not."""
+    expected = model.state_dict()
+    names: dict[str, str | None] = {}
+    for prefix in dict.fromkeys(key.rpartition(".")[0] for key in files if key.endswith((".weight", _CODES))):
+        key, _ = rename_source_key(f"{prefix}.weight", renamings, [], model.base_model_prefix, expected)
+        names[prefix] = key.removesuffix(".weight") if key in expected else None
+    return names
+
+
+def _check_layer(
+    files: Mapping[str, tuple[str, Any]], prefix: str, layer: nn.Module | None, config: NMSparseQuantizationConfig
+) -> None:
+    """Checks what the files hold for one layer, which is None if the model has it not."""
+    if prefix + _CODES not in files:
+        file, opened = files[f"{prefix}.weight"]
+        if isinstance(layer, nn.Linear) and layer.in_features % config.pattern.m == 0:
+            values, _ = packed_shapes(layer.out_features, layer.in_features, config.pattern)
+            if tuple(opened.get_slice(f"{prefix}.weight").get_shape()) == values:
+                raise PackedFormatError(f"{file}: {prefix}{_CODES}: codes are missing beside packed values")
+        return
+    codes_file, opened_codes = files[prefix + _CODES]
+    if f"{prefix}.weight" not in files:
+        raise PackedFormatError(f"{codes_file}: {prefix}.weight: values are missing beside the codes")
+    file, opened = files[f"{prefix}.weight"]
+    if layer is not None and type(layer) is not nn.Linear:
+        raise PackedFormatError(f"{file}: {prefix}.weight: the model's layer is {type(layer).__name__}, not nn.Linear")
+    assert config.values is not None
+    check_packed(
+        opened.get_tensor(f"{prefix}.weight"),
+        opened_codes.get_tensor(prefix + _CODES),
+        config.pattern,
+        VALUE_DTYPES[config.values],
+        None if layer is None else (layer.out_features, layer.in_features),
+        prefix,
+        file,
+    )
+
+
+def _converter(prefix: str, renamings: list[WeightRenaming], pattern: NMPattern) -> WeightConverter:
+    """Makes the dense weight of the layer that the file calls ``prefix``; it sees keys after the renamings."""
+    renamed = [rename_source_key(f"{prefix}{suffix}", renamings, [])[0] for suffix in (".weight", _CODES)]
+    return WeightConverter([f"^{re.escape(key)}" for key in renamed], renamed[0], [_Unpack(pattern)])
+
+
+def _empty_packed(layer: nn.Linear, pattern: NMPattern) -> PackedLinear:
+    """The packed layer that takes the place of ``layer`` before the weights are loaded."""
+    return PackedLinear(
+        layer.in_features, layer.out_features, pattern, layer.bias is not None, "meta", layer.weight.dtype
+    ).train(layer.training)
+
+
+def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A copy of ``model`` without data, in ``dtype``, that writes the state dict it is given and a changed config."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=cast, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    for layer in model.modules():
+        if isinstance(layer, NMLinear) and layer.mask is not None:
+            memo[id(layer.mask)] = None
+        elif isinstance(layer, PackedLinear):  # the index of shards counts parameters as those of the stock model
+            memo[id(layer)] = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, "meta", dtype or layer.weight.dtype
+            )
+    twin = copy.deepcopy(model, memo)
+    for loaded in ("hf_quantizer", "hf_device_map"):
+        twin.__dict__.pop(loaded, None)
+    return twin
+
+
+def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
+    layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
+    for key, tensor in state_dict.items():
+        prefix, _, leaf = key.rpartition(".")
+        layer = layers.get(prefix)
+        if tensor.is_meta:
+            raise ValueError(f"save: {key} is offloaded; load the model without offloading to save it")
+        if layer is None or leaf == "bias":
+            yield key, tensor
+        elif leaf == "weight":
+            if isinstance(layer, PackedLinear):
+                tensor = layer.dense_weight()
+            elif isinstance(layer, NMLinear):
+                current = layer.mask
+                if current is None or current.shape != tensor.shape:  # a shard's mask does not fit gathered weights
+                    current = magnitude_mask(tensor, layer.pattern)
+                tensor = apply_mask(tensor, current.to(tensor.device))
+            yield key, tensor
+
+
+def _packed_state_dict(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of the packed file, in an order that does not depend on where the model came from."""
+    patterns = sparse_layers(model)
+    cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
+    packed: dict[str, Tensor] = {}
+    for key, tensor in _dense_tensors(model, state_dict):
+        if tensor.is_floating_point():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            source = tensor
+            tensor = cast.setdefault(place, source.to(dtype))
+            if tensor.isinf().any() and not source.isinf().any():
+                raise ValueError(f"save_packed: {key} has numbers too large for {dtype}; choose bf16 or fp32")
+        prefix, _, leaf = key.rpartition(".")
+        if prefix in patterns and leaf == "weight":
+            both = pack(tensor, patterns[prefix], key)
+            packed[key], packed[prefix + _CODES] = both["weight"], both["weight_indices"]
+        else:
+            packed[key] = tensor
+    return dict(sorted(packed.items(), key=lambda item: dot_natural_key(item[0])))

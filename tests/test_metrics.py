@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU
+
+from hf_nmsparse.metrics import (
+    Comparison,
+    Evaluation,
+    Score,
+    TranslationScore,
+    compare,
+    evaluation_record,
+    score,
+    versions,
+)
+
+REFERENCES = [
+    "The cat sat on the mat today .",
+    "A dog ran through the park this morning .",
+    "Birds sing loudly in the early spring .",
+    "Rain fell on the quiet town all night .",
+]
+
+
+def drop_words(rate: float, seed: int, copies: int = 1) -> list[str]:
+    """The references without a fraction of their words."""
+    rng = random.Random(seed)
+    return [" ".join(w for w in text.split() if rng.random() > rate) for text in REFERENCES * copies]
+
+
+def test_identical_texts_score_100() -> None:
+    result = score(REFERENCES, REFERENCES)
+    assert result.bleu == pytest.approx(100)
+    assert result.chrf == pytest.approx(100)
+    assert result.sentences == 4
+
+
+def test_nothing_in_common_scores_0() -> None:
+    assert score(["xyz qqq"], ["The cat sat"]).bleu == 0
+
+
+def test_bleu_by_hand() -> None:
+    # 5 tokens against 6: 4 of 5 unigrams, 2 of 4 bigrams, 1 of 3 trigrams match, no 4-gram of 2, which "exp" smooths to
+    # 1/2 of one match; the brevity penalty is exp(1 - 6/5).
+    expected = 100 * 2.718281828459045 ** (-1 / 5) * (4 / 5 * 2 / 4 * 1 / 3 * 1 / (2 * 2)) ** 0.25
+    assert score(["a b c x e"], ["a b c d e f"]).bleu == pytest.approx(expected)
+
+
+def test_signature_tells_how_it_was_scored() -> None:
+    result = score(REFERENCES, REFERENCES)
+    assert result.signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert result.chrf_signature.startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+    assert result.signature in str(result)
+    assert result.chrf_signature in str(result)
+
+
+def test_agrees_with_the_sacrebleu_command(tmp_path: Path) -> None:
+    hypotheses = drop_words(0.2, seed=1)
+    (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n", encoding="utf-8")
+    (tmp_path / "hyp").write_text("\n".join(hypotheses) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", "ref", "-i", "hyp", "-m", "bleu", "chrf", "-w", "6", "--force"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    bleu, chrf = json.loads(done.stdout)
+    result = score(hypotheses, REFERENCES)
+    assert result.bleu == pytest.approx(bleu["score"], abs=1e-6)
+    assert result.chrf == pytest.approx(chrf["score"], abs=1e-6)
+    assert (result.signature, result.chrf_signature) == (bleu["signature"], chrf["signature"])
+
+
+def test_several_references_may_differ_in_number() -> None:
+    result = score(["a b c d", "e f g h"], [["x", "a b c d"], ["e f g h"]])
+    assert result.bleu == pytest.approx(100)
+    assert "nrefs:var" in result.signature
+
+
+def test_a_tokenizer_for_chinese_shows_in_the_signature() -> None:
+    assert "tok:zh" in score(["我爱你们"], ["我爱你们"], tokenize="zh").signature
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "message"),
+    [
+        ([], [], "there are no translations"),
+        (["a"], [], "1 translations but 0 references; they must be aligned line by line"),
+        (["a", "b"], ["a"], "2 translations but 1 references"),
+        ("a", ["a"], "translations are a list of texts, got one text"),
+        (["a"], "a", "references are a list of texts, got one text"),
+        (["a", None], ["a", "b"], "sentence 1 of the translations is no text but NoneType"),
+        ([b"a"], ["a"], "sentence 0 of the translations is no text but bytes"),
+        (["a"], [3], "sentence 0 needs a text, or a list of texts, as reference, got 3"),
+        (["a"], [[]], "as reference, got []"),
+        (["a"], [["a", None]], "as reference, got ['a', None]"),
+    ],
+)
+def test_bad_corpora(hypotheses: Any, references: Any, message: str) -> None:
+    for scored in (score, lambda h, r: compare(h, h, r), lambda h, r: compare(h, h, r, samples=100)):
+        with pytest.raises(ValueError, match=r"^score: ") as raised:
+            scored(hypotheses, references)
+        assert message in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_tokenizer_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="tokenize 'moses' is unknown; sacreBLEU knows none, zh, 13a"):
+        score(["a"], ["a"], tokenize="moses")
+
+
+def test_a_system_compared_with_itself() -> None:
+    texts = drop_words(0.1, seed=0)
+    result = compare(texts, texts, REFERENCES)
+    assert (result.difference, result.interval, result.p) == (0, (0, 0), 1)
+    assert result.verdict == "no difference shown"
+
+
+def test_a_clear_difference_has_a_sign() -> None:
+    good, bad = drop_words(0.05, seed=0, copies=20), drop_words(0.4, seed=1, copies=20)
+    up, down = compare(good, bad, REFERENCES * 20, samples=200), compare(bad, good, REFERENCES * 20, samples=200)
+    assert up.verdict == "better than the baseline"
+    assert down.verdict == "worse than the baseline"
+    assert up.p == down.p == pytest.approx(2 / 201)
+    assert up.interval[0] > 0
+    assert up.interval == (-down.interval[1], -down.interval[0])
+    assert up.interval[0] < up.difference < up.interval[1]
+
+
+def test_like_systems_show_no_difference() -> None:
+    first, second = drop_words(0.2, seed=0, copies=20), drop_words(0.2, seed=1, copies=20)
+    result = compare(first, second, REFERENCES * 20, samples=200)
+    assert result.verdict == "no difference shown"
+    assert result.interval[0] < 0 < result.interval[1]
+    assert "no difference shown" in str(result)
+
+
+def test_resamples_are_those_of_sacrebleu() -> None:
+    # Against a baseline of BLEU 0, the differences are the system's own scores.
+    texts, nothing = drop_words(0.2, seed=0, copies=5), ["xyz"] * 20
+    result = compare(texts, nothing, REFERENCES * 5)
+    theirs = BLEU(force=True).corpus_score(texts, [REFERENCES * 5], n_bootstrap=1000)
+    low, high = result.interval
+    assert result.bleu == theirs.score
+    # They take the 26th smallest and largest score of 1000, and the interval here the 25th.
+    assert (high - low) / 2 == pytest.approx(theirs._ci, rel=0.03)
+
+
+def test_the_test_is_repeatable_and_the_seed_counts() -> None:
+    first, second = drop_words(0.2, seed=0, copies=5), drop_words(0.2, seed=1, copies=5)
+    one, again, other = (compare(first, second, REFERENCES * 5, samples=100, seed=seed) for seed in (1, 1, 2))
+    assert one == again
+    assert one.interval != other.interval
+
+
+def test_a_baseline_that_is_not_aligned() -> None:
+    with pytest.raises(ValueError, match="1 baseline translations but 4 references"):
+        compare(REFERENCES, ["a"], REFERENCES)
+
+
+def test_too_few_samples() -> None:
+    with pytest.raises(ValueError, match="takes at least 100 samples, got 10"):
+        compare(REFERENCES, REFERENCES, REFERENCES, samples=10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(alphabet="ab .", max_size=8), min_size=1, max_size=6))
+def test_the_interval_agrees_with_the_p_value(texts: list[str]) -> None:
+    references = ["a b a b"] * len(texts)
+    result = compare(texts, references, references, samples=1000)
+    assert 0 < result.p <= 1
+    assert (result.p < 0.05) == (not result.interval[0] <= 0 <= result.interval[1])
+
+
+def test_the_metric_of_evaluate_works_offline() -> None:
+    texts = drop_words(0.1, seed=0)
+    expected = score(texts, REFERENCES)
+    result = TranslationScore().compute(predictions=texts, references=REFERENCES)
+    assert result == {
+        "bleu": expected.bleu,
+        "chrf": expected.chrf,
+        "signature": expected.signature,
+        "chrf_signature": expected.chrf_signature,
+        "sentences": 4,
+    }
+    assert TranslationScore().compute(predictions=texts, references=[[r] for r in REFERENCES]) == result
+
+
+def test_the_metric_of_evaluate_takes_batches_and_a_tokenizer() -> None:
+    metric = TranslationScore()
+    for text in REFERENCES:
+        metric.add(prediction=text, reference=text)
+    metric.add_batch(predictions=REFERENCES, references=REFERENCES)
+    result = metric.compute(tokenize="char")
+    assert result["sentences"] == 8
+    assert "tok:char" in result["signature"]
+
+
+@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"]), ([1], ["a"]), ("a", "a")])
+def test_the_metric_of_evaluate_checks_its_input(predictions: Any, references: Any) -> None:
+    with pytest.raises(ValueError, match=r"^score: .*predictions"):
+        TranslationScore().compute(predictions=predictions, references=references)
+
+
+RUN: dict[str, Any] = {
+    "corpus": "multi30k",
+    "split": "test",
+    "model": "tiny Transformer",
+    "method": "sr-ste",
+    "seed": 1,
+    "steps": 100,
+    "dense_bytes": 1000,
+}
+
+
+def record(**changes: Any) -> Evaluation:
+    """A record of a made-up run."""
+    return evaluation_record(Score(30.123, 50.5, "sig|b", "sig|c", 1000), **{**RUN, **changes})
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    comparison = Comparison(30.123, 31.0, (-2.0, 0.25), 0.12, 1000, 12345, "sig|b", 1000)
+    written = evaluation_record(Score(30.123, 50.5, "sig|b", "sig|c", 1000), comparison, **RUN)
+    path = tmp_path / "new" / "run.json"
+    written.write(path)
+    assert Evaluation.read(path) == written
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert list(stored) == sorted(stored)
+    assert stored["against_dense"] == {
+        "bleu_dense": 31.0,
+        "difference": 30.123 - 31.0,
+        "interval": [-2.0, 0.25],
+        "p": 0.12,
+        "samples": 1000,
+        "seed": 12345,
+        "verdict": "no difference shown",
+    }
+    assert stored["bleu"] == 30.123
+    assert stored["versions"] == versions()
+    assert stored["threads"] >= 1
+    assert stored["packed_bytes"] is None
+
+
+def test_versions_name_all_that_counts() -> None:
+    names = {"python", "torch", "transformers", "accelerate", "datasets", "sacrebleu", "hf_nmsparse"}
+    assert set(versions()) == names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blue": 3}, "key 'blue' is unknown"),
+        ({"bleu": "30"}, "bleu is float or int, got '30'"),
+        ({"seed": 1.5}, "seed is int, got 1.5"),
+        ({"seed": True}, "seed is int, got True"),
+        ({"decay": "x"}, "decay is float or null or int, got 'x'"),
+        ({"chrf": float("nan")}, "chrf is float or int, got nan"),
+        ({"versions": None}, "versions is dict, got None"),
+        ({"pattern": "4:2"}, "N:M needs 1 <= N < M"),
+    ],
+)
+def test_a_bad_record_names_file_and_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**record().to_dict(), **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.json: ") as raised:
+        Evaluation.read(path)
+    assert message in str(raised.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    values = record(decay=1).to_dict()
+    del values["signature"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.json: key 'signature' is missing"):
+        Evaluation.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_file_that_is_no_record(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.json: "):
+        Evaluation.read(path)
+    with pytest.raises(ValueError, match=r"none\.json: cannot be read"):
+        Evaluation.read(tmp_path / "none.json")
+
+
+def test_a_record_wants_its_facts() -> None:
+    with pytest.raises(ValueError, match="'method' is missing"):
+        evaluation_record(score(["a"], ["a"]), corpus="c", split="s", model="m", seed=1, steps=1, dense_bytes=1)
+    with pytest.raises(ValueError, match="'patern' is unknown"):
+        record(patern="2:4")
+
+
+def test_the_comparison_must_be_of_the_same_translations() -> None:
+    comparison = Comparison(29.0, 31.0, (-2.0, 0.25), 0.12, 1000, 12345, "sig|b", 1000)
+    with pytest.raises(ValueError, match="compare the same translations"):
+        evaluation_record(Score(30.0, 50.5, "b", "c", 1000), comparison, **RUN)
+
+
+def test_a_record_is_frozen_and_can_be_replaced() -> None:
+    assert replace(record(), seed=2).seed == 2
+
+
+@pytest.fixture(autouse=True)
+def _no_advice() -> Any:
+    """sacreBLEU takes the spaces before full stops here for forgotten detokenisation."""
+    logger = logging.getLogger("sacrebleu")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)

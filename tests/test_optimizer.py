@@ -1,0 +1,416 @@
+"""SparseStep: the rule exactly once per optimizer step, masks and flips after it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.optimizer import Flips, SparseStep, check_method
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.sparsify import sparsify
+
+PATTERN = NMPattern(2, 4)
+METHODS = [("sr-ste", 0.25), ("sr-ste-decoupled", 0.25), ("ste", None), ("asp", None)]
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    sparsify(model, NMSparseConfig(PATTERN))
+    return model
+
+
+def layers_of(model: nn.Module) -> list[NMLinear]:
+    return [module for module in model.modules() if isinstance(module, NMLinear)]
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def close(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, second, strict=True))
+
+
+def loss(model: nn.Module, input: Tensor) -> Tensor:
+    result: Tensor = model(input).square().mean()
+    return result
+
+
+def one_row(values: list[float]) -> NMLinear:
+    """A layer of one group, whose gradient the tests write themselves."""
+    layer = NMLinear.from_linear(nn.Linear(len(values), 1, bias=False), PATTERN)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([values]))
+    return layer
+
+
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_accumulation_makes_no_difference(method: str, decay: float | None) -> None:
+    start, input = network(), torch.randn(8, 8)
+    results = []
+    for parts in (1, 4):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        SparseStep(model, optimizer, method, decay)
+        for _ in range(5):
+            optimizer.zero_grad()
+            for part in input.chunk(parts):
+                (loss(model, part) / parts).backward()
+            optimizer.step()
+        results.append(state_of(model))
+    assert close(*results)
+    assert not close(results[0], state_of(start))
+
+
+def test_the_term_comes_after_clipping() -> None:
+    layer = one_row([4.0, 3.0, 2.0, -1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    SparseStep(layer, optimizer, "sr-ste", 0.5)
+    layer.weight.grad = torch.tensor([[0.0, 3000.0, 0.0, 4000.0]])
+    torch.nn.utils.clip_grad_norm_(layer.parameters(), 5.0)
+    optimizer.step()
+    # the clipped gradient is 0, 3, 0, 4; a term added before it would have vanished in the norm
+    expected = torch.tensor([[4.0, 3.0 - 3.0, 2.0 - 0.5 * 2.0, -1.0 - 4.0 + 0.5 * 1.0]])
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-4)
+
+
+def train(model: nn.Module, scale: float | None, fused: bool, method: str, decay: float | None) -> list[Tensor]:
+    """Three steps of AdamW, under a loss scaler of a fixed scale if one is given."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    SparseStep(model, optimizer, method, decay)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss(model, torch.full((2, 8), 1.0 + step))).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    return state_of(model)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_an_unscaled_loss_scaler_makes_no_difference(method: str, decay: float | None, fused: bool) -> None:
+    start = network()
+    without = train(copy.deepcopy(start), None, fused, method, decay)
+    assert same(train(copy.deepcopy(start), 2.0**10, fused, method, decay), without)  # powers of two round nothing
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("method", "decay"), METHODS)
+def test_a_step_that_the_scaler_skips_changes_nothing(method: str, decay: float | None, fused: bool) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    step = SparseStep(model, optimizer, method, decay)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def scaled_step(infinite: bool) -> None:
+        optimizer.zero_grad()
+        scaler.scale(loss(model, torch.ones(2, 8))).backward()
+        first = layers_of(model)[0].weight.grad
+        assert first is not None
+        if infinite:
+            first[0, 0] = math.inf
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    before = state_of(model)
+    scaled_step(infinite=True)
+    assert same(state_of(model), before)
+    assert step.take_flips() == {}
+    scaled_step(infinite=False)
+    assert not same(state_of(model), before)
+    masks, before = [layer.current_mask().clone() for layer in layers_of(model)], state_of(model)
+    assert set(step.take_flips()) == {"0", "2"}
+    scaled_step(infinite=True)
+    assert same(state_of(model), before)
+    assert same([layer.current_mask() for layer in layers_of(model)], masks)
+    assert step.take_flips() == {}
+
+
+def test_gradients_that_are_still_scaled_are_refused() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    SparseStep(model, optimizer, "sr-ste", 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    before = state_of(model)
+    scaler.scale(loss(model, torch.ones(2, 8))).backward()
+    message = r"still scaled; call scaler.unscale_\(optimizer\) before scaler.step\(optimizer\)"
+    with pytest.raises(ValueError, match=message):
+        scaler.step(optimizer)
+    assert same(state_of(model), before)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closure_is_refused(keyword: bool) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    SparseStep(model, optimizer, "sr-ste", 0.1)
+
+    def closure() -> float:
+        raise AssertionError("the step went on")
+
+    arguments: tuple[list[Any], dict[str, Any]] = ([], {"closure": closure}) if keyword else ([closure], {})
+    with pytest.raises(ValueError, match="a closure computes gradients after the rule has run"):
+        optimizer.step(*arguments[0], **arguments[1])
+    loss(model, torch.ones(2, 8)).backward()
+    before = state_of(model)
+    optimizer.step(None)  # accelerate passes it on
+    assert not same(state_of(model), before)
+
+
+@pytest.mark.parametrize(("method", "decay"), [("sr-ste", 0.5), ("sr-ste-decoupled", 0.5)])
+def test_frozen_weights_are_left_alone(method: str, decay: float) -> None:
+    outside, frozen, no_gradient, trained = (one_row([4.0, 3.0, 2.0, 1.0]) for _ in range(4))
+    model = nn.ModuleList([outside, frozen, no_gradient, trained])
+    frozen.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([layer.weight for layer in (frozen, no_gradient, trained)], lr=0.5)
+    SparseStep(model, optimizer, method, decay)
+    outside.weight.grad = torch.zeros(1, 4)
+    trained.weight.grad = torch.zeros(1, 4)
+    optimizer.step()
+    for layer in (outside, frozen, no_gradient):
+        assert layer.weight.tolist() == [[4.0, 3.0, 2.0, 1.0]]
+    assert outside.weight.grad.tolist() == [[0.0] * 4]
+    assert trained.weight.tolist() == [[4.0, 3.0, 1.5, 0.75]]
+
+
+def test_each_weight_decays_at_the_rate_of_its_group() -> None:
+    first, second = one_row([4.0, 3.0, 2.0, 1.0]), one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = torch.optim.SGD([{"params": [first.weight], "lr": 0.5}, {"params": [second.weight], "lr": 0.25}])
+    SparseStep(nn.ModuleList([first, second]), optimizer, "sr-ste-decoupled", 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2.0**-step)
+    for _ in range(2):
+        first.weight.grad, second.weight.grad = torch.zeros(1, 4), torch.zeros(1, 4)
+        optimizer.step()
+        scheduler.step()
+    assert first.weight.tolist() == [[4.0, 3.0, 2 * (1 - 0.5) * (1 - 0.25), (1 - 0.5) * (1 - 0.25)]]
+    assert second.weight.tolist() == [[4.0, 3.0, 2 * (1 - 0.25) * (1 - 0.125), (1 - 0.25) * (1 - 0.125)]]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_masks_follow_the_weights(fused: bool) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, fused=fused)
+    step = SparseStep(model, optimizer, "sr-ste")
+    before = [layer.current_mask().clone() for layer in layers_of(model)]
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model, torch.randn(4, 8)).backward()
+        optimizer.step()
+        for layer in layers_of(model):
+            assert layer.mask is not None
+            assert torch.equal(layer.mask, magnitude_mask(layer.weight, PATTERN))
+    assert not same([layer.current_mask() for layer in layers_of(model)], before)
+    assert sum(flips.sad for flips in step.take_flips().values()) > 0
+
+
+def set_weight(layer: NMLinear, optimizer: torch.optim.Optimizer, values: list[float]) -> None:
+    """A step of SGD at rate 1 that leads to ``values``."""
+    layer.weight.grad = layer.weight.detach() - torch.tensor([values])
+    optimizer.step()
+    assert layer.weight.tolist() == [values]
+
+
+def test_flips_by_hand_over_three_steps() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0, 4.0, 3.0, 2.0, 1.0])  # 1100 1100
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    step = SparseStep(layer, optimizer, "ste")
+    assert step.take_flips() == {}
+    set_weight(layer, optimizer, [4.0, 2.0, 3.0, 1.0, 4.0, 3.0, 2.0, 1.0])  # 1010 1100: 2 entries
+    set_weight(layer, optimizer, [1.0, 3.0, 2.0, 4.0, 1.0, 2.0, 3.0, 4.0])  # 0101 0011: 4 + 4
+    set_weight(layer, optimizer, [1.0, 4.0, 2.0, 3.0, 2.0, 1.0, 4.0, 3.0])  # 0101 0011: 0
+    assert step.take_flips() == {"": Flips(sad=10 / 3, weights=8)}
+    assert step.take_flips() == {}
+    set_weight(layer, optimizer, [1.0, 4.0, 3.0, 2.0, 2.0, 1.0, 4.0, 3.0])  # 0110 0011: 2
+    (flips,) = step.take_flips().values()
+    assert (flips.sad, flips.weights, flips.rate) == (2.0, 8, 0.25)
+
+
+def test_flips_go_by_layer() -> None:
+    model = nn.ModuleDict({"still": one_row([4.0, 3.0, 2.0, 1.0]), "moving": one_row([4.0, 3.0, 2.0, 1.0])})
+    moving = model["moving"]
+    assert isinstance(moving, NMLinear)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = SparseStep(model, optimizer, "ste")
+    set_weight(moving, optimizer, [1.0, 2.0, 3.0, 4.0])
+    assert step.take_flips() == {"still": Flips(0.0, 4), "moving": Flips(4.0, 4)}
+
+
+def test_weights_loaded_between_steps_get_their_own_masks() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    SparseStep(layer, optimizer, "sr-ste", 0.5)
+    set_gradient = torch.zeros(1, 4)
+    layer.weight.grad = set_gradient.clone()
+    optimizer.step()
+    layer.load_state_dict({"weight": torch.tensor([[1.0, 2.0, 3.0, 4.0]])})
+    layer.weight.grad = set_gradient.clone()
+    optimizer.step()
+    assert layer.weight.tolist() == [[0.5, 1.0, 3.0, 4.0]]
+
+
+def test_remove_takes_the_hooks_off() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = SparseStep(model, optimizer, "sr-ste", 0.5)
+    loss(model, torch.ones(2, 8)).backward()
+    optimizer.step()
+    step.take_flips()
+    step.remove()
+    assert all(layer.mask is None for layer in layers_of(model))
+    before = state_of(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert same(state_of(model), before)
+    assert step.take_flips() == {}
+
+
+def test_a_removed_asp_step_lets_masks_follow_again() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    SparseStep(layer, optimizer, "asp").remove()
+    assert not layer.fixed_mask
+    set_weight(layer, optimizer, [1.0, 2.0, 3.0, 4.0])
+    assert layer.current_mask().tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_asp_keeps_pruned_weights_at_exactly_zero(fused: bool) -> None:
+    model = network()
+    masks = [layer.current_mask() for layer in layers_of(model)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+    step = SparseStep(model, optimizer, "asp")
+    before = state_of(model)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(model, torch.randn(4, 8)).backward()
+        optimizer.step()
+        for layer, mask in zip(layers_of(model), masks, strict=True):
+            assert torch.equal(layer.weight[~mask], torch.zeros(int((~mask).sum())))
+            assert torch.equal(layer.current_mask(), mask)
+    assert all(
+        (after[mask] != start[mask]).all()
+        for after, start, mask in zip(
+            [layer.weight for layer in layers_of(model)], [before[0], before[2]], masks, strict=True
+        )
+    )
+    assert all(flips.sad == 0 for flips in step.take_flips().values())
+
+
+def test_asp_survives_the_loading_of_a_checkpoint() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    SparseStep(layer, optimizer, "asp")
+    assert layer.weight.tolist() == [[4.0, 3.0, 0.0, 0.0]]
+    layer.load_state_dict({"weight": torch.tensor([[0.0, 3.0, 0.0, 0.0]])})  # a kept weight became zero
+    layer.weight.grad = torch.tensor([[-1.0, 0.0, -1.0, -1.0]])
+    optimizer.step()
+    assert layer.weight.tolist() == [[1.0, 3.0, 0.0, 0.0]]
+
+
+def test_a_module_used_twice_gets_the_term_once() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = SparseStep(model, optimizer, "sr-ste", 0.5)
+    layer.weight.grad = torch.zeros(1, 4)
+    optimizer.step()
+    assert layer.weight.tolist() == [[4.0, 3.0, 1.0, 0.5]]
+    assert list(step.take_flips()) == ["0"]
+
+
+def test_a_weight_tied_after_sparsify_gets_the_term_once() -> None:
+    first, second = one_row([4.0, 3.0, 2.0, 1.0]), one_row([0.0] * 4)
+    second.weight = first.weight
+    model = nn.ModuleList([first, second])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    SparseStep(model, optimizer, "sr-ste", 0.5)
+    first.weight.grad = torch.zeros(1, 4)
+    optimizer.step()
+    assert first.weight.tolist() == [[4.0, 3.0, 1.0, 0.5]]
+
+
+def test_nan_is_found_at_the_step_that_makes_it() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    SparseStep(layer, optimizer, "ste")
+    layer.weight.grad = torch.tensor([[0.0, math.nan, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="holds NaN, which has no rank; check the loss"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("method", "decay", "message"),
+    [
+        ("sgd", None, "got 'sgd'; the methods are ste, sr-ste, sr-ste-decoupled, asp"),
+        ("dense", 0.0, "got 'dense'"),
+        ("sr-ste", -1e-4, "needs a finite number >= 0, got -0.0001"),
+        ("sr-ste", math.nan, "needs a finite number >= 0, got nan"),
+        ("sr-ste-decoupled", math.inf, "needs a finite number >= 0, got inf"),
+        ("ste", 0.1, "'ste' has no decay, got 0.1; leave it at 0 or choose 'sr-ste'"),
+        ("asp", 0.1, "'asp' has no decay, got 0.1"),
+    ],
+)
+def test_bad_arguments_are_refused(method: str, decay: float | None, message: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        SparseStep(model, optimizer, method, decay)
+    with pytest.raises(ValueError, match=message):
+        check_method(method, decay)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "used"),
+    [("sr-ste", None, 2e-4), ("sr-ste", 0.0, 0.0), ("sr-ste", 0.3, 0.3), ("ste", None, 0.0), ("ste", 0.0, 0.0)],
+)
+def test_the_decay_in_use(method: str, given: float | None, used: float) -> None:
+    assert check_method(method, given) == used
+
+
+def test_a_dense_model_is_refused() -> None:
+    model = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="the model has no N:M layer; call sparsify"):
+        SparseStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "ste")
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the optimizer holds no sparse weight; build it from this model's parameters"):
+        SparseStep(model, optimizer, "sr-ste")
+
+
+def test_the_loop_of_the_docstring_trains() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    SparseStep(model, optimizer, method="sr-ste", decay=2e-4)
+    input, target = torch.randn(32, 8), torch.randn(32, 4)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        value = (model(input) - target).square().mean()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.5 * losses[0]
+    finalised = copy.deepcopy(model)
+    for layer in layers_of(finalised):
+        layer.finalize()
+        assert torch.equal(layer.weight, apply_mask(layer.weight, magnitude_mask(layer.weight, PATTERN)))
+    assert torch.equal(finalised(input), model(input))

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packing import (
+    VALUE_DTYPES,
+    PackedFormatError,
+    check_packed,
+    code_bits,
+    decode,
+    encode,
+    pack,
+    packed_bytes,
+    packed_shapes,
+    unpack,
+)
+from hf_nmsparse.pattern import NMPattern
+
+TWO_OF_FOUR = NMPattern(2, 4)
+PATTERNS = [NMPattern(n, m) for m in range(2, 17) for n in range(1, m)]
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+NUMBERS = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 3.0, -3.0, 2.0**-20, -(2.0**-20), 60000.0]
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left.view(BITS[left.dtype]), right.view(BITS[right.dtype]))
+
+
+def row_of_codes(codes: list[int], bits: int) -> list[int]:
+    """The definition: one long number, least significant bit first."""
+    number = sum(code << (bits * place) for place, code in enumerate(codes))
+    return list(number.to_bytes(-(-len(codes) * bits // 8), "little"))
+
+
+def test_codes_of_two_of_four_are_those_of_the_format() -> None:
+    mask = [
+        [1, 1, 0, 0],  # 0 = {0, 1}
+        [1, 0, 1, 0],  # 1 = {0, 2}
+        [1, 0, 0, 1],  # 2 = {0, 3}
+        [0, 1, 1, 0],  # 3 = {1, 2}
+        [0, 1, 0, 1],  # 4 = {1, 3}
+        [0, 0, 1, 1],  # 5 = {2, 3}
+        [1, 1, 0, 0],
+        [1, 0, 1, 0],
+    ]
+    one_row = torch.tensor(mask, dtype=torch.bool).reshape(1, 32)
+    assert encode(one_row, TWO_OF_FOUR).tolist() == [[0b10_001_000, 0b1_100_011_0, 0b001_000_10]]
+    a_group_a_row = torch.tensor(mask, dtype=torch.bool)
+    assert encode(a_group_a_row, TWO_OF_FOUR).tolist() == [[0], [1], [2], [3], [4], [5], [0], [1]]
+
+
+def test_pack_by_hand() -> None:
+    weight = torch.tensor(
+        [
+            [0.0, 5.0, 0.0, -2.0, 3.0, 0.0, 4.0, 0.0],
+            [0.0, 0.0, 0.0, 7.0, 0.0, 0.0, 0.0, 0.0],
+        ]
+    )
+    packed = pack(weight, TWO_OF_FOUR)
+    assert packed["weight"].tolist() == [[5.0, -2.0, 3.0, 4.0], [0.0, 7.0, 0.0, 0.0]]
+    assert packed["weight_indices"].tolist() == [[4 | 1 << 3], [2 | 0 << 3]]
+    assert same_bits(unpack(packed["weight"], packed["weight_indices"], TWO_OF_FOUR), weight)
+
+
+def test_free_places_go_to_negative_zeros_first() -> None:
+    weight = torch.tensor([[0.0, 0.0, 1.0, -0.0], [-0.0, 0.0, 0.0, -0.0], [-0.0, -0.0, -0.0, 2.0]])
+    packed = pack(weight, TWO_OF_FOUR)
+    assert packed["weight_indices"].tolist() == [[5], [2], [2]]
+    back = unpack(packed["weight"], packed["weight_indices"], TWO_OF_FOUR)
+    assert same_bits(back[:2], weight[:2])
+    # Three -0.0 beside a number do not fit into two places: the last two lose their sign.
+    assert same_bits(back[2], torch.tensor([-0.0, 0.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_codes_are_lexicographic_ranks(pattern: NMPattern) -> None:
+    sets = list(combinations(range(pattern.m), pattern.n))
+    assert code_bits(pattern) == max(1, (len(sets) - 1).bit_length())
+    step = max(1, len(sets) // 500)
+    ranks = [*range(0, len(sets), step), len(sets) - 1]
+    mask = torch.zeros(1, len(ranks), pattern.m, dtype=torch.bool)
+    for place, rank in enumerate(ranks):
+        mask[0, place, list(sets[rank])] = True
+    mask = mask.reshape(1, -1)
+    codes = encode(mask, pattern)
+    assert codes.tolist() == [row_of_codes(ranks, code_bits(pattern))]
+    assert torch.equal(decode(codes, pattern, len(ranks)), mask)
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(16, 32), NMPattern(1, 32), NMPattern(31, 32), NMPattern(9, 25)], ids=str)
+def test_wide_patterns_need_no_table(pattern: NMPattern) -> None:
+    first = [1] * pattern.n + [0] * (pattern.m - pattern.n)
+    mask = torch.tensor([first, first[::-1]], dtype=torch.bool)
+    bits = code_bits(pattern)
+    codes = encode(mask, pattern)
+    assert codes.tolist() == [row_of_codes([0], bits), row_of_codes([comb(pattern.m, pattern.n) - 1], bits)]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 11 * pattern.m, generator=generator)
+    weight = apply_mask(weight, magnitude_mask(weight, pattern))
+    packed = pack(weight, pattern)
+    assert same_bits(unpack(packed["weight"], packed["weight_indices"], pattern), weight)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_round_trip_is_exact(data: st.DataObject) -> None:
+    pattern = data.draw(st.sampled_from(PATTERNS))
+    rows, groups = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 19))
+    dtype = data.draw(st.sampled_from(list(VALUE_DTYPES.values())))
+    seed = data.draw(st.integers(0, 2**31 - 1))
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.tensor(data.draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=6)))
+    picks = torch.randint(len(pool), (rows, groups * pattern.m), generator=generator)
+    master = pool[picks]
+    weight = apply_mask(master, magnitude_mask(master, pattern)).to(dtype)
+
+    packed = pack(weight, pattern)
+    values, codes = packed["weight"], packed["weight_indices"]
+    assert (values.shape, codes.shape) == packed_shapes(rows, groups * pattern.m, pattern)
+    assert values.dtype == dtype
+    size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
+    assert size == packed_bytes(rows, groups * pattern.m, pattern, dtype)
+    check_packed(values, codes, pattern, dtype, (rows, groups * pattern.m))
+    back = unpack(values, codes, pattern)
+    assert same_bits(back, weight)
+    again = pack(back, pattern)
+    assert same_bits(again["weight"], values)
+    assert torch.equal(again["weight_indices"], codes)
+
+
+def test_sizes() -> None:
+    dense = 512 * 2048 * 2
+    assert packed_bytes(512, 2048, TWO_OF_FOUR, torch.bfloat16) * 64 == dense * 35
+    assert {str(p): code_bits(p) for p in map(NMPattern.parse, ["2:4", "4:8", "2:8", "1:4", "1:16", "16:32"])} == {
+        "2:4": 3,
+        "4:8": 7,
+        "2:8": 5,
+        "1:4": 2,
+        "1:16": 4,
+        "16:32": 30,
+    }
+
+
+def test_gradients_reach_the_values() -> None:
+    packed = pack(torch.tensor([[0.0, 5.0, 0.0, -2.0]]), TWO_OF_FOUR)
+    values = packed["weight"].requires_grad_()
+    (unpack(values, packed["weight_indices"], TWO_OF_FOUR) * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    assert values.grad.tolist() == [[2.0, 4.0]]
+
+
+def test_writer_refuses_what_it_would_have_to_round() -> None:
+    weight = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"^pack: fc1.weight has 2 groups with more than 2 non-zero weights"):
+        pack(weight, TWO_OF_FOUR, "fc1.weight")
+    with pytest.raises(ValueError, match=r"fc1\.weight holds NaN or infinity"):
+        pack(torch.tensor([[float("inf"), 0.0, 0.0, 0.0]]), TWO_OF_FOUR, "fc1.weight")
+    with pytest.raises(ValueError, match="must be a matrix in fp32, fp16 or bf16"):
+        pack(torch.zeros(4, 4, dtype=torch.float64), TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="in_features 6 is not a multiple of 4"):
+        pack(torch.zeros(4, 6), TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="keeps exactly 2"):
+        encode(torch.tensor([[True, False, False, False]]), TWO_OF_FOUR)
+
+
+def test_unpack_never_reads_beyond_its_input() -> None:
+    values, codes = torch.ones(1, 4), torch.tensor([[0o00]], dtype=torch.uint8)
+    for code in (6, 7):
+        with pytest.raises(ValueError, match=f"code {code} is out of range; 2:4 has the codes 0 to 5"):
+            unpack(values, codes + (code << 3), TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="need uint8 codes of 1 bytes a row"):
+        unpack(values, torch.zeros(1, 2, dtype=torch.uint8), TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="need uint8 codes"):
+        unpack(values, codes.to(torch.int8), TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="multiple of 2 columns"):
+        unpack(torch.ones(1, 3), codes, TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="2 rows of values and 1 rows of codes"):
+        unpack(torch.ones(2, 4), codes, TWO_OF_FOUR)
+
+
+def test_check_names_file_key_and_rule() -> None:
+    values, codes = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.uint8)
+
+    def problem(
+        values: Tensor = values,
+        codes: Tensor = codes,
+        dtype: torch.dtype = torch.float32,
+        shape: tuple[int, int] = (1, 8),
+    ) -> str:
+        with pytest.raises(PackedFormatError) as caught:
+            check_packed(values, codes, TWO_OF_FOUR, dtype, shape, "fc1", "model.safetensors")
+        message = str(caught.value)
+        assert "\n" not in message
+        return message.removeprefix("model.safetensors: fc1.")
+
+    check_packed(values, codes, TWO_OF_FOUR, torch.float32, (1, 8))
+    assert problem(dtype=torch.bfloat16) == "weight: config.json declares values of torch.bfloat16, got torch.float32"
+    assert problem(codes=codes.to(torch.int64)) == "weight_indices: codes are uint8, got torch.int64"
+    assert problem(values=torch.ones(1, 3)) == "weight: values of 2:4 have rows of a multiple of 2, got [1, 3]"
+    assert problem(values=torch.ones(4)) == "weight: values of 2:4 have rows of a multiple of 2, got [4]"
+    assert problem(shape=(1, 12)) == "weight: the model's layer is [1, 12], got values of a layer [1, 8]"
+    assert problem(codes=codes.repeat(1, 2)).startswith("weight_indices: shape must be [1, 1] beside these values")
+    assert problem(codes=codes.repeat(2, 1)).startswith("weight_indices: shape must be [1, 1] beside these values")
+    assert problem(codes=codes + (1 << 6)) == "weight_indices: padding bits at the end of a row must be 0"
+    assert problem(codes=codes + (6 << 3)) == "weight_indices: codes of 2:4 are 0 to 5, got 6"
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert problem(values=values * bad) == "weight: values must be finite, got NaN or infinity"

@@ -1,0 +1,329 @@
+"""The verbs: which layers a configuration selects and why not the others, finalize, report."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
+from hf_nmsparse.layers import NMLinear, sparse_layers
+from hf_nmsparse.masks import apply_mask
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.sparsify import finalize, report, select_layers, sparsify
+from tests.tiny import marian
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.out_proj = nn.Linear(8, 8)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Attention()
+        self.fc1 = nn.Linear(8, 16)
+        self.fc2 = nn.Linear(16, 8)
+
+
+class Model(nn.Module):
+    """Two stacks of blocks, an odd layer, an embedding and an output head tied to it, as translation models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.encoder = nn.ModuleList([Block(), Block()])
+        self.decoder = nn.ModuleList([Block()])
+        self.odd = nn.Linear(6, 8)
+        self.unembed = nn.Linear(8, 12, bias=False)
+        self.unembed.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.unembed
+
+
+LAYERS = [
+    f"{block}.{layer}"
+    for block in ("encoder.0", "encoder.1", "decoder.0")
+    for layer in ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
+]
+
+
+def selected(targets: Any = None, ignore: Any = None) -> list[str]:
+    chosen, _ = select_layers(Model(), NMSparseConfig("2:4", targets, ignore))
+    return list(chosen)
+
+
+def test_every_layer_that_can_is_selected() -> None:
+    chosen, dense = select_layers(Model(), NMSparseConfig("2:4"))
+    assert list(chosen) == LAYERS
+    assert dense == {"odd": "in_features 6 is not a multiple of 4", "unembed": "the output head"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("fc1", ["encoder.0.fc1", "encoder.1.fc1", "decoder.0.fc1"]),
+        ("encoder.1.fc1", ["encoder.1.fc1"]),
+        ("0.fc2", ["encoder.0.fc2", "decoder.0.fc2"]),
+        ("self_attn.q_proj", [f"{block}.self_attn.q_proj" for block in ("encoder.0", "encoder.1", "decoder.0")]),
+        ("decoder", [name for name in LAYERS if name.startswith("decoder")]),
+        ("encoder.0", [name for name in LAYERS if name.startswith("encoder.0")]),
+        ("self_attn", [name for name in LAYERS if "self_attn" in name]),
+        ("decoder.*", [name for name in LAYERS if name.startswith("decoder")]),
+        ("*.fc?", [name for name in LAYERS if ".fc" in name]),
+        ("encoder.*.fc1", ["encoder.0.fc1", "encoder.1.fc1"]),
+        ("encoder.[1-9].fc1", ["encoder.1.fc1"]),
+        ("*_proj", [name for name in LAYERS if name.endswith("_proj")]),
+        ("*", LAYERS),
+    ],
+)
+def test_target_rules(rule: str, expected: list[str]) -> None:
+    assert selected(targets=[rule]) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "ignored"),
+    [
+        ("fc1", ["encoder.0.fc1", "encoder.1.fc1", "decoder.0.fc1"]),
+        ("encoder", [name for name in LAYERS if name.startswith("encoder")]),
+        ("encoder.0.*", [name for name in LAYERS if name.startswith("encoder.0")]),
+    ],
+)
+def test_ignore_rules(rule: str, ignored: list[str]) -> None:
+    chosen, dense = select_layers(Model(), NMSparseConfig("2:4", ignore=[rule]))
+    assert list(chosen) == [name for name in LAYERS if name not in ignored]
+    assert {name: dense[name] for name in ignored} == dict.fromkeys(ignored, f"ignore rule {rule!r}")
+
+
+def test_ignore_wins_over_targets_and_targets_leave_their_reason() -> None:
+    chosen, dense = select_layers(Model(), NMSparseConfig("2:4", ["decoder"], ["fc1"]))
+    assert list(chosen) == ["decoder.0.self_attn.q_proj", "decoder.0.self_attn.out_proj", "decoder.0.fc2"]
+    assert dense["decoder.0.fc1"] == "ignore rule 'fc1'"
+    assert dense["encoder.0.fc2"] == "no target rule matches"
+
+
+@pytest.mark.parametrize("field", ["targets", "ignore"])
+@pytest.mark.parametrize(
+    "rule", ["fc3", "attn", "c1", "fc", "FC1", "encoder.0.fc1.weight", "embed", "encoder.fc1", "x*"]
+)
+def test_a_rule_that_matches_nothing_is_refused_with_an_example(field: str, rule: str) -> None:
+    config = NMSparseConfig.from_dict({"pattern": "2:4", field: ["fc2", rule]})
+    with pytest.raises(
+        ValueError, match=f"{field} rule '{rule}' matches no linear layer .*'encoder.0.self_attn"
+    ) as error:
+        sparsify(Model(), config)
+    assert "fc2" not in str(error.value)
+
+
+def test_default_ignore_rules_may_match_nothing_and_leave_heads_dense() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), **{name: nn.Linear(8, 4) for name in DEFAULT_IGNORE}})
+    chosen, dense = select_layers(model, NMSparseConfig("2:4"))
+    assert list(chosen) == ["body"]
+    assert dense == {name: f"ignore rule {name!r}" for name in DEFAULT_IGNORE}
+    chosen, dense = select_layers(model, NMSparseConfig("2:4", ignore=[]))
+    assert list(chosen) == ["body", *DEFAULT_IGNORE]
+    assert dense == {}
+
+
+def test_the_head_and_ties_stay_dense_whatever_the_rules_say() -> None:
+    model = Model()
+    model.extra = nn.Linear(8, 12, bias=False)
+    model.extra.weight = model.embed.weight
+    chosen, dense = select_layers(model, NMSparseConfig("2:4", targets=["*"], ignore=[]))
+    assert list(chosen) == LAYERS
+    assert dense["unembed"] == "the output head"
+    assert dense["extra"] == "tied to embed"
+
+
+def test_two_linear_layers_with_one_weight_stay_dense() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    chosen, dense = select_layers(model, NMSparseConfig("2:4"))
+    assert list(chosen) == ["c"]
+    assert dense == {"a": "tied to b", "b": "tied to a"}
+
+
+def test_a_module_used_twice_is_one_layer() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert sparsify(model, NMSparseConfig("2:4")) == {}
+    assert model[0] is model[2]
+    assert sparse_layers(model) == {"0": NMPattern(2, 4)}
+
+
+def test_attention_that_reads_its_weight_stays_dense() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "body": nn.Linear(8, 8)})
+    chosen, dense = select_layers(model, NMSparseConfig("2:4"))
+    assert list(chosen) == ["body"]
+    assert dense == {"attention.out_proj": "its class is NonDynamicallyQuantizableLinear, not nn.Linear"}
+
+
+def test_an_encoder_layer_that_reads_its_weights_stays_dense() -> None:
+    # Its fast path in inference would multiply with the dense master.
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model.adapter = nn.Sequential(nn.Linear(8, 8))
+    chosen, dense = select_layers(model, NMSparseConfig("2:4"))
+    assert list(chosen) == ["adapter.0"]
+    assert dense["linear1"] == dense["linear2"] == "nn.TransformerEncoderLayer reads its weight without calling it"
+
+
+def test_another_subclass_stays_dense() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = nn.ModuleDict({"scaled": Scaled(8, 8), "body": nn.Linear(8, 8)})
+    assert sparsify(model, NMSparseConfig("2:4")) == {"scaled": "its class is Scaled, not nn.Linear"}
+    assert type(model["scaled"]) is Scaled
+
+
+def test_sparsify_changes_what_it_selects_and_nothing_else() -> None:
+    model = Model()
+    keys, state = list(model.state_dict()), {name: value.clone() for name, value in model.state_dict().items()}
+    dense = sparsify(model, NMSparseConfig("1:4", targets=["fc1"]))
+    chosen = ["encoder.0.fc1", "encoder.1.fc1", "decoder.0.fc1"]
+    assert sparse_layers(model) == dict.fromkeys(chosen, NMPattern(1, 4))
+    assert all(type(model.get_submodule(name)) is NMLinear for name in chosen)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in dense)
+    assert sorted([*chosen, *dense]) == sorted([*LAYERS, "odd", "unembed"])
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.unembed.weight is model.embed.weight
+
+
+def test_a_bare_linear_layer() -> None:
+    layer = nn.Linear(8, 4)
+    assert sparsify(layer, NMSparseConfig("2:4")) == {}
+    assert isinstance(layer, NMLinear)
+
+
+def test_sparsify_twice_is_refused() -> None:
+    model = Model()
+    sparsify(model, NMSparseConfig("2:4", targets=["fc1"]))
+    with pytest.raises(ValueError, match="the model is sparse already"):
+        sparsify(model, NMSparseConfig("2:4", targets=["fc2"]))
+    assert len(sparse_layers(model)) == 3
+
+
+def test_a_failed_sparsify_leaves_the_model_dense() -> None:
+    model = Model()
+    with pytest.raises(ValueError, match="rule 'nothing'"):
+        sparsify(model, NMSparseConfig("2:4", targets=["fc1", "nothing"]))
+    assert sparse_layers(model) == {}
+    sparsify(model, NMSparseConfig("2:4"))
+
+
+def test_a_model_without_a_layer_to_make_sparse_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no layer of the model can be 2:4 sparse \(it has no nn.Linear\)"):
+        sparsify(nn.Sequential(nn.ReLU()), NMSparseConfig("2:4"))
+    with pytest.raises(ValueError, match="targets rule 'fc1' matches no linear layer of the model$"):
+        sparsify(nn.Sequential(nn.ReLU()), NMSparseConfig("2:4", targets=["fc1"]))
+    with pytest.raises(ValueError, match=r"can be 4:8 sparse \(0: in_features 12 is not a multiple of 8\)"):
+        sparsify(nn.Sequential(nn.Linear(12, 8)), NMSparseConfig("4:8"))
+    with pytest.raises(ValueError, match=r"can be 2:4 sparse .*unembed: the output head"):
+        sparsify(Model(), NMSparseConfig("2:4", targets=["unembed"]))
+
+
+def test_a_hugging_face_model_remembers_the_configuration() -> None:
+    model = marian()
+    dense = sparsify(model, NMSparseConfig("2:4", targets=["fc1", "fc2"]))
+    assert len(sparse_layers(model)) == 8
+    assert dense["lm_head"] == "no target rule matches"
+    assert model.config.quantization_config == {
+        "quant_method": "nmsparse",
+        "format": "dense",
+        "pattern": "2:4",
+        "targets": ["fc1", "fc2"],
+    }
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@dataclass(frozen=True)
+class Settings:
+    width: int = 8
+
+
+@pytest.mark.parametrize("config", [{"width": 8}, Settings()], ids=["dict", "dataclass"])
+def test_a_configuration_of_another_kind_is_left_alone(config: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.config = config
+    sparsify(model, NMSparseConfig("2:4"))
+    assert config in ({"width": 8}, Settings())
+
+
+def test_finalize_masks_every_layer() -> None:
+    model = Model()
+    sparsify(model, NMSparseConfig("2:4", targets=["fc1", "fc2"]))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+    expected = {name: apply_mask(layer.weight.detach(), layer.current_mask()) for name, layer in layers.items()}
+    untouched = model.encoder[0].self_attn.q_proj.weight.clone()  # type: ignore[union-attr,operator]
+    finalize(model)
+    assert all(torch.equal(layer.weight, expected[name]) for name, layer in layers.items())
+    assert not any(torch.signbit(layer.weight[layer.weight == 0]).any() for layer in layers.values())
+    assert torch.equal(model.encoder[0].self_attn.q_proj.weight, untouched)  # type: ignore[union-attr,arg-type]
+
+
+def test_finalize_keeps_what_a_fixed_mask_keeps() -> None:
+    layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), NMPattern(2, 4))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    layer.mask, layer.fixed_mask = torch.tensor([[True, True, False, False]]), True
+    finalize(layer)
+    assert layer.weight.tolist() == [[1.0, 2.0, 0.0, 0.0]]
+
+
+def test_finalize_needs_a_sparse_model() -> None:
+    with pytest.raises(ValueError, match="finalize: the model has no N:M layer in training; call sparsify"):
+        finalize(Model())
+
+
+def small_model() -> nn.ModuleDict:
+    model = nn.ModuleDict({"body": nn.Linear(8, 2), "odd": nn.Linear(3, 2), "head": nn.Linear(8, 1)})
+    with torch.no_grad():
+        model["body"].weight.copy_(torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [1, 0, 0, 1, 1, 1, 1, 0]]))
+    return model
+
+
+def test_the_report_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_model()
+    sparsify(model, NMSparseConfig("2:4", ignore=["head"]))
+    result = report(model)
+    assert capsys.readouterr().out.splitlines() == [
+        "layer  shape  pattern  kept    violations",
+        "body   2x8    2:4      50.0%   3",
+        "odd    2x3    dense    100.0%  in_features 3 is not a multiple of 4",
+        "head   1x8    dense    100.0%  ignore rule 'head'",
+        "1 sparse and 2 dense linear layers, 16 sparse weights, 3 groups violate their pattern",
+    ]
+    assert result.violations == 3
+
+
+def test_the_report_as_an_object() -> None:
+    model = small_model()
+    sparsify(model, NMSparseConfig("1:4", targets=["body"]))
+    finalize(model)
+    printed = io.StringIO()
+    result = report(model, file=printed)
+    assert printed.getvalue() == f"{result}\n"
+    assert [(row.name, row.shape, row.pattern, row.kept, row.violations) for row in result.layers] == [
+        ("body", (2, 8), NMPattern(1, 4), 0.25, 0),
+        ("odd", (2, 3), None, 1.0, 0),
+        ("head", (1, 8), None, 1.0, 0),
+    ]
+    assert [row.name for row in result.sparse] == ["body"]
+    assert result.layers[1].note == "no target rule matches"
+    assert result.violations == 0
+
+
+def test_the_report_of_a_dense_model() -> None:
+    result = report(small_model(), file=io.StringIO())
+    assert result.sparse == ()
+    assert [row.note for row in result.layers] == ["", "", ""]
