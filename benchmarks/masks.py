@@ -3,8 +3,8 @@
     python benchmarks/masks.py --note "what else the machine was doing"
 
 It prints a table of medians and writes them to benchmarks/results/masks.json. argsort is the approach of the released
-SR-STE code, which scatters zeros to the M - N smallest magnitudes of each group; of equal magnitudes neither argsort nor
-topk promises which one goes, `magnitude_mask` does.
+SR-STE code, which scatters zeros to the M - N smallest magnitudes of each group. Of equal magnitudes neither argsort
+nor topk promises which one goes; `magnitude_mask` does.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,10 @@ __all__ = ["main"]
 
 # torch and transformers take seconds to import: each command imports what it needs.
 
-_TOKENIZER_FILES = (
+# What a folder holds beside the model: the tokenizer of any kind, the settings of generation, the card.
+_FILES_BESIDE = (
+    "README.md",
+    "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -27,6 +30,9 @@ _TOKENIZER_FILES = (
     "*.spm",
     "*.model",
 )
+
+# So many lines of a file are sorted by length together; longer chunks save little and delay the output.
+_CHUNK = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,38 +72,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    command = commands.add_parser("inspect", help="check a saved model and print what is sparse in it")
-    command.add_argument("path", type=Path, metavar="PATH", help="folder of the model")
+    command = commands.add_parser("inspect", help="check a packed model and print what is sparse in it")
+    command.add_argument("path", metavar="PATH", help="folder of the model")
     command.add_argument("--layers", action="store_true", help="list every sparse layer")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("pack", help="write a trained model as packed files")
-    command.add_argument("source", metavar="SRC", help="checkpoint of a training, or a masked dense model")
+    command.add_argument("source", metavar="SRC", help="training checkpoint, packed model, or masked dense model")
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
     command.add_argument("--values", choices=("fp32", "fp16", "bf16"), help="number type of the weights; as they are")
     command.add_argument("--pattern", help="N:M, for a dense model whose weights are masked but not marked as such")
     command.set_defaults(run=_pack)
 
-    command = commands.add_parser("export", help="write a packed model as dense files that any tool reads")
-    command.add_argument("source", metavar="SRC", help="packed model")
+    command = commands.add_parser("export", help="write a sparse model as dense files that any tool reads")
+    command.add_argument("source", metavar="SRC", help="packed model or training checkpoint")
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
     command.set_defaults(run=_export)
 
-    command = commands.add_parser("translate", help="translate lines of text")
+    command = commands.add_parser("translate", help="translate text, one line out for each line in")
     _add_model_arguments(command)
-    command.add_argument("--input", default="-", metavar="FILE", help="one sentence a line; - is standard input")
+    command.add_argument(
+        "--input",
+        default="-",
+        metavar="FILE",
+        help="one sentence a line; - is standard input, which is answered batch by batch",
+    )
     command.add_argument("--output", default="-", metavar="FILE", help="one translation a line; - is standard output")
     command.set_defaults(run=_translate)
 
     command = commands.add_parser("evaluate", help="translate a test set and score it with sacreBLEU")
     _add_model_arguments(command)
-    command.add_argument("--source", required=True, type=Path, metavar="FILE", help="one sentence a line")
-    command.add_argument("--reference", required=True, type=Path, metavar="FILE", help="one raw reference a line")
-    command.add_argument(
-        "--baseline", type=Path, metavar="FILE", help="translations by the dense model, to compare with"
-    )
+    command.add_argument("--source", required=True, metavar="FILE", help="one sentence a line")
+    command.add_argument("--reference", required=True, metavar="FILE", help="one raw reference a line")
+    command.add_argument("--baseline", metavar="FILE", help="translations by the dense model, to compare with")
     command.add_argument("--tokenize", default="13a", help="sacreBLEU's tokenizer (default: 13a)")
-    command.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file too")
+    command.add_argument("--json", metavar="OUT", help="write the scores to this file too")
+    command.add_argument("--output", metavar="HYP", help="write the translations to this file")
     command.set_defaults(run=_evaluate)
     return parser
 
@@ -105,12 +115,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, metavar="PATH", help="folder of the model, or its name on the Hub")
     command.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="sentences at once (default: 32)"
+        "--batch-size", type=_positive, default=64, metavar="N", help="sentences at once (default: 64)"
     )
     command.add_argument("--beams", type=_positive, metavar="N", help="beam size (default: the model's)")
-    command.add_argument("--max-new-tokens", type=_positive, metavar="N", help="length limit (default: the model's)")
+    command.add_argument(
+        "--max-length", type=_positive, metavar="N", help="longest output in tokens (default: the model's)"
+    )
     command.add_argument("--src-lang", metavar="CODE", help="source language of a multilingual model, such as eng_Latn")
     command.add_argument("--tgt-lang", metavar="CODE", help="target language of a multilingual model")
+    command.add_argument(
+        "--compute", choices=("dense", "reference"), help="how a packed model computes (default: dense)"
+    )
     command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all)")
     command.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
 
@@ -122,44 +137,22 @@ def _positive(text: str) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, check_packed
+    from hf_nmsparse.packing import VALUE_DTYPES, packed_bytes
+    from hf_nmsparse.quantizer import check_folder
 
-    config = _sparsity(args.path)
-    if config is None or config.format == "dense":
-        kind = "dense" if config is None else f"dense masters of a training, pattern {config.pattern}"
-        print(f"{args.path}: {kind}; nmsparse pack writes it packed")
-        return
-    pattern, dtype = config.pattern, VALUE_DTYPES[config.values]
-    layers: list[str] = []
-    stored = dense = 0
-    with ExitStack() as stack:
-        files = _open_weights(args.path, stack)
-        for key, (file, tensors) in sorted(files.items()):
-            name = key.removesuffix(".weight_indices")
-            if f"{key}_indices" in files:
-                continue
-            size = full_size = tensors.get_tensor(key).nbytes
-            if name != key:
-                if f"{name}.weight" not in files:
-                    raise PackedFormatError(f"{file}: {name}.weight: values are missing beside the codes")
-                values = files[f"{name}.weight"][1].get_tensor(f"{name}.weight")
-                check_packed(values, tensors.get_tensor(key), pattern, dtype, name=name, file=file)
-                rows, columns = values.shape[0], values.shape[1] // pattern.n * pattern.m
-                size, full_size = size + values.nbytes, rows * columns * values.itemsize
-                layers.append(f"{name}  {rows}x{columns}  {size:,} bytes")
-            stored, dense = stored + size, dense + full_size
-    if not layers:
-        raise PackedFormatError(f"{args.path}: config.json says packed, but no file holds a packed layer")
+    found = check_folder(args.path)
+    pattern, dtype = found.pattern, VALUE_DTYPES[found.values]
     print(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
-    print(f"values         {config.values}")
-    print(f"sparse layers  {len(layers)}, every one valid")
-    print(f"targets        {', '.join(config.targets) if config.targets else 'every linear layer'}")
-    print(f"ignored        {', '.join(config.ignore) if config.ignore is not None else 'output heads and routers'}")
-    print(f"packed bytes   {stored:,}, {stored / dense:.1%} of dense")
-    print(f"dense bytes    {dense:,}")
-    print(f"written by     {config.producer or 'unknown'}, format version {config.format_version}")
-    for layer in layers if args.layers else ():
-        print(layer)
+    print(f"values         {found.values}")
+    print(f"sparse layers  {len(found.layers)}, every one valid")
+    print(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
+    print(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
+    print(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
+    print(f"dense bytes    {found.dense_bytes:,}")
+    print(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
+    if args.layers:
+        for name, (rows, columns) in found.layers.items():
+            print(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -176,7 +169,7 @@ def _pack(args: argparse.Namespace) -> None:
     else:
         _mark_masked_layers(model, args.pattern)
     save_packed(model, args.target, values=args.values)
-    _copy_tokenizer(args.source, args.target)
+    _copy_files_beside(args.source, args.target)
     _inspect(argparse.Namespace(path=args.target, layers=False))
 
 
@@ -204,16 +197,14 @@ def _export(args: argparse.Namespace) -> None:
     _check_target(args.target)
     model, _ = _load(args.source, tokenizer=False)
     export_dense(model, args.target)
-    _copy_tokenizer(args.source, args.target)
+    _copy_files_beside(args.source, args.target)
     print(f"{args.target}: dense")
 
 
 def _translate(args: argparse.Namespace) -> None:
     with _reading(args.input) as source:
-        if args.input != "-" and Path(args.output).exists() and Path(args.output).samefile(args.input):
-            raise ValueError(f"{args.output} is the input; name another output")
-        # Longer chunks sort better by length; standard input is answered batch by batch.
-        chunks = _translations(args, source, chunk=args.batch_size * (1 if args.input == "-" else 16))
+        _check_output(args.output, args.input)
+        chunks = _translations(args, source, args.batch_size if args.input == "-" else _CHUNK)
         with _writing(args.output) as target:
             for chunk in chunks:
                 target.writelines(f"{text}\n" for text in chunk)
@@ -223,20 +214,33 @@ def _translate(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from hf_nmsparse.metrics import compare, score, versions
 
+    # Whatever can be wrong is found before the translation rather than after it.
     sources, references = _lines(args.source), _lines(args.reference)
     baseline = None if args.baseline is None else _lines(args.baseline)
-    for file, lines in ((args.reference, references), (args.baseline, baseline)):
+    for name, lines in ((args.reference, references), (args.baseline, baseline)):
         if lines is not None and len(lines) != len(sources):
             raise ValueError(
-                f"{args.source} has {len(sources)} lines and {file} has {len(lines)}; they must be aligned"
+                f"{args.source} has {len(sources)} lines and {name} has {len(lines)}; they must be aligned"
             )
     if not sources:
         raise ValueError(f"{args.source} is empty")
-    score(references, references, args.tokenize)  # complains before the translation rather than after it
-    hypotheses = [text for chunk in _translations(args, iter(sources), chunk=len(sources)) for text in chunk]
+    score(references, references, args.tokenize)
+    for output in (args.output, args.json):
+        _check_output(output, args.source, args.reference, args.baseline)
+
+    hypotheses = [text for chunk in _translations(args, iter(sources), _CHUNK) for text in chunk]
+    if args.output is not None:
+        with _writing(args.output) as file:
+            file.writelines(f"{text}\n" for text in hypotheses)
     result = score(hypotheses, references, args.tokenize)
     print(result)
-    record = {**asdict(result), "model": args.model, "against_baseline": None, "versions": versions()}
+    asked = ("model", "source", "reference", "baseline", "beams", "max_length", "compute", "src_lang", "tgt_lang")
+    record = {
+        **asdict(result),
+        "against_baseline": None,
+        "arguments": {key: getattr(args, key) for key in asked},
+        "versions": versions(),
+    }
     if baseline is not None:
         comparison = compare(hypotheses, baseline, references, tokenize=args.tokenize)
         print(comparison)
@@ -246,8 +250,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             "verdict": comparison.verdict,
         }
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with _writing(args.json) as file:
+            file.write(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:
@@ -255,23 +259,26 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
     import torch
 
     from hf_nmsparse.pipeline import translate
+    from hf_nmsparse.quantizer import set_compute
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model, tokenizer = _load(args.model)
     _mask_for_good(model)
+    if args.compute is not None:
+        set_compute(model, args.compute)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(device)
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
         raise ValueError(f"--device {device}: {error}") from error
-    generation = {"num_beams": args.beams, "max_new_tokens": args.max_new_tokens}
+    generation = {"num_beams": args.beams, "max_length": args.max_length}
     given = {key: value for key, value in generation.items() if value is not None}
 
     def translated(sentences: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
         texts = translate(model, tokenizer, sentences, args.batch_size, **languages, **given)
-        return [" ".join(text.split()) for text in texts]
+        return [" ".join(text.splitlines()) for text in texts]
 
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
 
@@ -291,7 +298,12 @@ def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
         model = AutoModelForSeq2SeqLM.from_pretrained(source)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{source}: the weights do not fit config.json: {str(error).strip()}") from error
-    return model, AutoTokenizer.from_pretrained(source) if tokenizer else None
+    if not tokenizer:
+        return model, None
+    try:
+        return model, AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # what is raised for missing files is up to each tokenizer, TypeError among others
+        raise ValueError(f"{source}: no tokenizer could be loaded: {str(error).strip()}") from error
 
 
 def _mask_for_good(model: Any) -> None:
@@ -303,61 +315,28 @@ def _mask_for_good(model: Any) -> None:
         module.to_linear()
 
 
-def _sparsity(folder: Path) -> Any:
-    """What config.json says on sparsity, checked; None for a dense model."""
-    from hf_nmsparse.quantizer import NMSparseQuantizationConfig
-
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it holds no model")
-    record = _read_json(folder / "config.json").get("quantization_config")
-    if record is None:
-        return None
-    if not isinstance(record, dict):
-        raise ValueError(f"{folder / 'config.json'}: quantization_config is no JSON object")
-    return NMSparseQuantizationConfig.from_dict(record)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return content
-
-
-def _open_weights(folder: Path, stack: ExitStack) -> dict[str, tuple[str, Any]]:
-    """For each key of a checkpoint the name of its file and the open file."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = {str(name) for name in _read_json(index).get("weight_map", {}).values()}
-    files: dict[str, tuple[str, Any]] = {}
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}")
-        try:
-            opened = stack.enter_context(safe_open(folder / name, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is not a whole safetensors file ({error})") from error
-        files |= dict.fromkeys(opened.keys(), (name, opened))
-    return files
-
-
 def _check_target(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; give a new folder")
 
 
-def _copy_tokenizer(source: str, target: Path) -> None:
-    """Copies tokenizer files as they are; from the Hub they are loaded and saved."""
+def _check_output(output: str | None, *inputs: str | None) -> None:
+    """Refuses a file that cannot be written or is one of the inputs."""
+    if output is None or output == "-":
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write {path.name} into")
+    if path.exists() and any(name not in (None, "-") and path.samefile(name) for name in inputs):
+        raise ValueError(f"{path} is an input; name another output")
+
+
+def _copy_files_beside(source: str, target: Path) -> None:
+    """Copies tokenizer, generation settings and card as they are; of a Hub model the tokenizer is loaded and saved."""
     if Path(source).is_dir():
-        for pattern in _TOKENIZER_FILES:
+        for pattern in _FILES_BESIDE:
             for file in Path(source).glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, target / file.name)
@@ -367,8 +346,8 @@ def _copy_tokenizer(source: str, target: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
-def _lines(file: Path) -> list[str]:
-    with _reading(str(file)) as lines:
+def _lines(name: str) -> list[str]:
+    with _reading(name) as lines:
         return list(lines)
 
 

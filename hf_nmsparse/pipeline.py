@@ -32,7 +32,6 @@ def translate(
     *,
     src_lang: str | None = None,
     tgt_lang: str | None = None,
-    progress: bool = False,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Translates sentences in their order.
@@ -41,13 +40,12 @@ def translate(
     has a blank translation. What is too long for the model is cut to its limit and logged.
 
     Args:
-        model: An encoder-decoder model; it runs in evaluation mode, on the device where it is.
+        model: An encoder-decoder model; it runs in evaluation mode and without gradients, on the device where it is.
         tokenizer: Its tokenizer.
         sentences: Texts of one sentence each.
         batch_size: Sentences in a batch.
         src_lang: Language code of the source as the tokenizer spells it, such as ``"eng_Latn"``. Multilingual only.
         tgt_lang: The same of the target: its code is forced as the first token.
-        progress: Whether to show a progress bar on standard error.
         **generate_kwargs: For ``model.generate``, such as ``num_beams`` and ``max_new_tokens``. What is left out comes
             from the model's generation config.
 
@@ -72,11 +70,10 @@ def translate(
     with _source_language(tokenizer, src_lang):
         tokens = _encode(model, tokenizer, [sentences[index] for index in todo])
     longest_first = sorted(range(len(todo)), key=lambda position: -len(tokens[position]))
-    starts = range(0, len(todo), batch_size)
     training = model.training
     model.eval()
     try:
-        for start in logging.tqdm(starts, desc="translate", unit="batch") if progress else starts:
+        for start in range(0, len(todo), batch_size):
             batch = longest_first[start : start + batch_size]
             texts = _generate(model, tokenizer, [tokens[position] for position in batch], generate_kwargs)
             for position, text in zip(batch, texts, strict=True):

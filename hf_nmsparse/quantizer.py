@@ -7,9 +7,11 @@ packed checkpoints and checkpoints of the training. It is the only module that k
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -59,6 +61,8 @@ from hf_nmsparse.sparsify import select_layers, sparsify
 __all__ = [
     "NMSparseQuantizationConfig",
     "NMSparseQuantizer",
+    "PackedSummary",
+    "check_folder",
     "export_dense",
     "prepare_for_training",
     "push_to_hub",
@@ -69,6 +73,12 @@ __all__ = [
 METHOD = "nmsparse"
 COMPUTES = ("dense", "reference")
 _CODES = ".weight_indices"
+
+# The keys of a record in config.json, by its format: those that must be there, and those that may.
+_RECORD_KEYS = {
+    "packed": (("quant_method", "format", "format_version", "pattern", "values"), ("targets", "ignored", "producer")),
+    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore")),
+}
 
 # A second import of this file, as importlib.reload does it, replaces what the first one registered.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
@@ -89,7 +99,7 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         values: Number type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``. A packed file has one for all its
             floating-point tensors.
         targets: The rules that chose the sparse layers, as in `NMSparseConfig`.
-        ignore: The rules that kept layers dense, as in `NMSparseConfig`.
+        ignore: The rules that kept layers dense, as in `NMSparseConfig`; a packed file calls them ``ignored``.
         format: ``"packed"``, or ``"dense"`` for a checkpoint of the training.
         format_version: Version of the packed format.
         producer: The program that wrote the file.
@@ -106,8 +116,8 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         *,
         pattern: str | NMPattern = "2:4",
         values: str | None = None,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
+        targets: Iterable[str] | None = None,
+        ignore: Iterable[str] | None = None,
         format: str = "packed",
         format_version: int = FORMAT_VERSION,
         producer: str | None = None,
@@ -144,21 +154,16 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
             PackedFormatError: The record breaks a rule.
         """
         try:
-            config = cls(**config_dict)
-        except (TypeError, ValueError) as error:
+            config = cls(**_checked_record(config_dict))
+        except ValueError as error:
             raise PackedFormatError(f"config.json: {error}") from None
-        if "compute" in config_dict:
-            raise PackedFormatError("config.json: quantization_config: compute is the reader's choice, not the file's")
-        needed = ("pattern", "format_version", "values") if config.format == "packed" else ("pattern", "format")
-        for key in needed:
-            if config_dict.get(key) is None:
-                raise PackedFormatError(f"config.json: quantization_config: {key} is missing")
         return (config, kwargs) if return_unused_kwargs else config  # type: ignore[return-value]  # as the base class
 
     def to_dict(self) -> dict[str, Any]:
         """The record as config.json holds it; `compute` is not part of it."""
         record = {"quant_method": METHOD, "format": self.format, **self.sparse_config().to_dict()}
         if self.format == "packed":
+            record["ignored"] = record.pop("ignore", None)
             record |= {"format_version": self.format_version, "values": self.values, "producer": self.producer}
         return {key: value for key, value in record.items() if value is not None}
 
@@ -296,9 +301,9 @@ def save_packed(model: PreTrainedModel, path: str | Path, values: str | None = N
     twin.config.quantization_config = NMSparseQuantizationConfig(
         pattern=patterns.pop(),
         values=values,
-        targets=record.get("targets"),
-        ignore=record.get("ignore"),
-        producer=record.get("producer", f"hf-nmsparse {hf_nmsparse.__version__}"),
+        targets=record.targets,
+        ignore=record.ignore,
+        producer=record.producer or f"hf-nmsparse {hf_nmsparse.__version__}",
     )
     tensors = _packed_state_dict(model, kwargs.pop("state_dict", None) or model.state_dict(), VALUE_DTYPES[values])
     twin.save_pretrained(path, state_dict=tensors, **kwargs)
@@ -342,10 +347,10 @@ def push_to_hub(
     push that the new one does not replace are deleted.
 
     Args:
-        model: A model that `save_packed` takes, or the directory of a saved model, which goes up whole: weights,
+        model: A model that `save_packed` takes, or the directory of a packed model, which goes up as it is: weights,
             tokenizer and card.
         repo_id: ``owner/name``.
-        values: As in `save_packed`; the directory of a saved model has its own.
+        values: As in `save_packed`; the directory of a packed model has its own.
         private: Whether a new repository is private.
         token: The user's token; by default the one that is stored on this machine.
         revision: The branch to push to.
@@ -357,7 +362,7 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        ValueError: As `save_packed`, or the directory holds no saved model.
+        ValueError: As `save_packed`, or the directory is none that `check_folder` passes.
     """
     if isinstance(model, PreTrainedModel):
         with TemporaryDirectory() as folder:
@@ -375,8 +380,7 @@ def push_to_hub(
         raise ValueError(
             f"push_to_hub: {model} is written already; give {', '.join(kwargs) or 'values'} to save_packed"
         )
-    if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"push_to_hub: {model} holds no config.json; save a model there first")
+    check_folder(model)
     hub = HfApi(token=token)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = hub.upload_folder(
@@ -388,6 +392,84 @@ def push_to_hub(
         delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
     )
     return str(commit.commit_url)
+
+
+@dataclass(frozen=True)
+class PackedSummary:
+    """What `check_folder` found.
+
+    Attributes:
+        pattern: The N:M pattern of the sparse layers.
+        values: Number type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        layers: ``(out_features, in_features)`` of each sparse layer, by its name in the file.
+        packed_bytes: Bytes of all tensors in the file.
+        dense_bytes: Bytes of the same tensors with every sparse layer dense, at the same number types.
+        targets: The rules that chose the sparse layers; None where every linear layer was taken.
+        ignored: The rules that kept layers dense; None stands for output heads and routers.
+        producer: The program that wrote the file, if it says so.
+        format_version: Version of the packed format.
+    """
+
+    pattern: NMPattern
+    values: str
+    layers: dict[str, tuple[int, int]]
+    packed_bytes: int
+    dense_bytes: int
+    targets: tuple[str, ...] | None
+    ignored: tuple[str, ...] | None
+    producer: str | None
+    format_version: int
+
+
+def check_folder(path: str | Path) -> PackedSummary:
+    """Checks every rule of the packed format on a folder, without building the model.
+
+    Only the shapes of the model's own layers are left to `from_pretrained`, which knows them.
+
+    Args:
+        path: Folder of a packed checkpoint, in one file or in shards.
+
+    Raises:
+        ValueError: The folder holds no packed checkpoint.
+        PackedFormatError: It holds one that breaks a rule.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"check_folder: {folder} holds no config.json, so no saved model")
+    record = _read_object(folder / "config.json").get("quantization_config")
+    if not isinstance(record, dict) or record.get("quant_method") != METHOD or record.get("format") == "dense":
+        raise ValueError(f"check_folder: {folder} holds no packed model; save_packed(model, path) writes one")
+    config = NMSparseQuantizationConfig.from_dict(record)
+    layers: dict[str, tuple[int, int]] = {}
+    packed = dense = 0
+    with ExitStack() as stack:
+        files = _open_files(_weight_files(folder), stack)
+        for prefix in sorted(key.removesuffix(_CODES) for key in files if key.endswith(_CODES)):
+            _check_layer(files, prefix, None, config)
+        for key, (_, opened) in files.items():
+            prefix, _, leaf = key.rpartition(".")
+            tensor = opened.get_tensor(key)
+            packed += tensor.nbytes
+            if leaf == "weight" and prefix + _CODES in files:
+                rows, columns = tensor.shape[0], tensor.shape[1] // config.pattern.n * config.pattern.m
+                layers[prefix] = rows, columns
+                dense += rows * columns * tensor.itemsize
+            elif not key.endswith(_CODES):
+                dense += tensor.nbytes
+    if not layers:
+        raise PackedFormatError(f"{folder.name}: no key ends in {_CODES}, so no layer is packed")
+    assert config.values is not None
+    return PackedSummary(
+        config.pattern,
+        config.values,
+        {name: layers[name] for name in sorted(layers, key=dot_natural_key)},
+        packed,
+        dense,
+        config.targets,
+        config.ignore,
+        config.producer,
+        config.format_version,
+    )
 
 
 def set_compute(model: PreTrainedModel, compute: str) -> None:
@@ -469,6 +551,20 @@ def _one_of(key: str, value: Any, known: tuple[Any, ...], where: str = "quantiza
         raise ValueError(f"{where}: {key} is one of {names}, got {value!r}")
 
 
+def _checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `NMSparseQuantizationConfig` that a record of config.json stands for."""
+    _one_of("format", record.get("format"), tuple(_RECORD_KEYS))
+    needed, optional = _RECORD_KEYS[record["format"]]
+    for key in record:
+        if key not in needed + optional:
+            known = ", ".join(needed + optional)
+            raise ValueError(f"quantization_config: unknown key {key!r}; known keys are {known}")
+    for key in needed:
+        if record.get(key) is None:
+            raise ValueError(f"quantization_config: {key} is missing")
+    return {"ignore" if key == "ignored" else key: value for key, value in record.items()}
+
+
 def _values_name(dtype: torch.dtype) -> str:
     for name, known in VALUE_DTYPES.items():
         if known == dtype:
@@ -491,10 +587,38 @@ def _detach(model: PreTrainedModel) -> None:
             module.config.__dict__.pop("_is_quantized", None)
 
 
-def _record(model: PreTrainedModel) -> dict[str, Any]:
-    """What the model's configuration says of its sparsity; empty where the layers were made by hand."""
-    record = getattr(model.config, "quantization_config", None) or {}
-    return record.to_dict() if isinstance(record, NMSparseQuantizationConfig) else dict(record)
+def _record(model: PreTrainedModel) -> NMSparseQuantizationConfig:
+    """What the model's configuration says of its sparsity; the defaults where the layers were made by hand."""
+    record = getattr(model.config, "quantization_config", None)
+    if isinstance(record, NMSparseQuantizationConfig):
+        return record
+    return NMSparseQuantizationConfig.from_dict(record) if record else NMSparseQuantizationConfig()
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise PackedFormatError(f"{file.name}: the file is no JSON") from None
+    if not isinstance(content, dict):
+        raise PackedFormatError(f"{file.name}: the file is no JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # transformers prefers the one file, too
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PackedFormatError(f"{index.name}: weight_map is missing")
+        names = set(map(str, weight_map.values()))
+    for name in sorted(names):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise PackedFormatError(f"{name}: there is no such file in the folder")
+    return [str(folder / name) for name in sorted(names)]
 
 
 def _open_files(paths: list[str], stack: ExitStack) -> dict[str, tuple[str, Any]]:
@@ -615,16 +739,22 @@ def _packed_state_dict(
     cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
     packed: dict[str, Tensor] = {}
     for key, tensor in _dense_tensors(model, state_dict):
-        if tensor.is_floating_point():
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-            source = tensor
-            tensor = cast.setdefault(place, source.to(dtype))
-            if tensor.isinf().any() and not source.isinf().any():
-                raise ValueError(f"save_packed: {key} has numbers too large for {dtype}; choose bf16 or fp32")
         prefix, _, leaf = key.rpartition(".")
         if prefix in patterns and leaf == "weight":
-            both = pack(tensor, patterns[prefix], key)
+            both = pack(_cast(tensor, dtype, key), patterns[prefix], key)
             packed[key], packed[prefix + _CODES] = both["weight"], both["weight_indices"]
+        elif tensor.is_floating_point():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place not in cast:
+                cast[place] = _cast(tensor, dtype, key)
+            packed[key] = cast[place]
         else:
             packed[key] = tensor
     return dict(sorted(packed.items(), key=lambda item: dot_natural_key(item[0])))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    cast = tensor.to(dtype)
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"save_packed: {key} has numbers too large for {dtype}; choose bf16 or fp32")
+    return cast

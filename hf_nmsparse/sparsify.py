@@ -17,6 +17,8 @@ from hf_nmsparse.pattern import NMPattern
 
 __all__ = ["LayerReport", "Report", "examine", "finalize", "report", "select_layers", "sparsify"]
 
+_NO_TARGET = "no target rule matches"
+
 
 def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
     """Turns the linear layers that ``config`` selects into N:M layers, in place.
@@ -68,7 +70,7 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
         others = [user for user in users[id(linear.weight)] if user != name]
         reason: str | None = None
         if config.targets is not None and not any(_matches(name, rule) for rule in config.targets):
-            reason = "no target rule matches"
+            reason = _NO_TARGET
         elif linear is head:
             reason = "the output head"
         elif others:
@@ -86,7 +88,8 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
         else:
             dense[name] = reason
     if not chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3]) or "it has no nn.Linear"
+        telling = [f"{name}: {reason}" for name, reason in dense.items() if reason != _NO_TARGET]
+        reasons = "; ".join(telling[:3]) or "it has no nn.Linear"
         raise ValueError(f"sparsify: no layer of the model can be {config.pattern} sparse ({reasons})")
     return chosen, dense
 

@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, seed_worker
 
 from hf_nmsparse.batching import TokenBatchSampler
 from hf_nmsparse.layers import sparse_layers
@@ -189,17 +190,29 @@ class SparseTrainer(Seq2SeqTrainer):
         prepared: DataLoader[Any] = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0)
         return prepared
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains as Trainer does."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains as Trainer does; a run that has reached ``max_steps`` before is loaded and not trained on.
+
+        Trainer would take one step more than ``max_steps`` after resuming in the middle of an epoch.
+        """
         self._began, self._seconds_before = time.perf_counter(), None
-        return super().train(*args, **kwargs)
+        folder = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else None
+        folder = folder or (resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+        state = Path(folder or "") / TRAINER_STATE_NAME
+        if folder is not None and state.is_file():
+            before = TrainerState.load_from_json(str(state))
+            if 0 < self.args.max_steps <= before.global_step:
+                self._load_from_checkpoint(folder)
+                self.state = before
+                return TrainOutput(before.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the dense masters as Trainer does; for a push, the packed model."""
         if not self._pushing:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             assert isinstance(self.model, PreTrainedModel)
             save_packed(self.model, folder, values=self.args.sparse_values)
             if self.processing_class is not None:
@@ -215,7 +228,7 @@ class SparseTrainer(Seq2SeqTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes Trainer's card, unless the output folder has one with scores, which Trainer's would lose."""
-        card = Path(self.args.output_dir) / "README.md"
+        card = Path(str(self.args.output_dir)) / "README.md"
         if not (card.is_file() and ModelCard.load(card).data.eval_results):
             super().create_model_card(*args, **kwargs)
 

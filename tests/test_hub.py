@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MarianMTModel
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.quantizer import save_packed
@@ -49,7 +50,7 @@ def process(hub: LocalHub, home: Path, code: str, *arguments: str, fails: bool =
     return done.stderr if fails else done.stdout
 
 
-def sparse_marian() -> torch.nn.Module:
+def sparse_marian() -> MarianMTModel:
     model = marian()
     sparsify(model, NMSparseConfig("2:4"))
     return model

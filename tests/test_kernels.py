@@ -84,6 +84,27 @@ def test_gradients_reach_values_bias_and_input() -> None:
     assert x.grad is not None
 
 
+def test_packed_layer_follows_autocast_as_the_dense_one_does() -> None:
+    pattern = NMPattern(2, 4)
+    linear = sparse_linear(pattern)
+    packed = PackedLinear.from_linear(linear, pattern)
+    x = inputs(linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = packed(x), linear(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+def test_a_first_call_in_inference_mode_spoils_no_later_gradient() -> None:
+    pattern = NMPattern(3, 7)  # no other test fills this pattern's tables
+    linear = sparse_linear(pattern)
+    packed = PackedLinear.from_linear(linear, pattern)
+    with torch.inference_mode():
+        packed(inputs(linear))
+    packed(inputs(linear)).sum().backward()
+    assert packed.weight.grad is not None
+
+
 def test_packed_layer_refuses_other_weights() -> None:
     with pytest.raises(ValueError, match="in_features 6 is not a multiple of 4"):
         PackedLinear(6, 4, NMPattern(2, 4))

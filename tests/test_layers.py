@@ -50,7 +50,7 @@ def test_from_linear_turns_the_layer_itself() -> None:
     linear = nn.Linear(8, 4)
     weight, bias, keys = linear.weight, linear.bias, list(linear.state_dict())
     layer = NMLinear.from_linear(linear, PATTERN)
-    assert layer is linear  # type: ignore[comparison-overlap]
+    assert id(layer) == id(linear)
     assert layer.weight is weight
     assert layer.bias is bias
     assert isinstance(layer, nn.Linear)
@@ -86,9 +86,9 @@ def test_to_linear_goes_back_and_remembers_the_pattern() -> None:
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)], ids=str)
 def test_the_forward_is_the_linear_of_the_masked_weight(pattern: NMPattern, bias: bool) -> None:
     layer = NMLinear.from_linear(nn.Linear(16, 8, bias=bias), pattern)
-    input = torch.randn(2, 3, 16)
-    assert torch.equal(layer(input), F.linear(input, masked(layer, pattern), layer.bias))
-    assert not torch.equal(layer(input), F.linear(input, layer.weight, layer.bias))
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(layer(x), F.linear(x, masked(layer, pattern), layer.bias))
+    assert not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_without_a_kept_mask_the_forward_follows_the_weight() -> None:
@@ -108,10 +108,10 @@ def test_a_kept_mask_is_the_one_in_use() -> None:
 def test_the_gradient_is_the_dense_one_at_the_masked_weight() -> None:
     layer = sparse_layer()
     weight = masked(layer).requires_grad_()
-    input = torch.randn(5, 8)
-    F.linear(input, weight, layer.bias).square().sum().backward()
+    x = torch.randn(5, 8)
+    F.linear(x, weight, layer.bias).square().sum().backward()
     layer.zero_grad()
-    layer(input).square().sum().backward()
+    layer(x).square().sum().backward()
     assert layer.weight.grad is not None
     assert weight.grad is not None
     assert torch.equal(layer.weight.grad, weight.grad)
@@ -135,17 +135,17 @@ def test_deepcopy_is_independent(cached: bool) -> None:
     if cached:
         cache_masks(model)
     twin = copy.deepcopy(model)
-    input = torch.randn(3, 8)
-    assert torch.equal(twin(input), model(input))
+    x = torch.randn(3, 8)
+    assert torch.equal(twin(x), model(x))
     assert sparse_layers(twin) == sparse_layers(model) == {"0": PATTERN, "2": PATTERN}
-    before = model(input)
+    before = model(x)
     with torch.no_grad():
         first = twin[0]
         assert isinstance(first, NMLinear)
         first.weight.zero_()
         if first.mask is not None:
             first.mask.logical_not_()
-    assert torch.equal(model(input), before)
+    assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -155,8 +155,8 @@ def test_torch_save_of_the_module(cached: bool, tmp_path: Path) -> None:
         cache_masks(model)
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    input = torch.randn(3, 8)
-    assert torch.equal(loaded(input), model(input))
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(x), model(x))
     assert type(loaded[0]) is NMLinear
 
 
@@ -168,7 +168,8 @@ def test_the_state_dict_is_that_of_the_dense_model(tmp_path: Path) -> None:
     dense = network()
     assert list(state) == list(dense.state_dict())
     dense.load_state_dict(state)
-    assert torch.equal(dense[2].weight, model[2].weight)
+    assert torch.equal(dense[2].weight, state["2.weight"])  # type: ignore[arg-type]
+    assert torch.equal(state["2.weight"], model.state_dict()["2.weight"])
 
 
 def test_loading_weights_drops_a_kept_mask() -> None:
@@ -216,6 +217,8 @@ def test_a_mask_moves_with_the_layer() -> None:
     assert layer.mask.device.type == "meta"
 
 
+# torch's own tracer instantiates an autograd.Function and then warns of it.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(4, 8)], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -226,9 +229,9 @@ def test_torch_compile_in_one_graph(backend: str, pattern: NMPattern, cached: bo
         cache_masks(layer)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    input = torch.randn(3, 16)
+    x = torch.randn(3, 16)
     for _ in range(2):
-        output, expected = compiled(input), twin(input)
+        output, expected = compiled(x), twin(x)
         assert torch.equal(output, expected)
         output.square().sum().backward()
         expected.square().sum().backward()
@@ -246,15 +249,15 @@ def test_autocast_ranks_the_master_and_multiplies_in_bf16() -> None:
     layer = sparse_layer()
     with torch.no_grad():
         layer.weight.copy_(1 + torch.arange(8) * 2.0**-20)  # all equal in bf16
-    input = torch.tensor([1.0, 1.0, 0.0, 0.0] * 2)
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0] * 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = layer(input)
+        output = layer(x)
     assert output.dtype is torch.bfloat16
     assert torch.equal(output, layer.bias.to(torch.bfloat16).detach())  # the inputs of kept weights are zero
     output.sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype is torch.float32
-    assert layer.weight.grad.tolist() == [input.tolist()] * 4  # dense: pruned weights have theirs
+    assert layer.weight.grad.tolist() == [x.tolist()] * 4  # dense: pruned weights have theirs
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -264,10 +267,10 @@ def test_gradient_checkpointing(reentrant: bool, cached: bool) -> None:
     if cached:
         cache_masks(model)
     twin = copy.deepcopy(model)
-    input = torch.randn(3, 8)
-    recomputed = input.clone().requires_grad_()
+    x = torch.randn(3, 8)
+    recomputed = x.clone().requires_grad_()
     checkpoint(model, recomputed, use_reentrant=reentrant).square().sum().backward()
-    plain = input.clone().requires_grad_()
+    plain = x.clone().requires_grad_()
     twin(plain).square().sum().backward()
     assert recomputed.grad is not None
     assert plain.grad is not None

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from hf_nmsparse.quantizer import save_packed
+import transformers
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.optimizer import SparseStep
+from hf_nmsparse.quantizer import save_packed
 from hf_nmsparse.sparsify import finalize, report, sparsify
 
-BART = {
+hf: Any = transformers  # whose configurations take keywords that their signatures do not name
+
+BART: dict[str, Any] = {
     "vocab_size": 40,
     "d_model": 16,
     "encoder_layers": 1,
@@ -32,7 +34,7 @@ BART = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
-T5 = {
+T5: dict[str, Any] = {
     "vocab_size": 40,
     "d_model": 16,
     "d_kv": 8,
@@ -42,7 +44,7 @@ T5 = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }
-VIT = {
+VIT: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,

@@ -43,8 +43,8 @@ def close(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, second, strict=True))
 
 
-def loss(model: nn.Module, input: Tensor) -> Tensor:
-    result: Tensor = model(input).square().mean()
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = model(x).square().mean()
     return result
 
 
@@ -58,7 +58,7 @@ def one_row(values: list[float]) -> NMLinear:
 
 @pytest.mark.parametrize(("method", "decay"), METHODS)
 def test_accumulation_makes_no_difference(method: str, decay: float | None) -> None:
-    start, input = network(), torch.randn(8, 8)
+    start, x = network(), torch.randn(8, 8)
     results = []
     for parts in (1, 4):
         model = copy.deepcopy(start)
@@ -66,7 +66,7 @@ def test_accumulation_makes_no_difference(method: str, decay: float | None) -> N
         SparseStep(model, optimizer, method, decay)
         for _ in range(5):
             optimizer.zero_grad()
-            for part in input.chunk(parts):
+            for part in x.chunk(parts):
                 (loss(model, part) / parts).backward()
             optimizer.step()
         results.append(state_of(model))
@@ -400,11 +400,12 @@ def test_the_loop_of_the_docstring_trains() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     SparseStep(model, optimizer, method="sr-ste", decay=2e-4)
-    input, target = torch.randn(32, 8), torch.randn(32, 4)
+    x = torch.randn(32, 8)
+    target = x.roll(1, dims=1)[:, :4] * 0.5
     losses = []
     for _ in range(100):
         optimizer.zero_grad()
-        value = (model(input) - target).square().mean()
+        value = (model(x) - target).square().mean()
         value.backward()
         optimizer.step()
         losses.append(value.item())
@@ -413,4 +414,4 @@ def test_the_loop_of_the_docstring_trains() -> None:
     for layer in layers_of(finalised):
         layer.finalize()
         assert torch.equal(layer.weight, apply_mask(layer.weight, magnitude_mask(layer.weight, PATTERN)))
-    assert torch.equal(finalised(input), model(input))
+    assert torch.equal(finalised(x), model(x))

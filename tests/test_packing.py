@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import struct
 from itertools import combinations
 from math import comb
 
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.packing import (
     VALUE_DTYPES,
     PackedFormatError,
@@ -80,6 +82,23 @@ def test_free_places_go_to_negative_zeros_first() -> None:
     assert same_bits(back[2], torch.tensor([-0.0, 0.0, 0.0, 2.0]))
 
 
+def test_codes_of_one_of_four_are_the_position() -> None:
+    weight = torch.eye(4).reshape(1, 16)  # group i keeps its position i
+    assert pack(weight, NMPattern(1, 4))["weight_indices"].tolist() == [[0b11_10_01_00]]
+
+
+def test_codes_of_four_of_eight_cross_bytes_and_leave_padding() -> None:
+    mask = [
+        [1, 1, 1, 1, 0, 0, 0, 0],  # 0, the first
+        [1, 1, 1, 0, 1, 0, 0, 0],  # 1 = {0, 1, 2, 4}
+        [0, 1, 1, 1, 1, 0, 0, 0],  # 35: the binomial(7, 3) sets with 0 come before
+        [0, 0, 0, 0, 1, 1, 1, 1],  # 69, the last
+    ]
+    # 28 bits: 0000000, 0000001, 0100011 and 1000101 from the right, then four of padding.
+    expected = [0b1_0000000, 0b11_000000, 0b101_01000, 0b0000_1000]
+    assert encode(torch.tensor(mask, dtype=torch.bool).reshape(1, 32), NMPattern(4, 8)).tolist() == [expected]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_codes_are_lexicographic_ranks(pattern: NMPattern) -> None:
     sets = list(combinations(range(pattern.m), pattern.n))
@@ -136,6 +155,45 @@ def test_round_trip_is_exact(data: st.DataObject) -> None:
     assert torch.equal(again["weight_indices"], codes)
 
 
+@settings(max_examples=100)
+@given(st.data())
+def test_round_trip_of_wide_patterns_is_exact(data: st.DataObject) -> None:
+    m = data.draw(st.integers(17, 32))
+    pattern = NMPattern(data.draw(st.integers(1, m - 1)), m)
+    ranks = data.draw(st.lists(st.integers(0, comb(m, pattern.n) - 1), min_size=1, max_size=11))
+    codes = torch.tensor([row_of_codes(ranks, code_bits(pattern))], dtype=torch.uint8)
+    mask = decode(codes, pattern, len(ranks))
+    assert encode(mask, pattern).tolist() == codes.tolist()
+    weight = apply_mask(-torch.rand(mask.shape) - 1, mask)
+    packed = pack(weight, pattern)
+    assert packed["weight_indices"].tolist() == codes.tolist()
+    assert same_bits(unpack(packed["weight"], codes, pattern), weight)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_bytes_are_those_of_a_slow_writer(data: st.DataObject) -> None:
+    m = data.draw(st.integers(2, 10))
+    pattern = NMPattern(data.draw(st.integers(1, m - 1)), m)
+    sets = list(combinations(range(m), pattern.n))
+    row: list[float] = []
+    values: list[float] = []
+    ranks: list[int] = []
+    for _ in range(data.draw(st.integers(1, 11))):
+        group = data.draw(st.lists(st.sampled_from([0.0, -0.0]), min_size=m, max_size=m))
+        for place in data.draw(st.sampled_from(sets))[data.draw(st.integers(0, pattern.n)) :]:
+            group[place] = data.draw(st.sampled_from([1.0, -1.0, 0.5, -3.0]))
+        # Numbers first, then -0.0, then +0.0; sorting leaves the lower index in front.
+        order = sorted(range(m), key=lambda i: (group[i] == 0, math.copysign(1.0, group[i]) > 0 and group[i] == 0))
+        kept = tuple(sorted(order[: pattern.n]))
+        row += group
+        values += [group[place] for place in kept]
+        ranks.append(sets.index(kept))
+    packed = pack(torch.tensor([row]), pattern)
+    assert struct.pack(f"{len(values)}f", *packed["weight"][0].tolist()) == struct.pack(f"{len(values)}f", *values)
+    assert packed["weight_indices"].tolist() == [row_of_codes(ranks, code_bits(pattern))]
+
+
 def test_sizes() -> None:
     dense = 512 * 2048 * 2
     assert packed_bytes(512, 2048, TWO_OF_FOUR, torch.bfloat16) * 64 == dense * 35
@@ -152,7 +210,7 @@ def test_sizes() -> None:
 def test_gradients_reach_the_values() -> None:
     packed = pack(torch.tensor([[0.0, 5.0, 0.0, -2.0]]), TWO_OF_FOUR)
     values = packed["weight"].requires_grad_()
-    (unpack(values, packed["weight_indices"], TWO_OF_FOUR) * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()  # type: ignore[no-untyped-call]
+    (unpack(values, packed["weight_indices"], TWO_OF_FOUR) * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
     assert values.grad is not None
     assert values.grad.tolist() == [[2.0, 4.0]]
 
@@ -213,3 +271,37 @@ def test_check_names_file_key_and_rule() -> None:
     assert problem(codes=codes + (6 << 3)) == "weight_indices: codes of 2:4 are 0 to 5, got 6"
     for bad in (float("nan"), float("inf"), float("-inf")):
         assert problem(values=values * bad) == "weight: values must be finite, got NaN or infinity"
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_tensors_are_refused_or_load(data: st.DataObject) -> None:
+    pattern = data.draw(
+        st.sampled_from([NMPattern.parse(text) for text in ("2:4", "1:2", "4:8", "3:5", "9:25", "16:32")])
+    )
+    shape = (3, pattern.m * data.draw(st.integers(1, 9)))
+    weight = torch.randn(shape)
+    packed = pack(apply_mask(weight, magnitude_mask(weight, pattern)), pattern)
+    values, codes = packed["weight"], packed["weight_indices"]
+    damage = data.draw(st.sampled_from(["code bits", "code rows", "code columns", "value byte", "value columns"]))
+    if damage == "code bits":
+        for _ in range(data.draw(st.integers(1, 3))):
+            codes.view(-1)[data.draw(st.integers(0, codes.numel() - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif damage == "code rows":
+        codes = codes[: data.draw(st.integers(0, 2))]
+    elif damage == "code columns":
+        codes = codes[:, : data.draw(st.integers(0, codes.shape[1] - 1))]
+    elif damage == "value byte":
+        raw = values.view(torch.uint8)
+        raw.view(-1)[data.draw(st.integers(0, raw.numel() - 1))] = data.draw(st.integers(0, 255))
+    else:
+        values = values[:, : data.draw(st.integers(0, values.shape[1] - 1))]
+    try:
+        check_packed(values, codes, pattern, torch.float32, shape)
+    except PackedFormatError:
+        return
+    assert damage in ("code bits", "value byte")  # another shape never passes
+    dense = unpack(values, codes, pattern)
+    assert dense.shape == shape
+    assert dense.isfinite().all()
+    assert count_violations(dense, pattern) == 0

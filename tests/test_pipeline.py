@@ -17,11 +17,16 @@ from transformers import (
     GPT2LMHeadModel,
     M2M100Config,
     M2M100ForConditionalGeneration,
+    MBart50Tokenizer,
+    MBartTokenizer,
     NllbTokenizer,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _language_id, _register, translate
+from hf_nmsparse.quantizer import save_packed
+from hf_nmsparse.sparsify import sparsify
 from tests import tiny
 
 SENTENCES = [
@@ -38,14 +43,6 @@ MODEL = tiny.marian(init_std=0.5).eval()  # large weights, so that what it says 
 TOKENIZER: Any = tiny.tokenizer()
 
 make_pipeline: Any = transformers.pipeline  # its overloads know the built-in tasks only
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def one_by_one(sentences: list[str], **kwargs: Any) -> list[str]:
@@ -125,13 +122,6 @@ def test_training_mode_is_restored() -> None:
     assert not model.training
 
 
-def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    translate(MODEL, TOKENIZER, ["A man"], max_new_tokens=2, progress=True)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "1/1" in captured.err
-
-
 @pytest.mark.parametrize(
     ("sentences", "kwargs", "message"),
     [
@@ -161,6 +151,15 @@ def test_m2m100_writes_its_codes_in_another_way() -> None:
     assert _language_id(tokenizer, "tgt_lang", "fr") == 38
     with pytest.raises(ValueError, match="'__fr__' is none of the 2 languages here, such as de, fr"):
         _language_id(tokenizer, "tgt_lang", "__fr__")
+
+
+@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer])
+def test_mbart_finds_its_codes(kind: Any) -> None:
+    tokenizer = kind(vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)])
+    assert _language_id(tokenizer, "tgt_lang", "de_DE") == tokenizer.convert_tokens_to_ids("de_DE")
+    assert _language_id(tokenizer, "tgt_lang", "de_DE") != tokenizer.unk_token_id
+    with pytest.raises(ValueError, match=r"'de' is none of the [0-9]+ languages here, such as de_DE"):
+        _language_id(tokenizer, "tgt_lang", "de")
 
 
 def test_a_decoder_alone_does_not_translate() -> None:
@@ -260,8 +259,9 @@ class TestPipeline:
         assert self.translator()(SENTENCES[0]) == [self.expected[0]]
         assert self.translator()("") == [{"translation_text": ""}]
 
-    def test_an_empty_list_gives_an_empty_list(self) -> None:
+    def test_nothing_gives_nothing(self) -> None:
         assert self.translator()([]) == []
+        assert list(self.translator()(iter(()))) == []
 
     def test_an_iterator_is_read_as_results_are_asked_for(self) -> None:
         taken = []
@@ -295,6 +295,16 @@ class TestPipeline:
         assert not list((tmp_path / "again").glob("*.py"))
         assert "custom_pipelines" not in json.loads((tmp_path / "again/config.json").read_text(encoding="utf-8"))
         make_pipeline(TASK, model=str(tmp_path / "again"), device="cpu")
+
+    def test_a_packed_folder(self, tmp_path: Path) -> None:
+        model = tiny.marian(init_std=0.5)
+        sparsify(model, NMSparseConfig("2:4"))
+        save_packed(model, tmp_path)
+        TOKENIZER.save_pretrained(tmp_path)
+        texts = translate(model, TOKENIZER, SENTENCES, max_new_tokens=5)
+        assert len(set(texts)) > 2
+        results = make_pipeline(TASK, model=str(tmp_path), device="cpu", batch_size=4)(SENTENCES, max_new_tokens=5)
+        assert results == [{"translation_text": text} for text in texts]
 
     def test_registering_twice_changes_nothing(self) -> None:
         before = PIPELINE_REGISTRY.supported_tasks[TASK]

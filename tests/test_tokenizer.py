@@ -54,7 +54,7 @@ def test_training_is_deterministic(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_vocabulary_below_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size: needs at least 259 .* got 100"):
+    with pytest.raises(ValueError, match=r"vocab_size: needs at least 259 .* got 100"):
         train_tokenizer(TEXTS, vocab_size=100)
 
 

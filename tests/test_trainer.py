@@ -215,6 +215,15 @@ def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert seconds == sorted(seconds)
 
 
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6, "pairs": 80}
+    finished = train(tmp_path, **common)
+    again = train(tmp_path, resume=True, **common)
+    assert largest_difference(weights(finished), weights(again)) == 0
+    assert again.state.global_step == 6
+    assert losses(again) == losses(finished)
+
+
 def test_checkpoints_hold_the_dense_masters(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -317,7 +326,7 @@ def test_model_and_method_must_fit(tmp_path: Path) -> None:
         train(tmp_path, model=marian())
     sparse = marian()
     sparsify(sparse, NMSparseConfig("2:4"))
-    with pytest.raises(ValueError, match="sparse_method 'dense' .* 32 N:M layers"):
+    with pytest.raises(ValueError, match=r"sparse_method 'dense' .* 32 N:M layers"):
         train(tmp_path, model=sparse, sparse_method="dense", sparse_decay=None)
     with pytest.raises(ValueError, match="args must be SparseTrainingArguments, got NoneType"):
         SparseTrainer(model=marian())
@@ -354,7 +363,7 @@ def test_two_processes_are_one(tmp_path: Path, settings: dict[str, Any]) -> None
     arguments_of_script = [json.dumps({"gradient_accumulation_steps": 2, **common}), str(tmp_path / "two"), str(result)]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, str(script), *arguments_of_script],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
         capture_output=True,
         text=True,
         check=False,

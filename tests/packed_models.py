@@ -1,0 +1,70 @@
+"""Tiny sparse models of four families and what the tests of packed files ask of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.sparsify import sparsify
+from tests.tiny import marian
+
+hf: Any = transformers  # whose configurations take keywords that their signatures do not name
+
+BART: dict[str, Any] = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+T5: dict[str, Any] = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+BUILDERS: dict[str, Any] = {
+    "marian": marian,
+    "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)),
+    "m2m100": lambda: hf.M2M100ForConditionalGeneration(hf.M2M100Config(**BART)),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
+    "t5 untied": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, **UNTIED)),
+}
+
+
+def sparse(family: str = "marian", pattern: str = "2:4", **rules: Any) -> Any:
+    """A model in training, in evaluation mode."""
+    torch.manual_seed(0)
+    model = BUILDERS[family]()
+    sparsify(model, NMSparseConfig(pattern, **rules))
+    return model.eval()
+
+
+@torch.no_grad()
+def output(model: Any) -> Tensor:
+    """Logits of a translation model, hidden states of its base model."""
+    result = model(input_ids=torch.tensor([[5, 6, 7, 2]]), decoder_input_ids=torch.tensor([[2, 8, 9]]))
+    first: Tensor = result[0]
+    return first
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

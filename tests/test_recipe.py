@@ -1,0 +1,214 @@
+"""The recipe: its configurations, what it refuses, and whole runs on a corpus of a few sentences."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.metrics import Evaluation, score
+from hf_nmsparse.sparsify import select_layers
+from recipes.wmt_en_de import load_model, parse, read_lines
+from tests.tiny import tokenizer
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+NOUNS = {"man": "Mann", "dog": "Hund", "child": "Kind", "woman": "Frau", "cat": "Katze"}
+VERBS = {"sleeps": "schläft", "runs": "rennt", "eats": "isst", "waits": "wartet"}
+PLACES = {"here": "hier", "there": "dort", "outside": "draußen", "inside": "drinnen", "today": "heute", "now": "jetzt"}
+
+
+def write_corpus(folder: Path) -> Path:
+    pairs = [
+        (f"The {noun} {verb} {place}.", f"Jetzt {VERBS[verb]} {NOUNS[noun]} {PLACES[place]}.")
+        for noun in NOUNS
+        for verb in VERBS
+        for place in PLACES
+    ]
+    for split, rows in {"train": pairs, "validation": pairs[::12], "test": pairs[::10]}.items():
+        lines = (json.dumps({"translation": {"en": en, "de": de}}) for en, de in rows)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def launch(accelerate: str, *arguments: str, fails: bool = False) -> str:
+    """`accelerate launch` as the README says it; what it printed, or its standard error where it is to fail."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / accelerate), "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(ROOT / "recipes" / "wmt_en_de.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bool(done.returncode) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
+
+
+def tiny(corpus: Path, output: Path, **settings: Any) -> list[str]:
+    values: dict[str, Any] = {
+        "corpus": corpus,
+        "output_dir": output,
+        "max_length": 40,
+        "vocab_size": 300,
+        "d_model": 32,
+        "layers": 1,
+        "heads": 2,
+        "ffn": 64,
+        "max_steps": 300,
+        "dropout": 0,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "tokens_per_batch": 500,
+        "beams": 2,
+        "learning_rate": 0.01,
+        "warmup_steps": 20,
+        "save_total_limit": 3,
+        "logging_steps": 1,
+        "use_cpu": "true",
+        **settings,
+    }
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_parse_and_fit_their_model(config: Path, tmp_path: Path) -> None:
+    recipe, args = parse([str(config), "--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"])
+    if "2of4" in config.stem or config.stem == "demo":
+        assert (args.sparse_method, args.sparse_decay, recipe.pattern) == ("sr-ste", 2e-4, "2:4")
+    else:
+        assert args.sparse_method == "dense"
+    assert recipe.average <= (args.save_total_limit or recipe.average)
+    if recipe.model is None:
+        chosen, dense = select_layers(load_model(recipe, tokenizer()), NMSparseConfig(recipe.pattern))
+        assert len(chosen) == recipe.layers * 16
+        assert dense == {"lm_head": "the output head"}
+
+
+@pytest.mark.parametrize("sparse", ["multi30k_2of4", "wmt14_transformer_base_2of4"])
+def test_the_dense_configuration_differs_in_sparsity_alone(sparse: str) -> None:
+    import yaml
+
+    both = [
+        yaml.safe_load((ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
+        for name in (sparse, sparse.replace("2of4", "dense"))
+    ]
+    changed = {key for key in both[0].keys() | both[1].keys() if both[0].get(key) != both[1].get(key)}
+    assert changed == {"output_dir", "pattern", "sparse_method", "sparse_decay"}
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("corpus: a\noutput_dir: b\nlearning_rate: 0.5\nuse_cpu: true\ntargets: [fc1, fc2]\n")
+    recipe, args = parse([str(file), "--learning_rate", "0.25", "--corpus", "c"])
+    assert (recipe.corpus, args.output_dir, args.learning_rate, recipe.targets) == ("c", "b", 0.25, ["fc1", "fc2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("corpus: a\nlearning_rat: 1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("corpus: a\npattern: 2:4\nfoo: 1", "unknown key 'foo'"),
+        ("- corpus", "holds list, not keys and values"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="recipe: ") as refused:
+        parse([str(file)])
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"no such file .*missing.yaml; see recipes/configs"):
+        parse([str(tmp_path / "missing.yaml")])
+
+
+def test_whole_runs(tmp_path: Path) -> None:
+    """Dense, then 2:4 against it, then the 2:4 run again after its checkpoints were there."""
+    corpus = write_corpus(tmp_path / "corpus")
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    one = "one_process.yaml"
+    launch(one, config, *tiny(corpus, dense, sparse_method="dense", sparse_decay=0))
+    arguments = [config, *tiny(corpus, sparse), "--baseline", str(dense)]
+    printed = launch(one, *arguments)
+
+    evaluation = Evaluation.read(sparse / "evaluation.json")
+    references = [json.loads(line)["translation"]["de"] for line in (corpus / "test.jsonl").read_text().splitlines()]
+    hypotheses = read_lines(sparse / "test.hypotheses.txt")
+    assert score(hypotheses, references).bleu == evaluation.bleu
+    assert (evaluation.corpus, evaluation.split, evaluation.method, evaluation.pattern, evaluation.decay) == (
+        "corpus",
+        "test",
+        "sr-ste",
+        "2:4",
+        2e-4,
+    )
+    assert evaluation.against_dense is not None
+    assert evaluation.against_dense["bleu_dense"] == Evaluation.read(dense / "evaluation.json").bleu
+    assert f"BLEU {evaluation.bleu:.2f} ({evaluation.signature})" in printed
+
+    # 6 layers of the encoder and 10 of the decoder, each at 35/64 of its bf16 bytes, to the byte.
+    def stored(folder: Path) -> dict[str, int]:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118
+
+    before, after = stored(dense / "dense"), stored(sparse / "packed")
+    packed = {key.removesuffix("_indices") for key in after if key.endswith("_indices")}
+    assert len(packed) == 16
+    for key in packed:
+        assert after[key] + after[f"{key}_indices"] == before[key] * 35 // 64
+    assert {key: size for key, size in after.items() if key in before and key not in packed} == {
+        key: size for key, size in before.items() if key not in packed
+    }
+    assert evaluation.dense_bytes - (evaluation.packed_bytes or 0) == sum(before[key] * 29 // 64 for key in packed)
+
+    card = ModelCard.load(sparse / "packed" / "README.md")
+    [bleu] = [result for result in card.data.eval_results or [] if result.metric_type == "bleu"]
+    assert bleu.metric_value == pytest.approx(evaluation.bleu, abs=0.005)
+    curve = json.loads((sparse / "curve.json").read_text())
+    assert [row["step"] for row in curve if "loss" in row] == list(range(1, evaluation.steps + 1))
+    assert all(row["sad"] >= 0 for row in curve if "loss" in row)
+    # It learns: 120 sentences of a fixed frame.
+    assert evaluation.bleu > 20
+
+    weights = (sparse / "packed" / "model.safetensors").read_bytes()
+    launch(one, *arguments)
+    assert (sparse / "packed" / "model.safetensors").read_bytes() == weights
+    assert Evaluation.read(sparse / "evaluation.json").bleu == evaluation.bleu
+    assert Evaluation.read(sparse / "evaluation.json").train_seconds >= (evaluation.train_seconds or 0)  # type: ignore[operator]
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    """20 steps; two processes with one batch each against one process that accumulates two."""
+    corpus = write_corpus(tmp_path / "corpus")
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    # An epoch has more than the 40 batches that 20 steps take, so that no step is short of one.
+    common = {"max_steps": 20, "average": 1, "tokens_per_batch": 80, "save_strategy": "no"}
+    launch("one_process.yaml", config, *tiny(corpus, tmp_path / "one", gradient_accumulation_steps=2, **common))
+    launch("two_cpu_processes.yaml", config, *tiny(corpus, tmp_path / "two", **common))
+    curves = [
+        [row["loss"] for row in json.loads((tmp_path / run / "curve.json").read_text()) if "loss" in row]
+        for run in ("one", "two")
+    ]
+    assert len(curves[0]) == 20
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    (tmp_path / "empty").mkdir()
+    printed = launch("one_process.yaml", config, *tiny(tmp_path / "empty", tmp_path / "run"), fails=True)
+    assert f"wmt_en_de: corpus {tmp_path / 'empty'}: no file named train.*" in printed
+    assert 'recipes/wmt_en_de.py", line' not in printed

@@ -1,0 +1,175 @@
+"""From a trained model to the file and back: outputs and bytes, for every family, number type and way to compute."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
+
+from hf_nmsparse.layers import PackedLinear, sparse_layers
+from hf_nmsparse.quantizer import NMSparseQuantizationConfig, export_dense, save_packed, set_compute
+from hf_nmsparse.sparsify import finalize
+from tests.packed_models import BUILDERS, contents, output, sparse
+
+FC1 = "model.encoder.layers.0.fc1"
+
+
+def load(path: Path, compute: str | None = None, kind: Any = AutoModelForSeq2SeqLM, **kwargs: Any) -> Any:
+    if compute is not None:
+        kwargs["quantization_config"] = NMSparseQuantizationConfig(compute)
+    return kind.from_pretrained(path, **kwargs)
+
+
+@pytest.mark.parametrize("compute", [None, "dense", "reference"])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_output_and_bytes_are_those_of_the_trained_model(family: str, compute: str | None, tmp_path: Path) -> None:
+    model = sparse(family)
+    save_packed(model, tmp_path / "a")
+    loaded = load(tmp_path / "a", compute)
+    assert torch.equal(output(loaded), output(model))
+    kinds = {type(loaded.get_submodule(name)) for name in sparse_layers(model)}
+    assert kinds == {PackedLinear if compute == "reference" else nn.Linear}
+    assert sparse_layers(loaded) == sparse_layers(model)
+    loaded.save_pretrained(tmp_path / "b")
+    save_packed(loaded, tmp_path / "c")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+@pytest.mark.parametrize("compute", ["dense", "reference"])
+@pytest.mark.parametrize("values", ["fp16", "bf16"])
+def test_half_the_width(values: str, compute: str, tmp_path: Path) -> None:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[values]
+    model = sparse()
+    with torch.no_grad():  # equal in 16 bits, and in the master the later two are larger
+        model.get_submodule(FC1).weight[0, :4] = torch.tensor([1.0, 1.0, 1.0 + 2**-16, -1.0 - 2**-16])
+    save_packed(model, tmp_path / "a", values=values)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a/model.safetensors").values()} == {dtype, torch.uint8}
+    loaded = load(tmp_path / "a", compute)
+    assert loaded.dtype == dtype
+    finalize(model)
+    stock = MarianMTModel(loaded.config).eval()
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(output(loaded), output(stock.to(dtype)))
+    set_compute(loaded, "dense")
+    assert loaded.get_submodule(FC1).weight[0, :4].tolist() == [0.0, 0.0, 1.0, -1.0]
+    loaded.save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("compute", ["dense", "reference"])
+def test_t5_computes_wo_in_fp32_and_its_file_stays_in_fp16(compute: str, tmp_path: Path) -> None:
+    save_packed(sparse("t5"), tmp_path / "a", values="fp16")
+    loaded = load(tmp_path / "a", compute)
+    assert loaded.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    loaded.save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_file_may_be_loaded_and_saved_in_another_type(tmp_path: Path) -> None:
+    model = sparse()
+    save_packed(model, tmp_path / "fp32")
+    save_packed(model, tmp_path / "bf16", values="bf16")
+    load(tmp_path / "fp32", dtype=torch.bfloat16).save_pretrained(tmp_path / "loaded in bf16")
+    save_packed(load(tmp_path / "fp32"), tmp_path / "saved in bf16", values="bf16")
+    assert contents(tmp_path / "bf16") == contents(tmp_path / "loaded in bf16") == contents(tmp_path / "saved in bf16")
+
+
+def test_35_of_64_bytes(tmp_path: Path) -> None:
+    model = sparse()
+    save_packed(model, tmp_path, values="bf16")
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = sparse_layers(model)
+    packed = sum(tensors[f"{name}.weight{suffix}"].nbytes for name in names for suffix in ("", "_indices"))
+    assert packed * 64 == sum(model.get_submodule(name).weight.numel() * 2 for name in names) * 35
+
+
+@pytest.mark.parametrize("compute", ["dense", "reference"])
+def test_every_door(compute: str, tmp_path: Path) -> None:
+    model = sparse()
+    save_packed(model, tmp_path / "whole")
+    save_packed(model.model, tmp_path / "base")
+    for loaded in (
+        load(tmp_path / "whole", compute, MarianMTModel),
+        load(tmp_path / "whole", compute, device_map="auto"),
+        load(tmp_path / "whole", compute, device_map="cpu"),
+    ):
+        assert torch.equal(output(loaded), output(model))
+        assert sparse_layers(loaded) == sparse_layers(model)
+    base = load(tmp_path / "whole", compute, AutoModel)
+    assert torch.equal(output(base), output(model.model))
+    assert sparse_layers(base) == sparse_layers(model.model)
+    assert torch.equal(output(load(tmp_path / "base", compute).model), output(model.model))
+    tokens = torch.tensor([[5, 6, 7, 1]])
+    whole = load(tmp_path / "whole", compute)
+    assert torch.equal(whole.generate(tokens, max_length=6), model.generate(tokens, max_length=6))
+
+
+@pytest.mark.parametrize("compute", ["dense", "reference"])
+def test_shards(compute: str, tmp_path: Path) -> None:
+    model = sparse()
+    save_packed(model, tmp_path / "a", max_shard_size="20KB")
+    assert sum(name.endswith(".safetensors") for name in contents(tmp_path / "a")) >= 5
+    loaded = load(tmp_path / "a", compute)
+    assert torch.equal(output(loaded), output(model))
+    save_packed(loaded, tmp_path / "b", max_shard_size="20KB")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    loaded.save_pretrained(tmp_path / "c", max_shard_size="20KB")
+    first, again = contents(tmp_path / "a"), contents(tmp_path / "c")
+    if compute == "reference":  # transformers counts the parameters of the model that it saves into the index
+        assert first.pop("model.safetensors.index.json") != again.pop("model.safetensors.index.json")
+    assert first == again
+
+
+@pytest.mark.parametrize("compute", ["dense", "reference"])
+def test_offloaded_to_disk(compute: str, tmp_path: Path) -> None:
+    model = sparse("m2m100")
+    save_packed(model, tmp_path / "a", max_shard_size="20KB")
+    tied = ("model.shared", "model.decoder.embed_tokens", "lm_head")  # which transformers cannot split over places
+    others = ("model.encoder", "model.decoder.embed_positions", "model.decoder.layer_norm")
+    places = {**dict.fromkeys(tied + others, "cpu"), "model.decoder.layers": "disk"}
+    loaded = load(tmp_path / "a", compute, device_map=places, offload_folder=tmp_path / "offload")
+    assert torch.equal(output(loaded), output(model))
+    for save in (save_packed, export_dense, lambda model, path: model.save_pretrained(path)):
+        with pytest.raises(ValueError, match="is offloaded; load the model without offloading"):
+            save(loaded, tmp_path / "b")
+    with pytest.raises(ValueError, match="is offloaded; load the model again"):
+        set_compute(loaded, "reference" if compute == "dense" else "dense")
+
+
+@pytest.mark.parametrize("compute", ["dense", "reference"])
+def test_copies_of_a_loaded_model(compute: str, tmp_path: Path) -> None:
+    save_packed(sparse(), tmp_path / "a")
+    loaded = load(tmp_path / "a", compute)
+    for place, copied in enumerate((copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded)))):
+        assert torch.equal(output(copied), output(loaded))
+        copied.save_pretrained(tmp_path / str(place))
+        assert contents(tmp_path / "a") == contents(tmp_path / str(place))
+
+
+def test_a_process_without_the_package_fails_loudly(tmp_path: Path) -> None:
+    save_packed(sparse(), tmp_path)
+    code = """
+import sys
+from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
+for kind in (AutoModel, AutoModelForSeq2SeqLM, MarianMTModel):
+    try:
+        kind.from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        assert "mismatch" in str(error), error
+    else:
+        sys.exit(f"{kind.__name__} loaded a packed file")
+assert "hf_nmsparse" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
