@@ -190,7 +190,7 @@ class SparseTrainer(Seq2SeqTrainer):
         prepared: DataLoader[Any] = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0)
         return prepared
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as Trainer does; a run that has reached ``max_steps`` before is loaded and not trained on.
 
         Trainer would take one step more than ``max_steps`` after resuming in the middle of an epoch.
@@ -205,7 +205,7 @@ class SparseTrainer(Seq2SeqTrainer):
                 self._load_from_checkpoint(folder)
                 self.state = before
                 return TrainOutput(before.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the dense masters as Trainer does; for a push, the packed model."""
