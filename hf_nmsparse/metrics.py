@@ -6,16 +6,18 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import evaluate
 import numpy as np
 import torch
-from datasets import Features, List, Value
+from datasets import Features, Value
+from datasets import Sequence as ListOf
 from sacrebleu.metrics import BLEU, CHRF
 
 import hf_nmsparse
@@ -35,14 +37,7 @@ __all__ = [
 References = Sequence[str] | Sequence[Sequence[str]]
 """One raw reference for each sentence, or several."""
 
-_SIGNIFICANT = 0.05
-_SMALLEST_BOOTSTRAP = 100
-
-_AGAINST_DENSE = ("bleu_dense", "difference", "low", "high", "p", "verdict")
-"""What a record says of the comparison with the dense model, at least."""
-
-_LATER_KEYS = {"beams", "processes", "source_lang", "target_lang"}
-"""Records published before the format had these keys do not say; they are read as None."""
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,8 @@ class Comparison:
     Attributes:
         bleu: BLEU of the system.
         bleu_baseline: BLEU of the baseline.
-        low: Lower end of the 95% interval of the difference.
-        high: Upper end of it.
-        p: Two-sided p-value of "there is no difference"; at most 0.05 just where the interval leaves out 0.
+        interval: 95% interval of the difference, from the bootstrap.
+        p: Two-sided p-value of "there is no difference".
         samples: Bootstrap samples.
         seed: Seed of the resampling.
         signature: sacreBLEU's signature of both scores.
@@ -107,8 +101,7 @@ class Comparison:
 
     bleu: float
     bleu_baseline: float
-    low: float
-    high: float
+    interval: tuple[float, float]
     p: float
     samples: int
     seed: int
@@ -122,31 +115,16 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the test allows to say, such as "no difference shown (p = 0.41)"."""
-        said = "no difference shown"
-        if self.p <= _SIGNIFICANT:
-            # The interval has the sign: the difference of the whole corpus may lie outside of a skewed one.
-            said = "better than the baseline" if self.low > 0 else "worse than the baseline"
-        return f"{said} (p = {self.p:.2g})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `Evaluation.against_dense` holds; the interval also as a pair, as tables of results read it."""
-        return {
-            "bleu_dense": self.bleu_baseline,
-            "difference": self.difference,
-            "low": self.low,
-            "high": self.high,
-            "interval": [self.low, self.high],
-            "p": self.p,
-            "verdict": self.verdict,
-            "samples": self.samples,
-            "seed": self.seed,
-        }
+        """What the test allows to say, at p < 0.05."""
+        if self.p >= SIGNIFICANT:
+            return "no difference shown"
+        return "better than the baseline" if self.difference > 0 else "worse than the baseline"
 
     def __str__(self) -> str:
+        low, high = self.interval
         return (
             f"BLEU {self.bleu:.2f} against {self.bleu_baseline:.2f}: {self.difference:+.2f} "
-            f"(95% interval {self.low:+.2f} to {self.high:+.2f}), {self.verdict}"
+            f"(95% interval {low:+.2f} to {high:+.2f}, p = {self.p:.3f}), {self.verdict}"
         )
 
 
@@ -160,42 +138,40 @@ def compare(
 ) -> Comparison:
     """Tests whether a system differs from a baseline in BLEU, by paired bootstrap (Koehn, EMNLP 2004).
 
-    Sentences are drawn with replacement, the same ones for both systems; draws and scores are those of sacreBLEU's
-    paired test. Its p-value is not: it calls a system different from itself, with p = 1 / (samples + 1), and comes
-    without an interval of the difference. Here p is twice the share of samples on the rarer side of zero, and the
-    interval leaves out as many samples at either end as p = 0.05 allows for, so that the two agree.
+    Sentences are drawn with replacement, the same ones for both systems. The interval holds the middle 95% of the
+    differences; the p-value is twice the fraction of samples on the rarer side of zero, so that both agree, and a
+    system compared with itself has p = 1.
 
     Args:
         hypotheses: The system's translations.
         baseline: The baseline's translations of the same sentences, such as those of the dense model.
         references: As in `score`.
         samples: Bootstrap samples, at least 100.
-        seed: Seed of the resampling. The default is sacreBLEU's.
+        seed: Seed of the resampling. The default is sacreBLEU's, and so are the resamples.
         tokenize: As in `score`.
 
     Raises:
         ValueError: As in `score`, or there are too few samples.
     """
-    if samples < _SMALLEST_BOOTSTRAP:
-        raise ValueError(f"compare: a bootstrap takes at least {_SMALLEST_BOOTSTRAP} samples, got {samples!r}")
+    if samples < 100:
+        raise ValueError(f"compare: p < {SIGNIFICANT} takes at least 100 samples, got {samples!r}")
     streams = _reference_streams(hypotheses, references)
     _reference_streams(baseline, references, "baseline translations")
     bleu = _bleu(tokenize)
-    drawn = np.random.default_rng(seed).choice(len(references), size=(samples, len(references)), replace=True)
-    points, resampled = [], []
-    for texts in (hypotheses, baseline):
-        counts = np.array(bleu._extract_corpus_statistics(list(texts), streams))  # [sentences, n-grams and lengths]
-        points.append(float(bleu._compute_score_from_stats(counts.sum(axis=0)).score))
-        resampled.append([bleu._compute_score_from_stats(counts[rows].sum(axis=0)).score for rows in drawn])
-    differences = np.sort(np.subtract(*resampled))
-    rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
-    left_out = (samples + 1) // 40 - 1  # 2 * (rarer + 1) / (samples + 1) <= 0.05, solved for rarer
+    points = [float(bleu.corpus_score(list(texts), streams).score) for texts in (hypotheses, baseline)]
+    statistics = [_sentence_statistics(texts, streams, tokenize) for texts in (hypotheses, baseline)]
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(hypotheses), size=(samples, len(hypotheses)), replace=True)
+    differences = np.array([_corpus_bleu(statistics[0][rows]) - _corpus_bleu(statistics[1][rows]) for rows in drawn])
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return Comparison(
         bleu=points[0],
         bleu_baseline=points[1],
-        low=float(differences[left_out]),
-        high=float(differences[-1 - left_out]),
-        p=min(1.0, 2 * (rarer + 1) / (samples + 1)),
+        interval=(
+            float(np.quantile(differences, 0.025, method="lower")),
+            float(np.quantile(differences, 0.975, method="higher")),
+        ),
+        p=min(1.0, 2 * (int(rarer) + 1) / (samples + 1)),
         samples=samples,
         seed=seed,
         signature=str(bleu.get_signature()),
@@ -207,6 +183,23 @@ def _bleu(tokenize: str) -> BLEU:
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"score: tokenize {tokenize!r} is unknown; sacreBLEU knows {', '.join(BLEU.TOKENIZERS)}")
     return BLEU(tokenize=tokenize)
+
+
+def _sentence_statistics(hypotheses: Sequence[str], streams: list[list[str | None]], tokenize: str) -> np.ndarray:
+    """What corpus BLEU sums up, ``[sentences, 10]``: matched and all n-grams of each order, and the two lengths."""
+    # effective_order has no part in the counts; without it sacreBLEU advises against scores of sentences.
+    metric = BLEU(tokenize=tokenize, effective_order=True)
+    rows = []
+    for hypothesis, *references in zip(hypotheses, *streams, strict=True):
+        sentence = metric.sentence_score(hypothesis, [text for text in references if text is not None])
+        rows.append([*sentence.counts, *sentence.totals, sentence.sys_len, sentence.ref_len])
+    return np.array(rows, dtype=np.int64)
+
+
+def _corpus_bleu(statistics: np.ndarray) -> float:
+    """BLEU of the sentences whose statistics are given, ``[sentences, 10]``."""
+    total = statistics.sum(axis=0).tolist()
+    return float(BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score)
 
 
 def _reference_streams(
@@ -251,7 +244,7 @@ class TranslationScore(evaluate.Metric):  # type: ignore[misc]
             inputs_description="predictions: texts; references: for each of them a text or a list of texts.",
             features=[
                 Features({"predictions": text, "references": text}),
-                Features({"predictions": text, "references": List(text)}),
+                Features({"predictions": text, "references": ListOf(text)}),
             ],
         )
 
@@ -273,11 +266,6 @@ def versions() -> dict[str, str]:
         "hf_nmsparse": hf_nmsparse.__version__,
         **{package: version(package) for package in packages},
     }
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 @dataclass(frozen=True)
@@ -302,14 +290,11 @@ class Evaluation:
         decay: lambda of SR-STE; None where the method has none.
         values: Number type in the file: fp32, fp16 or bf16.
         base_model: The model it was trained from; None for training from scratch.
-        source_lang: Code of the language it translates from, such as "en" or "eng_Latn".
-        target_lang: The same of the language it translates to.
-        beams: Beam size of the scored translations.
         train_seconds: Wall time of the training.
         flip_rate: Fraction of mask entries that a step changed at the end of the training.
-        against_dense: `Comparison.to_dict` of the comparison with the dense model; None where there was none.
-        threads: CPU threads of torch in each process.
-        processes: Processes of the training; by default those that run now.
+        against_dense: ``bleu_dense``, ``difference``, ``interval``, ``p``, ``verdict``, ``samples`` and ``seed`` of
+            `compare`; None where nothing was compared.
+        threads: CPU threads of torch.
         versions: See `versions`.
     """
 
@@ -330,27 +315,17 @@ class Evaluation:
     decay: float | None = None
     values: str | None = None
     base_model: str | None = None
-    source_lang: str | None = None
-    target_lang: str | None = None
-    beams: int | None = None
     train_seconds: float | None = None
     flip_rate: float | None = None
     against_dense: dict[str, Any] | None = None
     threads: int = field(default_factory=torch.get_num_threads)
-    processes: int | None = field(default_factory=_processes)
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not _fits(value, hints[entry.name]):
-                raise ValueError(f"{entry.name} must be {entry.type}, got {value!r}")
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
         if self.pattern is not None:
             NMPattern.parse(self.pattern)
-        for key in _AGAINST_DENSE:
-            if self.against_dense is not None and key not in self.against_dense:
-                raise ValueError(f"against_dense: key {key!r} is missing; Comparison.to_dict has it")
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], where: str = "evaluation") -> Evaluation:
@@ -363,14 +338,10 @@ class Evaluation:
         Raises:
             ValueError: A key is unknown or missing, or a value is of the wrong type.
         """
-        record = {**dict.fromkeys(_LATER_KEYS), **record}
         known = {entry.name for entry in fields(cls)}
         for problem, keys in (("unknown", set(record) - known), ("missing", known - set(record))):
             if keys:
                 raise ValueError(f"{where}: key {min(keys)!r} is {problem}; write the file with Evaluation.write")
-        test = record["against_dense"]
-        if isinstance(test, dict) and "interval" in test:  # published records hold the pair alone
-            record["against_dense"] = {**dict(zip(("low", "high"), test["interval"], strict=True)), **test}
         try:
             return cls(**record)
         except ValueError as error:
@@ -401,24 +372,6 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
-    def __str__(self) -> str:
-        languages = f" {self.source_lang}-{self.target_lang}" if self.source_lang and self.target_lang else ""
-        method = self.method if self.pattern is None else f"{self.pattern} {self.method}"
-        decay = "" if self.decay is None else f", decay {self.decay:g}"
-        lines = [
-            f"{method}{decay}, seed {self.seed}, {self.steps:,} steps",
-            f"{self.corpus}{languages}, {self.split}, {self.sentences:,} sentences",
-            f"BLEU {self.bleu:.2f}  {self.signature}",
-            f"chrF {self.chrf:.2f}  {self.chrf_signature}",
-        ]
-        if self.against_dense is not None:
-            test = self.against_dense
-            lines.append(
-                f"dense BLEU {test['bleu_dense']:.2f}, difference {test['difference']:+.2f} "
-                f"(95% interval {test['low']:+.2f} to {test['high']:+.2f}), {test['verdict']}"
-            )
-        return "\n".join(lines)
-
 
 def evaluation_record(result: Score, against_dense: Comparison | None = None, **run: Any) -> Evaluation:
     """The record of a run from its scores and the facts about it.
@@ -429,20 +382,41 @@ def evaluation_record(result: Score, against_dense: Comparison | None = None, **
         **run: The other fields of `Evaluation`; those with a default may be left out.
 
     Raises:
-        ValueError: The comparison scored something else.
+        ValueError: A field is unknown or missing, or the comparison scored something else.
     """
-    if against_dense is not None and (against_dense.bleu, against_dense.sentences) != (result.bleu, result.sentences):
-        raise ValueError(
-            f"evaluation_record: the comparison is of BLEU {against_dense.bleu:.2f} on {against_dense.sentences} "
-            f"sentences, the score of {result.bleu:.2f} on {result.sentences}; compare the same translations"
-        )
-    return Evaluation(**asdict(result), against_dense=against_dense and against_dense.to_dict(), **run)
+    known = {entry.name: entry for entry in fields(Evaluation) if entry.name not in {*asdict(result), "against_dense"}}
+    required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
+    for problem, keys in (("unknown", set(run) - set(known)), ("missing", required - set(run))):
+        if keys:
+            raise ValueError(f"evaluation_record: {min(keys)!r} is {problem}; the fields are {', '.join(known)}")
+    test = None
+    if against_dense is not None:
+        if (against_dense.bleu, against_dense.sentences) != (result.bleu, result.sentences):
+            raise ValueError(
+                f"evaluation_record: the comparison is of BLEU {against_dense.bleu:.2f} on {against_dense.sentences} "
+                f"sentences, the score of {result.bleu:.2f} on {result.sentences}; compare the same translations"
+            )
+        test = {
+            "bleu_dense": against_dense.bleu_baseline,
+            "difference": against_dense.difference,
+            "interval": list(against_dense.interval),
+            "p": against_dense.p,
+            "verdict": against_dense.verdict,
+            "samples": against_dense.samples,
+            "seed": against_dense.seed,
+        }
+    return Evaluation(**asdict(result), against_dense=test, **run)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of a field's type; no field is a truth value, and numbers are finite."""
-    options = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    kinds = tuple(get_origin(option) or option for option in options)
-    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        return False
-    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    allowed = tuple(get_origin(option) or option for option in get_args(hint) if NoneType in get_args(hint))
+    allowed = allowed or (get_origin(hint) or hint,)
+    if float in allowed:
+        allowed += (int,)
+    if (
+        not isinstance(value, allowed)
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        expected = " or ".join("null" if option is NoneType else option.__name__ for option in allowed)
+        raise ValueError(f"{name} is {expected}, got {value!r}")

@@ -105,6 +105,8 @@ class SparseTrainer(Seq2SeqTrainer):
         if getattr(model, "quantization_method", None) == "nmsparse":
             assert isinstance(model, PreTrainedModel)
             prepare_for_training(model)
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
         super().__init__(model=model, args=args, **kwargs)
         sparse = len(sparse_layers(self.model)) if self.model is not None else 0
         if args.sparse_method == DENSE and sparse:
@@ -179,7 +181,7 @@ class SparseTrainer(Seq2SeqTrainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=partial(

@@ -114,8 +114,12 @@ def test_a_packed_folder_goes_and_comes_back(hub: LocalHub, tmp_path: Path) -> N
 
 
 def test_a_model_is_packed_on_its_way(hub: LocalHub, tmp_path: Path) -> None:
+    old = {"README.md": CARD.encode(), "model-00001-of-00001.safetensors": b"", "model.safetensors.index.json": b""}
+    hub.repos["user/tiny"] = dict(old)
     process(hub, tmp_path / "pusher", PUSH_MODEL)
-    assert {"config.json", "model.safetensors"} <= hub.repos["user/tiny"].keys()
+    found = hub.repos["user/tiny"]
+    assert found.keys() == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert found["README.md"] == old["README.md"]
     assert process(hub, tmp_path / "puller", PULL) == "torch.bfloat16 32\n"
 
 
