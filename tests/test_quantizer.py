@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +301,7 @@ class TestFromPretrained:
         assert len(set(where.values())) > 2
         loaded = load(sharded, compute)
         assert torch.equal(logits(loaded), expected)
-        loaded.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+        save_packed(loaded, tmp_path / "shards", max_shard_size="8KB")
         assert same_files(sharded, tmp_path / "shards")
         loaded.save_pretrained(tmp_path / "one")
         assert same_files(packed, tmp_path / "one")
@@ -341,24 +340,6 @@ class TestFromPretrained:
         assert torch.equal(logits(model), expected)
         model.save_pretrained(tmp_path)
         assert same_files(packed, tmp_path)
-
-    # accelerate knows no buffer of the model itself as a key of device_map, and places it all the same
-    @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
-    @pytest.mark.parametrize("compute", COMPUTES)
-    def test_offloading_to_disk(self, packed: Path, expected: Tensor, compute: str, tmp_path: Path) -> None:
-        places = {"model.shared": "cpu", "lm_head": "cpu", "final_logits_bias": "cpu", "model.decoder": "cpu"}
-        model = load(
-            packed, compute, device_map={**places, "model.encoder": "disk"}, offload_folder=str(tmp_path / "offload")
-        )
-        assert model.get_parameter(f"{FC1}.weight").is_meta
-        assert torch.equal(logits(model), expected)
-        message = r"^save: model\.encoder\.\S+ is offloaded; load the model without offloading to save it$"
-        for save in (model.save_pretrained, partial(save_packed, model), partial(export_dense, model)):
-            with pytest.raises(ValueError, match=message):
-                save(tmp_path / "saved")
-        other = "reference" if compute == "dense" else "dense"
-        with pytest.raises(ValueError, match=f"is offloaded; load the model again with compute='{other}'"):
-            set_compute(model, other)
 
     def test_gradients_reach_the_layers_that_stayed_dense(self, packed: Path) -> None:
         model = load(packed, "reference")
