@@ -46,23 +46,27 @@ def _two_of_four(magnitude: Tensor) -> list[Tensor]:
     """A weight stays when it wins two of its three comparisons: the majority of three bits."""
     a, b, c, d = magnitude.unbind(0)
     ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
-    ba, ca, da, cb, db, dc = ~ab, ~ac, ~ad, ~bc, ~bd, ~cd
 
     def majority(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return (x & y) | (z & (x | y))
+        either = x | y
+        either &= z  # in place: what a large weight waits for is fresh memory
+        either |= x & y
+        return either
 
-    return [majority(ab, ac, ad), majority(ba, bc, bd), majority(ca, cb, cd), majority(da, db, dc)]
+    keep_a, keep_b, keep_c = majority(ab, ac, ad), majority(~ab, bc, bd), majority(~ac, ~bc, cd)
+    return [keep_a, keep_b, keep_c, keep_a ^ keep_b ^ keep_c]  # two are kept: d where one of the others is
 
 
 def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
     """A weight stays when fewer than N others of its group beat it."""
     members = magnitude.unbind(0)
-    losses = [torch.zeros_like(members[0], dtype=torch.int8) for _ in members]
+    # A weight starts as if it lost to all behind it; each of them that it beats takes one loss back.
+    losses = [torch.full_like(member, pattern.m - 1 - i, dtype=torch.int8) for i, member in enumerate(members)]
     for i in range(pattern.m):
         for j in range(i + 1, pattern.m):
-            first_wins = members[i] >= members[j]
+            first_wins = (members[i] >= members[j]).view(torch.int8)
             losses[j] += first_wins
-            losses[i] += ~first_wins
+            losses[i] -= first_wins
     return [count < pattern.n for count in losses]
 
 
