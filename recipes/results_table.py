@@ -1,11 +1,12 @@
-"""Makes the README's table of results from the evaluation files in recipes/results.
+"""Makes the README's tables from the files in recipes/results and benchmarks/results.
 
-python recipes/results_table.py            prints the table
-python recipes/results_table.py --write    puts it into README.md, between its two markers
+python recipes/results_table.py            prints them
+python recipes/results_table.py --write    puts them into README.md, each between its two markers
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hf_nmsparse.metrics import Evaluation
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- results: recipes/results_table.py -->", "<!-- end of results -->"
+MASKS = Path(__file__).parents[1] / "benchmarks" / "results" / "masks.json"
 
 
 def table() -> str:
@@ -51,14 +52,39 @@ def notes(runs: list[Evaluation]) -> list[str]:
     return lines
 
 
+def masks_table() -> str:
+    """How long a mask takes, for the large weight of the benchmark."""
+    record = json.loads(MASKS.read_text(encoding="utf-8"))
+    rows = ["| mask of a 1024x4096 fp32 weight | threads | argsort ms | topk ms | ours ms | argsort / ours |"]
+    rows.append("|---|---|---|---|---|---|")
+    for row in record["rows"]:
+        if row["shape"] == [1024, 4096]:
+            argsort, topk, ours = (row["median_ms"][name] for name in ("argsort", "topk", "hf_nmsparse"))
+            times = f"{argsort:.1f} | {topk:.1f} | {ours:.1f} | {argsort / ours:.1f}"
+            rows.append(f"| {row['pattern']} | {row['threads']} | {times} |")
+    where = f"{record['cpu']}, {record['cores']} cores, torch {record['torch']}"
+    rows += ["", f"Medians of {record['rounds']} interleaved calls, {where}; {record['note']}."]
+    return "\n".join(rows)
+
+
+TABLES = {"results": table, "masks": masks_table}
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after a table in the README."""
+    return f"<!-- {name}: recipes/results_table.py -->", f"<!-- end of {name} -->"
+
+
 def main() -> None:
-    """Prints the table or writes it into the README."""
-    if sys.argv[1:] != ["--write"]:
-        print(table())
-        return
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    """Prints the tables or writes them into the README."""
+    for name, make in TABLES.items():
+        if sys.argv[1:] != ["--write"]:
+            print(make(), end="\n\n")
+            continue
+        begin, end = markers(name)
+        before, _, rest = README.read_text(encoding="utf-8").partition(begin)
+        _, _, after = rest.partition(end)
+        README.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -82,8 +81,11 @@ def test_files_that_it_names_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_results_are_those_of_the_files() -> None:
-    _, _, rest = README.partition(results_table.BEGIN)
-    table, _, _ = rest.partition(results_table.END)
-    assert table.strip() == results_table.table().strip()
-    assert os.fspath(results_table.RESULTS) == os.fspath(ROOT / "recipes" / "results")
+@pytest.mark.parametrize("name", results_table.TABLES)
+def test_tables_are_those_of_the_files(name: str) -> None:
+    begin, end = results_table.markers(name)
+    _, found, rest = README.partition(begin)
+    table, ended, _ = rest.partition(end)
+    assert found
+    assert ended
+    assert table.strip() == results_table.TABLES[name]().strip()
