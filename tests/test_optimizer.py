@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
@@ -75,37 +72,6 @@ def test_accumulation_makes_no_difference(method: str, decay: float | None) -> N
         results.append(state_of(model))
     assert close(*results)
     assert not close(results[0], state_of(start))
-
-
-def five_steps(rank: int, processes: int, folder: Path) -> None:
-    """One process of a run over its share of the batch; leaves its weights and masks by method."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store{processes}", rank=rank, world_size=processes)
-    results = {}
-    for method, decay in METHODS:
-        torch.manual_seed(0)
-        model, x = network().double(), torch.randn(5, 8, 8, dtype=torch.float64)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-        SparseStep(model, optimizer, method, decay)
-        parallel = DistributedDataParallel(model)
-        for batch in x:
-            optimizer.zero_grad()
-            loss(parallel, batch.chunk(processes)[rank]).backward()
-            optimizer.step()
-        results[method] = state_of(model) + [layer.current_mask() for layer in layers_of(model)]
-    torch.distributed.destroy_process_group()
-    torch.save(results, folder / f"{rank}of{processes}.pt")
-
-
-def test_processes_make_no_difference(tmp_path: Path) -> None:
-    for processes in (1, 2):
-        spawn(five_steps, (processes, tmp_path), nprocs=processes)
-    one, first, second = (torch.load(tmp_path / f"{run}.pt") for run in ("0of1", "0of2", "1of2"))
-    for method, _ in METHODS:
-        assert same(first[method], second[method])
-        # In double precision the order of the sums over the batch is all that differs.
-        for alone, shared in zip(one[method], first[method], strict=True):
-            torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-13)
-    assert not close(one["sr-ste"], one["ste"])
 
 
 def test_the_term_comes_after_clipping() -> None:
