@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask
+from hf_nmsparse.masks import count_flips, magnitude_mask
 from hf_nmsparse.srste import METHODS
 
 __all__ = ["Flips", "SparseStep"]
@@ -53,7 +53,8 @@ class SparseStep:
 
     Raises:
         ValueError: The method is unknown, the decay is negative or of no use to the method, nothing is sparse, or the
-            optimizer holds none of the sparse weights. In a step: gradients are still scaled, or come from a closure.
+            optimizer holds none of the sparse weights, then or in a step. In a step: gradients are still scaled, or
+            come from a closure.
     """
 
     def __init__(
@@ -64,9 +65,7 @@ class SparseStep:
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
         if not self.layers:
             raise ValueError("SparseStep: the model has no N:M layer; call sparsify(model, config) first")
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(layer.weight) in held for layer in self.layers.values()):
-            raise ValueError("SparseStep: the optimizer holds no sparse weight; build it from this model's parameters")
+        self._learning_rates(optimizer)
         self._flips: dict[str, Tensor] = {}
         self._steps = 0
         self._handles = [
@@ -93,7 +92,14 @@ class SparseStep:
     def _fix_masks(self) -> None:
         for layer in self.layers.values():
             layer.mask, layer.fixed_mask = layer.current_mask(), True
-            layer.weight.copy_(apply_mask(layer.weight, layer.mask))
+            layer.finalize()
+
+    def _learning_rates(self, optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+        """The learning rate of each parameter, by identity; some engines give an optimizer other parameters later."""
+        lr = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(layer.weight) in lr for layer in self.layers.values()):
+            raise ValueError("SparseStep: the optimizer holds no sparse weight; build it from this model's parameters")
+        return lr
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -106,7 +112,7 @@ class SparseStep:
             )
         if _skips(optimizer):
             return
-        lr = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        lr = self._learning_rates(optimizer)
         for layer in self.layers.values():
             weight, grad = layer.weight, layer.weight.grad
             if layer.mask is None:

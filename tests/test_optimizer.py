@@ -397,6 +397,16 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         SparseStep(model, optimizer, "sr-ste")
 
 
+def test_an_optimizer_that_is_given_other_weights_is_refused_in_its_step() -> None:
+    """As an engine does that trains flattened copies of the weights."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    SparseStep(model, optimizer, "sr-ste")
+    optimizer.param_groups[0]["params"] = list(copy.deepcopy(model).parameters())
+    with pytest.raises(ValueError, match="the optimizer holds no sparse weight; build it from this model's parameters"):
+        optimizer.step()
+
+
 def test_the_loop_of_the_docstring_trains() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
