@@ -6,39 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.sparsify import sparsify
-from tests.tiny import marian
+from tests.tiny import bart, hf, marian, t5
 
-hf: Any = transformers  # whose configurations take keywords that their signatures do not name
-
-BART: dict[str, Any] = {
-    "vocab_size": 60,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-T5: dict[str, Any] = {
-    "vocab_size": 60,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 1,
-    "num_heads": 2,
-    "decoder_start_token_id": 0,
-}
+BART, T5 = bart(60, d_model=16, layers=1), t5(60, d_model=16, layers=1)
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
 BUILDERS: dict[str, Any] = {
     "marian": marian,

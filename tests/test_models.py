@@ -9,41 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.quantizer import save_packed
 from hf_nmsparse.sparsify import finalize, report, sparsify
+from tests.tiny import bart, hf, t5
 
-hf: Any = transformers  # whose configurations take keywords that their signatures do not name
-
-BART: dict[str, Any] = {
-    "vocab_size": 40,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-T5: dict[str, Any] = {
-    "vocab_size": 40,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 1,
-    "num_heads": 2,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}
+BART, T5 = bart(40, d_model=16, layers=1), t5(40, d_model=16, layers=1)
 VIT: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 1,

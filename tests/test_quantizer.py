@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,35 +32,10 @@ from hf_nmsparse.quantizer import (
     set_compute,
 )
 from hf_nmsparse.sparsify import finalize, sparsify
+from tests.tiny import bart, hf, t5
 
-hf: Any = transformers  # whose configurations take keywords that their signatures do not name
-
-BART: dict[str, Any] = {
-    "vocab_size": 100,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": None,
-}
-T5: dict[str, Any] = {
-    "vocab_size": 100,
-    "d_model": 32,
-    "d_kv": 16,
-    "d_ff": 64,
-    "num_layers": 2,
-    "num_heads": 2,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}
+BART = bart(100, d_model=32, layers=2) | {"forced_eos_token_id": None}
+T5 = t5(100, d_model=32, layers=2)
 FAMILIES: dict[str, Callable[[], Any]] = {
     "marian": lambda: hf.MarianMTModel(hf.MarianConfig(**BART)),
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)),

@@ -1,10 +1,11 @@
-"""A tiny Marian model and tokenised pairs of uneven length for the tests of training."""
+"""Tiny configurations and a Marian model of them, and tokenised pairs of uneven length for the tests of training."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
@@ -12,27 +13,54 @@ from hf_nmsparse.tokenizer import train_tokenizer
 
 VOCABULARY = 300
 
+hf: Any = transformers  # whose configurations take keywords that their signatures do not name
+
+
+def bart(vocab_size: int, d_model: int, layers: int) -> dict[str, Any]:
+    """Settings of a tiny BART, and of what has its shape: Marian, mBART, Pegasus, M2M100."""
+    return {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 2 * d_model,
+        "decoder_ffn_dim": 2 * d_model,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+    }
+
+
+def t5(vocab_size: int, d_model: int, layers: int) -> dict[str, Any]:
+    """Settings of a tiny T5."""
+    return {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": d_model // 2,
+        "d_ff": 2 * d_model,
+        "num_layers": layers,
+        "num_heads": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+
 
 def marian(seed: int = 0, **overrides: Any) -> MarianMTModel:
     """Two layers on each side, d_model 32, no dropout unless asked for: 32 linear layers in its blocks."""
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 64,
-        "decoder_ffn_dim": 64,
+    settings = bart(VOCABULARY, d_model=32, layers=2) | {
         "max_position_embeddings": 64,
         "dropout": 0.0,
-        "pad_token_id": 0,
+        "bos_token_id": None,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
         "forced_eos_token_id": None,
     }
-    return MarianMTModel(MarianConfig(**{**settings, **overrides}))
+    return MarianMTModel(MarianConfig(**(settings | overrides)))
 
 
 def token_pairs(count: int, seed: int = 0) -> Dataset:
