@@ -45,6 +45,7 @@ def process(hub: LocalHub, home: Path, code: str, *arguments: str, fails: bool =
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert bool(done.returncode) == fails, done.stderr[-3000:]
     return done.stderr if fails else done.stdout
