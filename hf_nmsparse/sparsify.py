@@ -15,7 +15,7 @@ from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["LayerReport", "Report", "examine", "finalize", "report", "select_layers", "sparsify"]
+__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
 
 _NO_TARGET = "no target rule matches"
 
@@ -173,13 +173,6 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     Returns:
         The same as an object.
     """
-    result = examine(model)
-    print(result, file=file or sys.stdout)
-    return result
-
-
-def examine(model: nn.Module) -> Report:
-    """What `report` prints, as an object."""
     rows = []
     sparse = sparse_layers(model)
     for name, module in model.named_modules():
@@ -194,7 +187,9 @@ def examine(model: nn.Module) -> Report:
             rows.append(LayerReport(name, shape, pattern, pattern.density, violations))
         else:  # a packed layer cannot hold more than N
             rows.append(LayerReport(name, shape, pattern, pattern.density, 0))
-    return Report(tuple(rows))
+    result = Report(tuple(rows))
+    print(result, file=file or sys.stdout)
+    return result
 
 
 def _matches(name: str, rule: str) -> bool:

@@ -71,9 +71,7 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
                 )
             self.sparse_decay = 0.0
         else:
-            if self.sparse_decay is None and self.sparse_method in METHODS:
-                self.sparse_decay = METHODS[self.sparse_method].default_decay or 0.0
-            check_method(self.sparse_method, self.sparse_decay or 0.0)
+            self.sparse_decay = check_method(self.sparse_method, self.sparse_decay)
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch: needs at least 1, got {self.tokens_per_batch!r}")
 
@@ -198,11 +196,11 @@ class SparseTrainer(Seq2SeqTrainer):
         Trainer would take one step more than ``max_steps`` after resuming in the middle of an epoch.
         """
         self._began, self._seconds_before = time.perf_counter(), None
-        folder = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else None
-        folder = folder or (resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
-        state = Path(folder or "") / TRAINER_STATE_NAME
-        if folder is not None and state.is_file():
-            before = TrainerState.load_from_json(str(state))
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+        if isinstance(folder, str) and (Path(folder) / TRAINER_STATE_NAME).is_file():
+            before = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
             if 0 < self.args.max_steps <= before.global_step:
                 self._load_from_checkpoint(folder)
                 self.state = before

@@ -48,8 +48,9 @@ from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.metrics import Evaluation, compare, evaluation_record, score
-from hf_nmsparse.packing import VALUE_DTYPES, packed_bytes
-from hf_nmsparse.sparsify import examine
+from hf_nmsparse.packing import VALUE_DTYPES
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 
 # Of the training arguments, what the card lists.
@@ -98,6 +99,16 @@ class RecipeArguments:
     baseline: str | None = field(default=None, metadata={"help": "Output folder of the dense run to compare with."})
     license: str = field(default="apache-2.0", metadata={"help": "License on the model card."})
     push_to: str | None = field(default=None, metadata={"help": "Hub repository that gets the packed model."})
+
+    def __post_init__(self) -> None:
+        """Finds here what would otherwise end a run after its training."""
+        NMPattern.parse(self.pattern)
+        if self.values not in VALUE_DTYPES:
+            raise ValueError(f"values: is one of {', '.join(VALUE_DTYPES)}, got {self.values!r}")
+        if self.baseline is not None:
+            file = hypotheses_file(Path(self.baseline), self.split)
+            if not file.is_file():
+                raise ValueError(f"baseline: {file} is missing; run the dense configuration first")
 
 
 def main() -> None:
@@ -162,7 +173,7 @@ def main() -> None:
     write_card(
         saved,
         evaluation,
-        recipe.push_to or f"{output.name}",
+        recipe.push_to or output.name,
         source_lang=recipe.source_lang,
         target_lang=recipe.target_lang,
         license=recipe.license,
@@ -246,7 +257,7 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
 
 def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeArguments, output: Path) -> list[str]:
     """Translates with the saved files in a process that has nothing else of this run."""
-    source_file, hypothesis_file = output / f"{recipe.split}.source.txt", output / f"{recipe.split}.hypotheses.txt"
+    source_file, hypothesis_file = output / f"{recipe.split}.source.txt", hypotheses_file(output, recipe.split)
     lines = [recipe.source_prefix + " ".join(text.split()) for text in sources]
     source_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     command = [sys.executable, "-m", "hf_nmsparse", "translate", "--model", str(saved)]
@@ -263,18 +274,13 @@ def evaluate(
     args, config = trainer.args, trainer.model.config
     against = None
     if recipe.baseline is not None:
-        file = Path(recipe.baseline) / f"{recipe.split}.hypotheses.txt"
-        if not file.is_file():
-            raise ValueError(f"baseline: {file} is missing; run the dense configuration first")
-        against = compare(hypotheses, read_lines(file), references)
+        against = compare(hypotheses, read_lines(hypotheses_file(Path(recipe.baseline), recipe.split)), references)
     sparse = args.sparse_method != "dense"
     size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
-    dtype = VALUE_DTYPES[recipe.values]
-    spared = sum(
-        row.shape[0] * row.shape[1] * dtype.itemsize - packed_bytes(*row.shape, row.pattern, dtype)
-        for row in examine(trainer.model).sparse
-        if row.pattern is not None
-    )
+    spared = 0
+    if sparse:
+        found = check_folder(saved)
+        spared = found.dense_bytes - found.packed_bytes
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}  # the last of each
     return evaluation_record(
@@ -304,6 +310,11 @@ def write_curve(trainer: SparseTrainer, file: Path) -> None:
     rows = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history]
     lines = ",\n".join(json.dumps(row) for row in rows if "loss" in row or "eval_loss" in row)
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def hypotheses_file(output: Path, split: str) -> Path:
+    """Where a run keeps its translations of a split."""
+    return output / f"{split}.hypotheses.txt"
 
 
 def read_lines(file: Path) -> list[str]:

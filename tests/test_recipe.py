@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def launch(accelerate: str, *arguments: str, fails: bool = False) -> str:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,  # a hang of gloo at its end fails the test instead of stopping the suite
     )
     assert bool(done.returncode) == fails, done.stderr[-3000:]
     return done.stderr if fails else done.stdout
@@ -132,6 +134,19 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match=r"no such file .*missing.yaml; see recipes/configs"):
         parse([str(tmp_path / "missing.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (("--pattern", "4:2"), "N:M needs 1 <= N < M <= 32, got 4:2"),
+        (("--values", "bf8"), "values: is one of fp32, fp16, bf16, got 'bf8'"),
+        (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
+    ],
+)
+def test_what_would_end_a_run_late_is_refused_first(argument: tuple[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse([*tiny(tmp_path, tmp_path / "run"), *argument])
 
 
 def test_whole_runs(tmp_path: Path) -> None:
