@@ -271,7 +271,7 @@ def evaluate(
     recipe: RecipeArguments, trainer: SparseTrainer, saved: Path, hypotheses: list[str], references: list[str]
 ) -> Evaluation:
     """Scores the translations, beside those of the dense run if one is named, and says what was run."""
-    args, config = trainer.args, trainer.model.config
+    args = trainer.args
     against = None
     if recipe.baseline is not None:
         against = compare(hypotheses, read_lines(hypotheses_file(Path(recipe.baseline), recipe.split)), references)
@@ -281,15 +281,13 @@ def evaluate(
     if sparse:
         found = check_folder(saved)
         spared = found.dense_bytes - found.packed_bytes
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}  # the last of each
     return evaluation_record(
         score(hypotheses, references),
         against,
         corpus=Path(recipe.corpus).name if Path(recipe.corpus).is_dir() else recipe.corpus,
         split=recipe.split,
-        model=f"{type(trainer.model).__name__}, {parameters:,} parameters, {config.encoder_layers}+"
-        f"{config.decoder_layers} layers, d {config.d_model}, beam {recipe.beams}",
+        model=f"{describe(trainer.model)}, beam {recipe.beams}",
         method=args.sparse_method,
         pattern=recipe.pattern if sparse else None,
         decay=args.sparse_decay or None,
@@ -302,6 +300,16 @@ def evaluate(
         dense_bytes=size + spared,
         base_model=recipe.model,
     )
+
+
+def describe(model: PreTrainedModel) -> str:
+    """Class, size and shape of a model in a few words."""
+    config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
+    if hasattr(config, "encoder_layers"):
+        layers = f"{config.encoder_layers}+{config.decoder_layers}"
+    else:  # T5's names
+        layers = f"{config.num_layers}+{config.num_decoder_layers}"
+    return f"{type(model).__name__}, {parameters:,} parameters, {layers} layers, d {config.d_model}"
 
 
 def write_curve(trainer: SparseTrainer, file: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.metrics import Evaluation, score
 from hf_nmsparse.sparsify import select_layers
-from recipes.wmt_en_de import load_model, parse, read_lines
-from tests.tiny import tokenizer
+from recipes.wmt_en_de import describe, load_model, parse, read_lines
+from tests.tiny import bart, hf, t5, tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -147,6 +147,17 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
 def test_what_would_end_a_run_late_is_refused_first(argument: tuple[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse([*tiny(tmp_path, tmp_path / "run"), *argument])
+
+
+def test_models_are_described_by_any_names_of_their_layers() -> None:
+    marian = hf.MarianMTModel(hf.MarianConfig(**bart(40, d_model=16, layers=1) | {"decoder_layers": 2}))
+    small = hf.T5ForConditionalGeneration(hf.T5Config(**t5(40, d_model=16, layers=1), num_decoder_layers=3))
+    for model, words in (
+        (marian, "MarianMTModel, {} parameters, 1+2"),
+        (small, "T5ForConditionalGeneration, {} parameters, 1+3"),
+    ):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert describe(model) == f"{words.format(f'{parameters:,}')} layers, d 16"
 
 
 def test_whole_runs(tmp_path: Path) -> None:
