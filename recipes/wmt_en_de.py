@@ -50,6 +50,7 @@ from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.metrics import Evaluation, compare, evaluation_record, score
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.pipeline import translate
 from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 
@@ -79,6 +80,8 @@ class RecipeArguments:
     max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are left out."})
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; from scratch if left out."})
+    source_code: str | None = field(default=None, metadata={"help": "Source language as mBART or NLLB spell it."})
+    target_code: str | None = field(default=None, metadata={"help": "Target language likewise: deu_Latn."})
     source_prefix: str = field(default="", metadata={"help": "Put before every source text, as T5 wants it."})
     vocab_size: int = field(default=32_000, metadata={"help": "Joint BPE vocabulary of a model from scratch."})
     d_model: int = field(default=512, metadata={"help": "Width of a model from scratch."})
@@ -127,6 +130,8 @@ def main() -> None:
     with args.main_process_first(desc="tokenizer"):
         tokenizer = load_tokenizer(recipe, corpus["train"], output)
     model = load_model(recipe, tokenizer)
+    # Nothing to translate, but model, tokenizer and languages are checked here rather than after the training.
+    translate(model, tokenizer, [""], src_lang=recipe.source_code, tgt_lang=recipe.target_code)
     with args.main_process_first(desc="tokens"):
         tokens = {
             split: tokenise(corpus[split], tokenizer, recipe.max_length, recipe.source_prefix)
@@ -174,9 +179,10 @@ def main() -> None:
         saved,
         evaluation,
         recipe.push_to or output.name,
-        source_lang=recipe.source_lang,
-        target_lang=recipe.target_lang,
+        source_lang=recipe.source_code or recipe.source_lang,
+        target_lang=recipe.target_code or recipe.target_lang,
         license=recipe.license,
+        multilingual=recipe.target_code is not None,
         dataset=recipe.corpus if recipe.corpus_config else None,
         settings={key: getattr(args, key) for key in SETTINGS},
     )
@@ -215,7 +221,11 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
 def load_tokenizer(recipe: RecipeArguments, train: Dataset, output: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
     if recipe.model is not None:
-        return AutoTokenizer.from_pretrained(recipe.model)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        for language, code in (("src_lang", recipe.source_code), ("tgt_lang", recipe.target_code)):
+            if code is not None and hasattr(tokenizer, language):
+                setattr(tokenizer, language, code)
+        return tokenizer
     folder = output / "tokenizer"
     if not folder.is_dir():
         texts = (text for column in ("source", "target") for text in train[column])
@@ -263,6 +273,8 @@ def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeAr
     command = [sys.executable, "-m", "hf_nmsparse", "translate", "--model", str(saved)]
     command += ["--input", str(source_file), "--output", str(hypothesis_file)]
     command += ["--batch-size", str(recipe.eval_batch), "--beams", str(recipe.beams)]
+    for option, code in (("--src-lang", recipe.source_code), ("--tgt-lang", recipe.target_code)):
+        command += [] if code is None else [option, code]
     subprocess.run(command, check=True)
     return read_lines(hypothesis_file)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from transformers import NllbTokenizer
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.metrics import Evaluation, score
@@ -216,6 +217,29 @@ def test_whole_runs(tmp_path: Path) -> None:
     # The time of the training is what its last step logged; the second run adds none.
     [*_, last] = (row for row in curve if "loss" in row)
     assert Evaluation.read(sparse / "evaluation.json").train_seconds == last["train_seconds"]
+
+
+def test_a_multilingual_checkpoint(tmp_path: Path) -> None:
+    """A tiny NLLB: its codes reach training, translation and card; without them nothing is trained."""
+    checkpoint = tmp_path / "nllb"
+    codes = NllbTokenizer(
+        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁": 4, "e": 5, "n": 6},
+        merges=[],
+        extra_special_tokens=["eng_Latn", "deu_Latn"],
+    )
+    codes.save_pretrained(checkpoint)
+    settings = bart(len(codes), d_model=16, layers=1) | {"pad_token_id": 1, "bos_token_id": 0}
+    hf.M2M100ForConditionalGeneration(hf.M2M100Config(**settings)).save_pretrained(checkpoint)
+    arguments = [
+        str(ROOT / "recipes" / "configs" / "demo.yaml"),
+        *tiny(write_corpus(tmp_path / "corpus"), tmp_path / "run", model=checkpoint, max_steps=2, average=1),
+    ]
+    refused = launch("one_process.yaml", *arguments, fails=True)
+    assert "wmt_en_de: translate: this model translates into several languages; name one with tgt_lang" in refused
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    launch("one_process.yaml", *arguments, "--source_code", "eng_Latn", "--target_code", "deu_Latn")
+    assert len(read_lines(tmp_path / "run" / "test.hypotheses.txt")) == 12
+    assert 'src_lang="eng_Latn"' in (tmp_path / "run" / "packed" / "README.md").read_text(encoding="utf-8")
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
