@@ -1,4 +1,4 @@
-"""The sparse linear layers: NMLinear for training, PackedLinear for inference."""
+"""The sparse linear layers: NMLinear for training, PackedLinear and KernelLinear for inference, and an int8 head."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import reference
+from hf_nmsparse.kernels import cpu, native, reference
 from hf_nmsparse.masks import apply_mask, magnitude_mask
-from hf_nmsparse.packing import pack, packed_shapes, unpack
+from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import straight_through
 
-__all__ = ["NMLinear", "PackedLinear", "sparse_layers"]
+__all__ = ["Int8Head", "KernelLinear", "NMLinear", "PackedLinear", "sparse_layers"]
 
 
 class NMLinear(nn.Linear):
@@ -87,7 +87,7 @@ class NMLinear(nn.Linear):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight packed and never dense.
+    """A linear layer that holds its weight as the packed file does, and never dense.
 
     Args:
         in_features: Width of the input.
@@ -95,19 +95,23 @@ class PackedLinear(nn.Module):
         pattern: The N:M pattern of the weight.
         bias: Whether the layer has a bias.
         device: Where the tensors lie.
-        dtype: Dtype of values and bias.
+        dtype: Number type of inputs and bias, and of the values if they are not int8.
+        int8: Whether the values are int8 with a scale for each row.
 
     Attributes:
         weight: The kept values, ``[out_features, in_features / M * N]``.
         weight_indices: Their places, uint8; see `packing`.
+        weight_scale: fp32 ``[out_features]`` with int8 values, else None.
         bias: ``[out_features]`` or None.
         pattern: The N:M pattern.
+        dtype: Number type of inputs and outputs.
 
     Raises:
         ValueError: ``in_features`` does not divide into groups.
     """
 
     weight_indices: Tensor
+    weight_scale: Tensor | None
 
     def __init__(
         self,
@@ -117,12 +121,16 @@ class PackedLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.pattern = in_features, out_features, pattern
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
         values, codes = packed_shapes(out_features, in_features, pattern)
-        self.weight = nn.Parameter(torch.zeros(values, device=device, dtype=dtype))
+        empty = torch.zeros(values, device=device, dtype=torch.int8 if int8 else dtype)
+        self.weight = nn.Parameter(empty, requires_grad=not int8)
         self.register_buffer("weight_indices", torch.zeros(codes, device=device, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device) if int8 else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
@@ -132,7 +140,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: The weight breaks the pattern; ``name`` is what the message calls it.
         """
-        packed = cls(linear.in_features, linear.out_features, pattern, bias=False, device="meta")
+        packed = cls(linear.in_features, linear.out_features, pattern, False, "meta", linear.weight.dtype)
         tensors = pack(linear.weight, pattern, name)
         packed.weight = nn.Parameter(tensors["weight"], requires_grad=linear.weight.requires_grad)
         packed.weight_indices = tensors["weight_indices"]
@@ -142,25 +150,228 @@ class PackedLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """An ``nn.Linear`` with the same weight, dense, that remembers its pattern; the bias is shared."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
+        linear.weight = nn.Parameter(self.dense_weight())
         linear.bias = self.bias  # type: ignore[assignment]
         linear.pattern = self.pattern  # type: ignore[assignment]
         return linear.train(self.training)
 
     def dense_weight(self) -> Tensor:
-        """The weight as a stock layer holds it, ``[out_features, in_features]``, detached."""
-        return unpack(self.weight.detach(), self.weight_indices, self.pattern)
+        """The weight as a stock layer holds it, ``[out_features, in_features]`` of `dtype`, detached."""
+        dense = unpack(self.weight.detach(), self.weight_indices, self.pattern)
+        return dense if self.weight_scale is None else (dense * self.weight_scale[:, None]).to(self.dtype)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The weight as the file holds it, by the last part of the keys."""
+        tensors = {"weight": self.weight.detach(), "weight_indices": self.weight_indices}
+        return tensors if self.weight_scale is None else tensors | {"weight_scale": self.weight_scale}
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        if self.weight_scale is not None:
+            return F.linear(input, self.dense_weight(), self.bias)
         return reference.linear(input, self.weight, self.weight_indices, self.bias, self.pattern)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if scale is not None and self.weight_scale is not None and self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)  # scales stay fp32 whatever the model is cast to
+        return self
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}"
+        values = str(self.weight.dtype).removeprefix("torch.")
+        return _describe(self, f"values={values}")
+
+
+class KernelLinear(nn.Module):
+    """A linear layer that holds its weight, and nothing else of it, in the order of the CPU kernels.
+
+    Its state dict has the tensors of the packed file, and it pickles as them, because the order in memory is of use to
+    this process' vector unit only.
+
+    Attributes:
+        kernel_weight: The weight, flat bytes.
+        bias: ``[out_features]`` or None.
+        pattern: The N:M pattern.
+        format: ``"fp32"``, ``"bf16"`` or ``"int8"``: how values lie in memory. With int8, inputs are rounded to eight
+            bits as they come, each row with its own range.
+        dtype: Number type of inputs and outputs.
+    """
+
+    kernel_weight: Tensor
+
+    def __init__(self, packed: PackedLinear, format: str) -> None:
+        """Takes the weight of ``packed`` over; its bias is shared.
+
+        Raises:
+            ValueError: There is no kernel for the pattern, the weight does not lie on the CPU, or the native library is
+                not used.
+        """
+        super().__init__()
+        if not cpu.fits(packed.pattern, packed.in_features):
+            raise ValueError(
+                f"kernels: no kernel for {packed.pattern} with {packed.in_features} inputs; choose compute='dense'"
+            )
+        if packed.weight.device.type != "cpu":
+            raise ValueError(
+                f"kernels: the weight lies on {packed.weight.device}, not on the CPU; choose compute='dense'"
+            )
+        self.in_features, self.out_features, self.pattern = packed.in_features, packed.out_features, packed.pattern
+        self.dtype, self.format = packed.dtype, format
+        self.bias = packed.bias
+        self.register_buffer("kernel_weight", self._repacked(packed.packed_tensors()), persistent=False)
+        self.train(packed.training)
+
+    def _repacked(self, tensors: dict[str, Tensor]) -> Tensor:
+        values, codes, scale = tensors["weight"], tensors["weight_indices"], tensors.get("weight_scale")
+        if self.pattern != NMPattern(2, 4):
+            both = pack(unpack(values, codes, self.pattern), NMPattern(2, 4))
+            values, codes = both["weight"], both["weight_indices"]
+        if self.format == "int8":
+            if scale is None:
+                values, scale = quantize_rows(values)
+        else:
+            values = (values if scale is None else values * scale[:, None]).to(_FORMAT_DTYPES[self.format])
+            scale = None
+        return native.repack(self.format, self.in_features, values, codes, scale)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The weight as the file holds it, by the last part of the keys."""
+        dense, scale = native.restore(self.kernel_weight, self.format, self.out_features, self.in_features)
+        tensors = pack(dense if scale is not None else dense.to(self.dtype), self.pattern)
+        return tensors if scale is None else tensors | {"weight_scale": scale}
+
+    def to_packed(self) -> PackedLinear:
+        """The layer with its weight as the file holds it; the bias is shared."""
+        packed = PackedLinear(
+            self.in_features, self.out_features, self.pattern, False, "meta", self.dtype, self.format == "int8"
         )
+        packed._buffers.update(self.packed_tensors())
+        packed.weight = nn.Parameter(packed._buffers.pop("weight"), requires_grad=False)  # type: ignore[arg-type]
+        packed.bias = self.bias
+        return packed.train(self.training)
+
+    def dense_weight(self) -> Tensor:
+        """The weight as a stock layer holds it, ``[out_features, in_features]`` of `dtype`."""
+        dense, scale = native.restore(self.kernel_weight, self.format, self.out_features, self.in_features)
+        return dense.to(self.dtype) if scale is None else (dense * scale[:, None]).to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and number type of the dense weight, without its numbers: some models ask for these."""
+        return torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        return cpu.linear(input, self.kernel_weight, self.bias, self.format, self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLinear:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for key, tensor in self.packed_tensors().items():
+            destination[prefix + key] = tensor
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        keys = ("weight", "weight_indices", *(["weight_scale"] if self.format == "int8" else []))
+        tensors = {key: state_dict[prefix + key] for key in keys if prefix + key in state_dict}
+        missing, unexpected, errors = args[2:5]
+        missing += [prefix + key for key in keys if key not in tensors]
+        known: list[str] = []
+        rest: Any = (*args[:3], known, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        unexpected += [key for key in known if key.removeprefix(prefix) not in keys]
+        if len(tensors) == len(keys):
+            shape = (self.out_features, self.in_features)
+            try:
+                values, codes, scale = (tensors.get(key) for key in ("weight", "weight_indices", "weight_scale"))
+                assert values is not None
+                assert codes is not None
+                check_packed(values, codes, self.pattern, values.dtype, shape, prefix[:-1], "state dict", scale)
+                self.kernel_weight = self._repacked(tensors)
+            except ValueError as error:
+                errors.append(f"{prefix}weight: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {"kernel_weight": None}
+        return state | {"packed": self.packed_tensors()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = state.pop("packed")
+        super().__setstate__(state)
+        self.kernel_weight = self._repacked(tensors)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return _describe(self, f"format={self.format}")
+
+
+_FORMAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _describe(layer: PackedLinear | KernelLinear, more: str) -> str:
+    return (
+        f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.bias is not None}, "
+        f"pattern={layer.pattern}, {more}"
+    )
+
+
+class Int8Head(nn.Linear):
+    """An output projection that multiplies in int8 and keeps its float weight, which embeddings share.
+
+    It is an ``nn.Linear`` whose class is changed in place: ties, state dict and files are those of the float weight.
+    """
+
+    kernel_weight: Tensor
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Int8Head:
+        """Turns ``linear`` itself into an Int8Head.
+
+        Raises:
+            ValueError: The weight does not lie on the CPU, or the native library is not used.
+        """
+        if linear.weight.device.type != "cpu":
+            raise ValueError(f"kernels: the head lies on {linear.weight.device}, not on the CPU; choose head='dense'")
+        packed = _int8_rows(linear.weight)
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.register_buffer("kernel_weight", packed, persistent=False)
+        return linear
+
+    def to_linear(self) -> nn.Linear:
+        """Turns the layer itself back into an ``nn.Linear``."""
+        del self.kernel_weight
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        return cpu.linear(input, self.kernel_weight, self.bias, "dense_int8", self.out_features)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.kernel_weight = _int8_rows(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {"kernel_weight": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.kernel_weight = _int8_rows(self.weight)
+
+
+def _int8_rows(weight: Tensor) -> Tensor:
+    values, scale = quantize_rows(weight)
+    return native.repack("dense_int8", weight.shape[1], values, scale=scale)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, NMPattern]:

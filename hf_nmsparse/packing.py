@@ -24,19 +24,26 @@ __all__ = [
     "VALUE_DTYPES",
     "PackedFormatError",
     "check_packed",
+    "check_quantized",
     "code_bits",
     "decode",
     "encode",
     "pack",
     "packed_bytes",
     "packed_shapes",
+    "quantize_rows",
     "unpack",
 ]
 
 FORMAT_VERSION = 1
 
-VALUE_DTYPES = MappingProxyType({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16})
-"""The number types that values have in a file, by the name that the file uses."""
+VALUE_DTYPES = MappingProxyType(
+    {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+)
+"""The number types that values have in a file, by the name that the file uses; int8 comes with a scale for each row."""
+
+INT8_LARGEST = 127
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a row's largest magnitude
 
 _CODES_IN_PERIOD = 8  # eight codes of k bits fill k bytes, whatever k is
 _LARGEST_TABLE = 1 << 16
@@ -80,7 +87,7 @@ def pack(weight: Tensor, pattern: NMPattern, name: str = "weight") -> dict[str, 
     the mask was applied by `apply_mask`.
 
     Args:
-        weight: ``[out_features, in_features]`` in fp32, fp16 or bf16.
+        weight: ``[out_features, in_features]`` in fp32, fp16, bf16 or int8.
         pattern: ``in_features`` must be a multiple of ``pattern.m``.
         name: What errors call the weight.
 
@@ -111,6 +118,35 @@ def pack(weight: Tensor, pattern: NMPattern, name: str = "weight") -> dict[str, 
     kept = magnitude_mask(claim.to(torch.float32), pattern)
     values = weight.masked_select(kept).reshape(shape)
     return {"weight": values, "weight_indices": encode(kept, pattern)}
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row to int8 with one scale, which is the one of a few whose squared error is least.
+
+    Scales have 16 significant bits, so that ``values * scale`` is exact in fp32, and quantizing it again gives the same
+    values and scale.
+
+    Args:
+        weight: ``[rows, columns]``, floating point and finite.
+
+    Returns:
+        int8 ``[rows, columns]`` within -127 to 127, and the scales, fp32 ``[rows]``; a row of zeros has the scale 1.
+    """
+    weight = weight.detach().to(torch.float32)
+    largest = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    scale = torch.ones_like(largest)
+    error = torch.full_like(largest, torch.inf)
+    for clip in _CLIPS:
+        short = (((largest * clip / INT8_LARGEST).view(torch.int32) + 0x80) & ~0xFF).view(torch.float32)
+        short = torch.where(short > torch.finfo(torch.float32).tiny, short, 1.0)
+        rounded = _round_rows(weight, short)
+        new = (rounded.mul_(short[:, None]) - weight).square_().sum(dim=1)
+        scale, error = torch.where(new < error, short, scale), torch.minimum(new, error)
+    return _round_rows(weight, scale).to(torch.int8), scale
+
+
+def _round_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale[:, None]).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
 
 
 def unpack(values: Tensor, codes: Tensor, pattern: NMPattern) -> Tensor:
@@ -199,8 +235,9 @@ def check_packed(
     shape: tuple[int, int] | None = None,
     name: str = "layer",
     file: str = "file",
+    scale: Tensor | None = None,
 ) -> None:
-    """Checks what a file holds for one layer, before anything is built from it.
+    """Checks what a file holds for one sparse layer, before anything is built from it.
 
     Args:
         values: What the file holds under ``name.weight``.
@@ -210,9 +247,11 @@ def check_packed(
         shape: ``(out_features, in_features)`` of the model's layer, if the model has the layer.
         name: Prefix of the keys.
         file: Name of the file.
+        scale: What the file holds under ``name.weight_scale``; None if there is no such key.
 
     Raises:
-        PackedFormatError: Dtype, shape, code range, padding bits or finite values: the first rule that is broken.
+        PackedFormatError: Dtype, shape, code range, padding bits, finite values or scales: the first rule that is
+            broken.
     """
 
     def fail(key: str, rule: str) -> PackedFormatError:
@@ -239,6 +278,30 @@ def check_packed(
         raise fail("weight_indices", f"codes of {pattern} are 0 to {count - 1}, got {int(ranks.max())}")
     if not _finite(values):
         raise fail("weight", "values must be finite, got NaN or infinity")
+    if dtype == torch.int8:
+        check_quantized(values, scale, name, file)
+    elif scale is not None:
+        raise fail("weight_scale", f"only values of int8 have a scale, config.json declares {dtype}")
+
+
+def check_quantized(values: Tensor, scale: Tensor | None, name: str = "layer", file: str = "file") -> None:
+    """Checks the int8 values ``[rows, columns]`` of a layer and the scale of each row.
+
+    Raises:
+        PackedFormatError: Values are not int8 within -127 to 127, or a scale is missing, of another dtype or shape, not
+            positive, or so large that a weight would be infinite.
+    """
+    if values.dtype != torch.int8 or values.dim() != 2 or (values.numel() and values.min() < -INT8_LARGEST):
+        raise PackedFormatError(f"{file}: {name}.weight: int8 values are a matrix within -127 to 127")
+    if scale is None:
+        raise PackedFormatError(f"{file}: {name}.weight_scale: scales are missing beside int8 values")
+    if scale.dtype != torch.float32 or tuple(scale.shape) != values.shape[:1]:
+        raise PackedFormatError(
+            f"{file}: {name}.weight_scale: scales are fp32 {list(values.shape[:1])}, got {list(scale.shape)} "
+            f"{scale.dtype}"
+        )
+    if not bool(((scale > 0) & torch.isfinite(scale * INT8_LARGEST)).all()):
+        raise PackedFormatError(f"{file}: {name}.weight_scale: scales are positive, and 127 times one is finite")
 
 
 def _bytes_of(code: int, bits: int) -> range:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -44,15 +46,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_nmsparse
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.layers import NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.kernels import cpu, native
+from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packing import (
     FORMAT_VERSION,
     VALUE_DTYPES,
     PackedFormatError,
     check_packed,
+    check_quantized,
     pack,
     packed_shapes,
+    quantize_rows,
     unpack,
 )
 from hf_nmsparse.pattern import NMPattern
@@ -71,12 +76,17 @@ __all__ = [
 ]
 
 METHOD = "nmsparse"
-COMPUTES = ("dense", "reference")
+COMPUTES = ("auto", "fp32", "bf16", "int8", "dense", "reference")
+HEADS = ("dense", "int8")
 _CODES = ".weight_indices"
+_SCALE = ".weight_scale"
 
 # The keys of a record in config.json, by its format: those that must be there, and those that may.
 _RECORD_KEYS = {
-    "packed": (("quant_method", "format", "format_version", "pattern", "values"), ("targets", "ignored", "producer")),
+    "packed": (
+        ("quant_method", "format", "format_version", "pattern", "values"),
+        ("embeddings", "targets", "ignored", "producer"),
+    ),
     "dense": (("quant_method", "format", "pattern"), ("targets", "ignore")),
 }
 
@@ -89,15 +99,22 @@ AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 class NMSparseQuantizationConfig(QuantizationConfigMixin):
     """What config.json says of a sparse model, and how the model is to compute once it is loaded.
 
-    Users give ``compute`` alone, ``NMSparseQuantizationConfig(compute="reference")``, as the ``quantization_config`` of
-    ``from_pretrained``; everything else comes from the file.
+    Users give ``compute`` and ``head`` alone, ``NMSparseQuantizationConfig(compute="int8")``, as the
+    ``quantization_config`` of ``from_pretrained``; everything else comes from the file.
 
     Args:
-        compute: ``"dense"`` unpacks each weight into a plain ``nn.Linear`` that carries its ``pattern``;
-            ``"reference"`` keeps it packed in a `PackedLinear`. It is a choice of the reader and not written.
+        compute: How sparse layers compute; a choice of the reader and not written. ``"fp32"``, ``"bf16"`` and
+            ``"int8"`` run on the native CPU kernels with values of that type, and ``"int8"`` rounds activations as
+            well. ``"dense"`` unpacks each weight into a plain ``nn.Linear`` that carries its ``pattern``.
+            ``"reference"`` keeps it packed and unpacks it in every product. ``"auto"`` takes the fastest kernels that
+            keep the file's precision, and ``"dense"`` where there are none: on other devices, for patterns that are
+            not part of 2:4, without the native library.
+        head: How the output projection computes: ``"dense"``, or ``"int8"``, which keeps an int8 copy of its weight
+            for the product. None takes ``"int8"`` where the sparse layers compute in int8. Not written either.
         pattern: The N:M pattern of the sparse layers.
-        values: Number type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``. A packed file has one for all its
-            floating-point tensors.
+        values: Number type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"`` for all its floating-point tensors, or
+            ``"int8"`` for the sparse layers alone.
+        embeddings: ``"int8"`` if token embeddings and output projection are int8 in the file; only with int8 values.
         targets: The rules that chose the sparse layers, as in `NMSparseConfig`.
         ignore: The rules that kept layers dense, as in `NMSparseConfig`; a packed file calls them ``ignored``.
         format: ``"packed"``, or ``"dense"`` for a checkpoint of the training.
@@ -112,10 +129,12 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        compute: str = "dense",
+        compute: str = "auto",
         *,
+        head: str | None = None,
         pattern: str | NMPattern = "2:4",
         values: str | None = None,
+        embeddings: str | None = None,
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
         format: str = "packed",
@@ -125,11 +144,13 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            known = "compute, pattern, values, targets, ignore, format, format_version, producer, quant_method"
+            known = "compute, head, pattern, values, embeddings, targets, ignore, format, format_version, producer"
             raise ValueError(f"quantization_config: unknown key {min(unknown)!r}; known keys are {known}")
         _one_of("compute", compute, COMPUTES)
         _one_of("format", format, ("packed", "dense"))
+        _one_of("head", head, (None, *HEADS))
         _one_of("values", values, (None, *VALUE_DTYPES))
+        _one_of("embeddings", embeddings, (None, "int8") if values == "int8" else (None,))
         _one_of("quant_method", quant_method, (METHOD,))
         if type(format_version) is not int or format_version != FORMAT_VERSION:
             raise ValueError(
@@ -140,9 +161,9 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: producer is a text, got {producer!r}")
         sparse = NMSparseConfig(pattern, targets, ignore)
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own methods are an enum
-        self.compute, self.format, self.format_version = compute, format, format_version
+        self.compute, self.head, self.format, self.format_version = compute, head, format, format_version
         self.pattern, self.targets, self.ignore = sparse.pattern, sparse.targets, sparse.ignore
-        self.values, self.producer = values, producer
+        self.values, self.embeddings, self.producer = values, embeddings, producer
 
     @classmethod
     def from_dict(
@@ -160,11 +181,12 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config  # type: ignore[return-value]  # as the base class
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as config.json holds it; `compute` is not part of it."""
+        """The record as config.json holds it; `compute` and `head` are not part of it."""
         record = {"quant_method": METHOD, "format": self.format, **self.sparse_config().to_dict()}
         if self.format == "packed":
             record["ignored"] = record.pop("ignore", None)
-            record |= {"format_version": self.format_version, "values": self.values, "producer": self.producer}
+            record |= {"format_version": self.format_version, "values": self.values, "embeddings": self.embeddings}
+            record["producer"] = self.producer
         return {key: value for key, value in record.items() if value is not None}
 
     def sparse_config(self) -> NMSparseConfig:
@@ -173,17 +195,28 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
 
 
 class _Unpack(ConversionOps):
-    """Values and codes of one layer to its dense weight."""
+    """What the file holds of one weight to that weight, dense and in floating point."""
 
     def __init__(self, pattern: NMPattern) -> None:
         self.pattern = pattern
+        self.dtype: torch.dtype | None = None  # of the weight, where the file's values are int8
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[Tensor]]:
         """The weight by the name of its parameter."""
-        values, codes = (input_dict[source][0] for source in source_patterns)
-        return {kwargs["full_layer_name"]: [unpack(values, codes, self.pattern)]}
+        by_key = {_leaf(source): input_dict[source][0] for source in source_patterns if source in input_dict}
+        weight = by_key["weight"]
+        if "weight_indices" in by_key:
+            weight = unpack(weight, by_key["weight_indices"], self.pattern)
+        if "weight_scale" in by_key:
+            weight = (weight * by_key["weight_scale"][:, None]).to(self.dtype)
+        return {kwargs["full_layer_name"]: [weight]}
+
+
+def _leaf(pattern: str) -> str:
+    """The last part of the key that a source pattern of `_converter` stands for."""
+    return pattern.rpartition(".")[2].removesuffix("$")
 
 
 @register_quantizer(METHOD)
@@ -218,18 +251,36 @@ class NMSparseQuantizer(HfQuantizer):
                 _check_layer(files, prefix, None if found is None else model.get_submodule(found), config)
                 if found is not None and prefix + _CODES in files:
                     layers[prefix] = found
+                elif found is not None and prefix + _SCALE in files:
+                    self._converters.append(_converter(prefix, renamings, config.pattern, ("weight", "weight_scale")))
         if not layers:
             raise PackedFormatError(
                 f"{Path(checkpoint_files[0]).name}: no key ends in {_CODES}, or none fits a layer of the model"
             )
+        dense = config.compute == "dense"
+        if config.compute == "auto":
+            widest = max(model.get_submodule(name).in_features for name in layers.values())  # type: ignore[type-var]
+            dense = not _kernels_run(config.pattern, widest, kwargs.get("device_map"))  # type: ignore[arg-type]
+        int8 = config.values == "int8"
+        leaves = ("weight", "weight_indices", *(["weight_scale"] if int8 else []))
         for prefix, name in layers.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            if config.compute == "dense":
+            if dense:
                 layer.pattern = config.pattern  # type: ignore[assignment]
-                self._converters.append(_converter(prefix, renamings, config.pattern))
+                self._converters.append(_converter(prefix, renamings, config.pattern, leaves))
             else:
-                model.set_submodule(name, _empty_packed(layer, config.pattern))
+                model.set_submodule(name, _empty_packed(layer, config.pattern, int8))
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The number type in which a tensor of the file is read; scales keep theirs until they are multiplied."""
+        dtype = super().get_new_dtype(converter, param, dtype)
+        if dtype is not None and self.quantization_config.values == "int8":
+            for operation in getattr(converter, "operations", ()):
+                if isinstance(operation, _Unpack):
+                    operation.dtype = dtype
+                    return torch.float32
+        return dtype
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """How the weights of the layers that compute dense are made from the file."""
@@ -242,6 +293,13 @@ class NMSparseQuantizer(HfQuantizer):
             sparsify(model, self.quantization_config.sparse_config())
             return model
         self._converters = []
+        if self.quantization_config.compute not in ("dense", "reference"):
+            for name in sparse_layers(model):
+                layer = model.get_submodule(name)
+                # An offloaded layer gets its weight when it is used, as the file holds it.
+                if isinstance(layer, PackedLinear) and not hasattr(layer, "_hf_hook"):
+                    model.set_submodule(name, _kernel_layer(layer, self.quantization_config.compute))
+        _set_head(model, self.quantization_config)
         # The model keeps the conversions of its loading, and would run them backwards over the packed tensors.
         used: list[Any] = model._weight_conversions  # type: ignore[assignment]
         model._weight_conversions = [  # type: ignore[assignment]
@@ -253,9 +311,10 @@ class NMSparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `model.save_pretrained` writes: the model packed again, in its present number type."""
-        values = _values_name(model.dtype)
-        model.config.quantization_config.values = values
-        return _packed_state_dict(model, model.state_dict(), VALUE_DTYPES[values]), {}
+        record = model.config.quantization_config
+        if not _holds_int8(model):
+            record.values, record.embeddings = _values_name(model.dtype), None
+        return _packed_state_dict(model, model.state_dict(), record), {}
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -269,10 +328,17 @@ class NMSparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """The reference product looks at the codes, which breaks the graph."""
-        return self.quantization_config.compute == "dense"
+        return self.quantization_config.compute != "reference"
 
 
-def save_packed(model: PreTrainedModel, path: str | Path, values: str | None = None, **kwargs: Any) -> None:
+def save_packed(
+    model: PreTrainedModel,
+    path: str | Path,
+    values: str | None = None,
+    *,
+    embeddings: str | None = None,
+    **kwargs: Any,
+) -> None:
     """Writes ``model`` as a packed checkpoint, and leaves the model itself as it is.
 
     Layers in training are masked once more, in the number type of their master, and only then cast. The same model
@@ -283,6 +349,9 @@ def save_packed(model: PreTrainedModel, path: str | Path, values: str | None = N
         path: The directory.
         values: ``"fp32"``, ``"fp16"`` or ``"bf16"``; None takes the model's. All floating-point tensors of the file
             are cast to it, embeddings and norms included, and config.json names it, so that the model loads in it.
+            ``"int8"`` rounds the kept values, with a scale for each row, and leaves other tensors in the model's type.
+        embeddings: ``"int8"`` rounds token embeddings and output projection too, ``"float"`` does not; None takes
+            ``"int8"`` with int8 values.
         **kwargs: As ``save_pretrained`` takes them. ``state_dict`` holds the dense masters under their stock names,
             for the case that the model's own are sharded.
 
@@ -290,22 +359,26 @@ def save_packed(model: PreTrainedModel, path: str | Path, values: str | None = N
         ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``, or
             weights lie on disk.
     """
-    values = _values_name(model.dtype) if values is None else values
+    if values is None:
+        values = "int8" if _holds_int8(model) else _values_name(model.dtype)
     _one_of("values", values, tuple(VALUE_DTYPES), where="save_packed")
+    _one_of("embeddings", embeddings, (None, "float", *(["int8"] if values == "int8" else [])), where="save_packed")
     patterns = set(sparse_layers(model).values())
     if len(patterns) != 1:
         found = ", ".join(sorted(map(str, patterns))) or "none; call sparsify(model, config) first"
         raise ValueError(f"save_packed: a packed model has one pattern, this model has {found}")
     record = _record(model)
-    twin = _empty_twin(model, VALUE_DTYPES[values])
+    twin = _empty_twin(model, model.dtype if values == "int8" else VALUE_DTYPES[values])
     twin.config.quantization_config = NMSparseQuantizationConfig(
         pattern=patterns.pop(),
         values=values,
+        embeddings="int8" if values == "int8" and embeddings != "float" else None,
         targets=record.targets,
         ignore=record.ignore,
         producer=record.producer or f"hf-nmsparse {hf_nmsparse.__version__}",
     )
-    tensors = _packed_state_dict(model, kwargs.pop("state_dict", None) or model.state_dict(), VALUE_DTYPES[values])
+    state_dict = kwargs.pop("state_dict", None) or model.state_dict()
+    tensors = _packed_state_dict(model, state_dict, twin.config.quantization_config)
     twin.save_pretrained(path, state_dict=tensors, **kwargs)
 
 
@@ -400,10 +473,11 @@ class PackedSummary:
 
     Attributes:
         pattern: The N:M pattern of the sparse layers.
-        values: Number type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        values: Number type of the kept values: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``.
+        embeddings: ``"int8"`` if token embeddings and output projection are int8 in the file, else None.
         layers: ``(out_features, in_features)`` of each sparse layer, by its name in the file.
         packed_bytes: Bytes of all tensors in the file.
-        dense_bytes: Bytes of the same tensors with every sparse layer dense, at the same number types.
+        dense_bytes: Bytes of the same tensors with every sparse layer dense, at the same number types, scales included.
         targets: The rules that chose the sparse layers; None where every linear layer was taken.
         ignored: The rules that kept layers dense; None stands for output heads and routers.
         producer: The program that wrote the file, if it says so.
@@ -412,6 +486,7 @@ class PackedSummary:
 
     pattern: NMPattern
     values: str
+    embeddings: str | None
     layers: dict[str, tuple[int, int]]
     packed_bytes: int
     dense_bytes: int
@@ -444,7 +519,8 @@ def check_folder(path: str | Path) -> PackedSummary:
     packed = dense = 0
     with ExitStack() as stack:
         files = _open_files(_weight_files(folder), stack)
-        for prefix in sorted(key.removesuffix(_CODES) for key in files if key.endswith(_CODES)):
+        ends = (_CODES, _SCALE)
+        for prefix in sorted({key.rpartition(".")[0] for key in files if key.endswith(ends)}):
             _check_layer(files, prefix, None, config)
         for key, (_, opened) in files.items():
             prefix, _, leaf = key.rpartition(".")
@@ -462,6 +538,7 @@ def check_folder(path: str | Path) -> PackedSummary:
     return PackedSummary(
         config.pattern,
         config.values,
+        config.embeddings,
         {name: layers[name] for name in sorted(layers, key=dot_natural_key)},
         packed,
         dense,
@@ -472,27 +549,41 @@ def check_folder(path: str | Path) -> PackedSummary:
     )
 
 
-def set_compute(model: PreTrainedModel, compute: str) -> None:
+def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -> None:
     """Switches a model that was loaded packed to another way to compute, in place.
+
+    A weight that was rounded, to bf16 or int8, stays so: load the model again for the file's own.
 
     Args:
         model: The model.
-        compute: ``"dense"`` or ``"reference"``, as in `NMSparseQuantizationConfig`.
+        compute: As in `NMSparseQuantizationConfig`.
+        head: As in `NMSparseQuantizationConfig`.
 
     Raises:
-        ValueError: ``compute`` is none of these, the model was not loaded packed, or it is spread over devices.
+        ValueError: ``compute`` or ``head`` is unknown or not possible here, the model was not loaded packed, or it is
+            spread over devices.
     """
     _one_of("compute", compute, COMPUTES, where="set_compute")
-    quantizer = _attached(model, "set_compute")
-    for name, pattern in sparse_layers(model).items():
-        layer = model.get_submodule(name)
+    _one_of("head", head, (None, *HEADS), where="set_compute")
+    config = _attached(model, "set_compute").quantization_config
+    layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
+    for name, layer in layers.items():
         if hasattr(layer, "_hf_hook"):
             raise ValueError(f"set_compute: {name} is offloaded; load the model again with compute={compute!r}")
-        if compute == "dense" and isinstance(layer, PackedLinear):
-            model.set_submodule(name, layer.to_linear())
-        elif compute != "dense" and isinstance(layer, nn.Linear):
-            model.set_submodule(name, PackedLinear.from_linear(layer, pattern, f"{name}.weight"))
-    quantizer.quantization_config.compute = compute
+    config.compute, config.head = compute, head
+    if compute == "auto":
+        widest = max(layer.in_features for layer in layers.values())  # type: ignore[type-var]
+        if not _kernels_run(config.pattern, widest, {"": model.device}):  # type: ignore[arg-type]
+            compute = "dense"
+    for name, layer in layers.items():
+        if compute == "dense" and isinstance(layer, nn.Linear):
+            continue
+        packed = _packed_layer(layer, config.pattern, name)
+        if compute == "dense":
+            model.set_submodule(name, packed.to_linear())
+        else:
+            model.set_submodule(name, packed if compute == "reference" else _kernel_layer(packed, compute))
+    _set_head(model, config)
 
 
 def prepare_for_training(model: PreTrainedModel) -> None:
@@ -524,14 +615,14 @@ def prepare_for_training(model: PreTrainedModel) -> None:
 
 
 def _merge_with_compute(merge: Any) -> Any:
-    """Lets ``compute`` through where transformers takes the file's record and warns that it drops the user's."""
+    """Lets the user's choices through where transformers takes the file's record and warns that it drops the rest."""
 
     @wraps(merge)
     def merge_quantization_configs(record: Any, from_args: Any = None) -> Any:
         if isinstance(from_args, NMSparseQuantizationConfig):
             config = AutoQuantizationConfig.from_dict(record) if isinstance(record, dict) else copy.copy(record)
             if isinstance(config, NMSparseQuantizationConfig):
-                config.compute = from_args.compute
+                config.compute, config.head = from_args.compute, from_args.head
                 return merge(config, None)
         return merge(record, from_args)
 
@@ -570,6 +661,65 @@ def _values_name(dtype: torch.dtype) -> str:
         if known == dtype:
             return name
     raise ValueError(f"save_packed: a packed model has values in {', '.join(VALUE_DTYPES)}, this model is in {dtype}")
+
+
+def _kernels_run(pattern: NMPattern, in_features: int, device_map: Any) -> bool:
+    """Whether the native kernels compute layers of this pattern, on these devices, faster than dense ones do.
+
+    Args:
+        pattern: The pattern.
+        in_features: Inputs of the widest layer.
+        device_map: As ``from_pretrained`` takes it.
+    """
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
+    accelerated = torch.accelerator.is_available()
+    for device in devices:
+        automatic = device in ("auto", "balanced", "balanced_low_0", "sequential")
+        if accelerated if automatic else torch.device(device if device != "disk" else "meta").type != "cpu":
+            return False
+    if not cpu.fits(pattern, in_features):
+        return False
+    status = native.status()
+    if status.library is None and not status.chosen:
+        warnings.warn(f"hf_nmsparse: packed layers compute dense and slower, because {status.reason}", stacklevel=2)
+    return status.unit not in (None, "scalar")
+
+
+def _kernel_layer(layer: PackedLinear, compute: str) -> KernelLinear:
+    return KernelLinear(layer, cpu.preferred_format(layer.weight.dtype) if compute == "auto" else compute)
+
+
+def _packed_layer(layer: nn.Module, pattern: NMPattern, name: str) -> PackedLinear:
+    """``layer`` with its weight as the file holds it."""
+    if isinstance(layer, PackedLinear):
+        return layer
+    if isinstance(layer, KernelLinear):
+        return layer.to_packed()
+    assert isinstance(layer, nn.Linear)
+    return PackedLinear.from_linear(layer, pattern, f"{name}.weight")
+
+
+def _set_head(model: PreTrainedModel, config: NMSparseQuantizationConfig) -> None:
+    """Gives the output projection the form that ``config`` asks for."""
+    head = model.get_output_embeddings()
+    kind = config.head or ("int8" if _holds_int8(model, KernelLinear) else "dense")
+    if kind == "dense":
+        if isinstance(head, Int8Head):
+            head.to_linear()
+    elif type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+        if config.head is not None or head.weight.device.type == "cpu":
+            Int8Head.from_linear(head)
+    elif config.head is not None and not isinstance(head, Int8Head):
+        raise ValueError(f"head: 'int8' needs an output projection that is an nn.Linear, got {type(head).__name__}")
+
+
+def _holds_int8(model: nn.Module, kinds: Any = (KernelLinear, PackedLinear)) -> bool:
+    """Whether sparse layers of ``model`` hold values of int8."""
+    return any(
+        layer.format == "int8" if isinstance(layer, KernelLinear) else layer.weight_scale is not None
+        for layer in model.modules()
+        if isinstance(layer, kinds)
+    )
 
 
 def _attached(model: PreTrainedModel, where: str) -> NMSparseQuantizer:
@@ -654,7 +804,9 @@ def _check_layer(
     """Checks what the files hold for one layer, which is None if the model has it not."""
     if prefix + _CODES not in files:
         file, opened = files[f"{prefix}.weight"]
-        if isinstance(layer, nn.Linear) and layer.in_features % config.pattern.m == 0:
+        if prefix + _SCALE in files:
+            _check_embedding(files, prefix, layer, config)
+        elif isinstance(layer, nn.Linear) and layer.in_features % config.pattern.m == 0:
             values, _ = packed_shapes(layer.out_features, layer.in_features, config.pattern)
             if tuple(opened.get_slice(f"{prefix}.weight").get_shape()) == values:
                 raise PackedFormatError(f"{file}: {prefix}{_CODES}: codes are missing beside packed values")
@@ -674,19 +826,41 @@ def _check_layer(
         None if layer is None else (layer.out_features, layer.in_features),
         prefix,
         file,
+        files[prefix + _SCALE][1].get_tensor(prefix + _SCALE) if prefix + _SCALE in files else None,
     )
 
 
-def _converter(prefix: str, renamings: list[WeightRenaming], pattern: NMPattern) -> WeightConverter:
+def _check_embedding(
+    files: Mapping[str, tuple[str, Any]], prefix: str, layer: nn.Module | None, config: NMSparseQuantizationConfig
+) -> None:
+    """Checks what the files hold of an embedding or a head in int8; ``layer`` is None if the model has it not."""
+    file, opened = files[prefix + _SCALE]
+    if f"{prefix}.weight" not in files:
+        raise PackedFormatError(f"{file}: {prefix}.weight: values are missing beside the scales")
+    if config.embeddings != "int8":
+        raise PackedFormatError(f"{file}: {prefix}{_SCALE}: config.json does not declare embeddings of int8")
+    values = files[f"{prefix}.weight"][1].get_tensor(f"{prefix}.weight")
+    check_quantized(values, opened.get_tensor(prefix + _SCALE), prefix, file)
+    if layer is not None:
+        expected = tuple(layer.weight.shape) if isinstance(layer, nn.Embedding | nn.Linear) else None
+        if tuple(values.shape) != expected:
+            raise PackedFormatError(
+                f"{file}: {prefix}.weight: int8 values {list(values.shape)} fit no {type(layer).__name__} of {expected}"
+            )
+
+
+def _converter(
+    prefix: str, renamings: list[WeightRenaming], pattern: NMPattern, leaves: tuple[str, ...]
+) -> WeightConverter:
     """Makes the dense weight of the layer that the file calls ``prefix``; it sees keys after the renamings."""
-    renamed = [rename_source_key(f"{prefix}{suffix}", renamings, [])[0] for suffix in (".weight", _CODES)]
-    return WeightConverter([f"^{re.escape(key)}" for key in renamed], renamed[0], [_Unpack(pattern)])
+    renamed = [rename_source_key(f"{prefix}.{leaf}", renamings, [])[0] for leaf in leaves]
+    return WeightConverter([f"^{re.escape(key)}$" for key in renamed], renamed[0], [_Unpack(pattern)])
 
 
-def _empty_packed(layer: nn.Linear, pattern: NMPattern) -> PackedLinear:
+def _empty_packed(layer: nn.Linear, pattern: NMPattern, int8: bool) -> PackedLinear:
     """The packed layer that takes the place of ``layer`` before the weights are loaded."""
     return PackedLinear(
-        layer.in_features, layer.out_features, pattern, layer.bias is not None, "meta", layer.weight.dtype
+        layer.in_features, layer.out_features, pattern, layer.bias is not None, "meta", layer.weight.dtype, int8
     ).train(layer.training)
 
 
@@ -700,10 +874,14 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
     for layer in model.modules():
         if isinstance(layer, NMLinear) and layer.mask is not None:
             memo[id(layer.mask)] = None
-        elif isinstance(layer, PackedLinear):  # the index of shards counts parameters as those of the stock model
+        elif isinstance(layer, PackedLinear | KernelLinear):  # shards count parameters as those of the stock model
             memo[id(layer)] = nn.Linear(
-                layer.in_features, layer.out_features, layer.bias is not None, "meta", dtype or layer.weight.dtype
+                layer.in_features, layer.out_features, layer.bias is not None, "meta", dtype or layer.dtype
             )
+        elif isinstance(layer, Int8Head):
+            memo[id(layer)] = stock = nn.Linear(layer.in_features, layer.out_features, False, "meta")
+            stock.weight = memo[id(layer.weight)]
+            stock.bias = None if layer.bias is None else memo[id(layer.bias)]
     twin = copy.deepcopy(model, memo)
     for loaded in ("hf_quantizer", "hf_device_map"):
         twin.__dict__.pop(loaded, None)
@@ -721,7 +899,7 @@ def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> 
         if layer is None or leaf == "bias":
             yield key, tensor
         elif leaf == "weight":
-            if isinstance(layer, PackedLinear):
+            if isinstance(layer, PackedLinear | KernelLinear):
                 tensor = layer.dense_weight()
             elif isinstance(layer, NMLinear):
                 current = layer.mask
@@ -732,17 +910,32 @@ def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> 
 
 
 def _packed_state_dict(
-    model: PreTrainedModel, state_dict: Mapping[str, Tensor], dtype: torch.dtype
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor], record: NMSparseQuantizationConfig
 ) -> dict[str, Tensor]:
     """The tensors of the packed file, in an order that does not depend on where the model came from."""
+    assert record.values is not None
+    int8 = record.values == "int8"
+    dtype = model.dtype if int8 else VALUE_DTYPES[record.values]
     patterns = sparse_layers(model)
     cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
     packed: dict[str, Tensor] = {}
-    for key, tensor in _dense_tensors(model, state_dict):
+    tensors = dict(_dense_tensors(model, state_dict))
+    if record.embeddings == "int8":  # what is written of tied tensors is known only now
+        tensors = remove_tied_weights_from_state_dict(tensors, model)
+    rounded = _embedding_keys(model, tensors) if record.embeddings == "int8" else set()
+    for key, tensor in tensors.items():
         prefix, _, leaf = key.rpartition(".")
         if prefix in patterns and leaf == "weight":
-            both = pack(_cast(tensor, dtype, key), patterns[prefix], key)
-            packed[key], packed[prefix + _CODES] = both["weight"], both["weight_indices"]
+            layer = model.get_submodule(prefix)
+            if int8 and isinstance(layer, PackedLinear | KernelLinear) and _holds_int8(layer):
+                both = layer.packed_tensors()
+            elif int8:
+                both = _pack_int8(_cast(tensor, torch.float32, key), patterns[prefix], key)
+            else:
+                both = pack(_cast(tensor, dtype, key), patterns[prefix], key)
+            packed |= {f"{prefix}.{part}": part_tensor for part, part_tensor in both.items()}
+        elif key in rounded:
+            packed[key], packed[prefix + _SCALE] = quantize_rows(tensor)
         elif tensor.is_floating_point():
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in cast:
@@ -751,6 +944,27 @@ def _packed_state_dict(
         else:
             packed[key] = tensor
     return dict(sorted(packed.items(), key=lambda item: dot_natural_key(item[0])))
+
+
+def _pack_int8(weight: Tensor, pattern: NMPattern, key: str) -> dict[str, Tensor]:
+    """The packed form of ``weight`` with int8 values; the places of what rounds to zero are those that `pack` gives."""
+    both = pack(weight, pattern, key)
+    values, scale = quantize_rows(both["weight"])
+    return pack(unpack(values, both["weight_indices"], pattern), pattern, key) | {"weight_scale": scale}
+
+
+def _embedding_keys(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys of the weights of token embeddings and output projection."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found = [part.get_output_embeddings() for part in parts]
+    for part in parts:
+        try:
+            found.append(part.get_input_embeddings())
+        except NotImplementedError:  # a part that takes no tokens
+            continue
+    modules = {id(module) for module in found if module is not None}
+    names = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules}
+    return {f"{name}.weight" for name in names} & tensors.keys()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -1,0 +1,82 @@
+"""The product with a packed weight on CPUs, as the torch operator ``nmsparse::linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_nmsparse.kernels import native
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = ["fits", "linear", "preferred_format"]
+
+# A pair of u8 x s8 products per column, summed in 32 bits, stays exact up to here.
+_WIDEST_INT8 = 1 << 16
+
+_OPERATORS = torch.library.Library("nmsparse", "DEF")
+_OPERATORS.define("linear(Tensor x, Tensor packed, Tensor? bias, str format, SymInt out_features) -> Tensor")
+_OPERATORS.define("weight(Tensor packed, str format, SymInt out_features, SymInt in_features) -> Tensor")
+_OPERATORS.impl("linear", native.multiply, "CPU")
+
+
+def weight(packed: Tensor, format: str, out_features: int, in_features: int) -> Tensor:
+    """The dense weight, fp32 ``[out_features, in_features]``."""
+    dense, scale = native.restore(packed, format, out_features, in_features)
+    return dense.to(torch.float32) if scale is None else dense * scale[:, None]
+
+
+_OPERATORS.impl("weight", weight, "CPU")
+
+
+def _linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _weight_shape(packed: Tensor, format: str, out_features: int, in_features: int) -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, _, ctx.format, ctx.out_features = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(packed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of ``x`` and ``bias``; for int8 as if activations were not rounded (straight through)."""
+    (packed,) = ctx.saved_tensors
+    dense: Tensor = torch.ops.nmsparse.weight(packed, ctx.format, ctx.out_features, ctx.in_features)
+    bias = grad.reshape(-1, ctx.out_features).sum(dim=0) if ctx.needs_input_grad[2] else None
+    return grad @ dense.to(grad.dtype), None, bias, None, None
+
+
+torch.library.register_fake("nmsparse::linear", _linear_shape)
+torch.library.register_fake("nmsparse::weight", _weight_shape)
+torch.library.register_autograd("nmsparse::linear", _backward, setup_context=_keep_for_backward)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    """``x @ W.T + bias`` with the arguments and errors of `native.multiply`, differentiable in ``x`` and ``bias``.
+
+    Without a graph to build or to trace, the library is called past torch's dispatcher, whose time is a good part of
+    a small product's.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        result: Tensor = torch.ops.nmsparse.linear(x, packed, bias, format, out_features)
+        return result
+    return native.multiply(x, packed, bias, format, out_features)
+
+
+def fits(pattern: NMPattern, in_features: int) -> bool:
+    """Whether weights of this pattern are 2:4 too, in every aligned group of four: the kernels compute that."""
+    return pattern.n <= 2 and pattern.m % 4 == 0 and in_features <= _WIDEST_INT8
+
+
+_FASTEST = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp32", torch.float32: "fp32"}
+
+
+def preferred_format(values: torch.dtype) -> str:
+    """The fastest format that keeps values of this number type as they are."""
+    return _FASTEST[values]

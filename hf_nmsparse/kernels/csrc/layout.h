@@ -1,0 +1,163 @@
+// The order of packed weights in memory. Rows of the weight come in blocks of `lanes`, a row to a lane, and the columns
+// in chunks; rows and columns beyond the weight's are zero.
+//
+//   sparse fp32, chunks of 32 columns: `lanes` dwords of places, 2 bits each, group by group, slot by slot; then for
+//       each of 8 groups and 2 slots `lanes` values.
+//   sparse bf16: the same places; then for each group `lanes` dwords, slot 0 in the low half.
+//   sparse int8, chunks of 64 columns: two vectors of places and eight of values. A dword of value vector v holds slot
+//       0 and 1 of group 2v, then of group 2v + 1. Bits 2f and 2f + 1 of byte b of place vector h are the place of byte
+//       b of value vector 4h + f.
+//   dense int8, chunks of 16 columns: four vectors, a dword holds four neighbouring columns.
+//
+// Behind the blocks of the int8 formats: the scale of each row, fp32, and the sum of its values, int32, both padded to
+// whole blocks.
+#pragma once
+#include "common.h"
+
+namespace nms {
+
+template <class V>
+struct Layout {
+    static constexpr int64_t lanes = V::lanes;
+    static constexpr int64_t vector = lanes * 4;  // bytes
+
+    static NMS_INLINE int64_t chunk_columns(Format format) {
+        return format == sparse_int8 ? 64 : format == dense_int8 ? 16 : 32;
+    }
+    static NMS_INLINE int64_t chunk_bytes(Format format) {
+        return vector * (format == sparse_fp32 ? 17 : format == sparse_bf16 ? 9 : format == sparse_int8 ? 10 : 4);
+    }
+    static NMS_INLINE int64_t chunks(Format format, int64_t in) { return blocks_of(in, chunk_columns(format)); }
+    static NMS_INLINE int64_t block_bytes(Format format, int64_t in) {
+        return chunks(format, in) * chunk_bytes(format);
+    }
+    static NMS_INLINE int64_t blocks_bytes(Format format, int64_t out, int64_t in) {
+        return blocks_of(out, lanes) * block_bytes(format, in);
+    }
+    static int64_t packed_bytes(Format format, int64_t out, int64_t in) {
+        bool scaled = format == sparse_int8 || format == dense_int8;
+        return blocks_bytes(format, out, in) + (scaled ? 2 * vector * blocks_of(out, lanes) : 0);
+    }
+    static NMS_INLINE int64_t scales_at(Format format, int64_t out, int64_t in) {
+        return blocks_bytes(format, out, in);
+    }
+    static NMS_INLINE int64_t sums_at(Format format, int64_t out, int64_t in) {
+        return blocks_bytes(format, out, in) + vector * blocks_of(out, lanes);
+    }
+
+    // Where in a block the value of a slot lies, and, for int8, its place: byte, and shift within it.
+    static NMS_INLINE int64_t float_value_at(Format format, int64_t group, int slot, int64_t lane) {
+        return format == sparse_fp32 ? vector * (1 + 2 * group + slot) + 4 * lane
+                                     : vector * (1 + group) + 4 * lane + 2 * slot;
+    }
+    static NMS_INLINE int64_t int8_byte(int64_t group, int slot, int64_t lane) {
+        return 4 * lane + 2 * (group & 1) + slot;
+    }
+
+    static void repack(Format format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
+                       const float* scales, uint8_t* packed) {
+        const int64_t bytes = block_bytes(format, in);
+        parallel(blocks_of(out, lanes), larger(1, 65536 / larger(1, lanes * in)), [=](int64_t begin, int64_t end) {
+            std::memset(packed + begin * bytes, 0, (end - begin) * bytes);
+            for (int64_t row = begin * lanes; row < smaller(end * lanes, out); row++)
+                if (format == dense_int8)
+                    repack_dense_row(static_cast<const int8_t*>(values) + row * in, in, row % lanes,
+                                     packed + row / lanes * bytes);
+                else
+                    repack_row(format, in, values, codes, row, packed + row / lanes * bytes);
+        });
+        if (format != sparse_int8 && format != dense_int8) return;
+        const int64_t width = format == dense_int8 ? in : in / 2;
+        uint8_t* to = packed + scales_at(format, out, in);
+        std::memset(to, 0, 2 * vector * blocks_of(out, lanes));
+        std::memcpy(to, scales, 4 * out);
+        for (int64_t row = 0; row < out; row++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < width; i++) sum += static_cast<const int8_t*>(values)[row * width + i];
+            std::memcpy(packed + sums_at(format, out, in) + 4 * row, &sum, 4);
+        }
+    }
+
+    // The places of the two kept of four, by the code of the file.
+    static NMS_INLINE uint32_t place(uint32_t code, int slot) {
+        constexpr uint8_t first[8] = {0, 0, 0, 1, 1, 2, 0, 0}, second[8] = {1, 2, 3, 2, 3, 3, 1, 1};
+        return slot ? second[code] : first[code];
+    }
+    static NMS_INLINE uint32_t code_of(const uint8_t* codes, int64_t group) {
+        const int64_t bit = 3 * group, shift = bit & 7;
+        uint32_t bytes = codes[bit >> 3];
+        if (shift > 5) bytes |= static_cast<uint32_t>(codes[(bit >> 3) + 1]) << 8;
+        return bytes >> shift & 7;
+    }
+
+    static void repack_row(Format format, int64_t in, const void* values, const uint8_t* codes, int64_t row,
+                           uint8_t* block) {
+        const int64_t groups = in / 4, lane = row % lanes, columns = chunk_columns(format) / 4;
+        const uint8_t* row_codes = codes + row * blocks_of(groups * 3, 8);
+        for (int64_t g = 0; g < groups; g++) {
+            uint8_t* chunk = block + g / columns * chunk_bytes(format);
+            const int64_t group = g % columns, from = (row * groups + g) * 2;
+            const uint32_t code = code_of(row_codes, g);
+            for (int slot = 0; slot < 2; slot++) {
+                if (format == sparse_int8) {
+                    const int64_t byte = int8_byte(group, slot, lane), v = group / 2;
+                    chunk[vector * (2 + v) + byte] = static_cast<const uint8_t*>(values)[from + slot];
+                    chunk[vector * (v / 4) + byte] |= static_cast<uint8_t>(place(code, slot) << (2 * (v & 3)));
+                    continue;
+                }
+                uint32_t places;
+                std::memcpy(&places, chunk + 4 * lane, 4);
+                places |= place(code, slot) << (4 * group + 2 * slot);
+                std::memcpy(chunk + 4 * lane, &places, 4);
+                const int64_t size = format == sparse_fp32 ? 4 : 2;
+                std::memcpy(chunk + float_value_at(format, group, slot, lane),
+                            static_cast<const uint8_t*>(values) + (from + slot) * size, size);
+            }
+        }
+    }
+
+    static void repack_dense_row(const int8_t* values, int64_t in, int64_t lane, uint8_t* block) {
+        for (int64_t i = 0; i < in; i++)
+            block[i / 4 * vector + 4 * lane + i % 4] = static_cast<uint8_t>(values[i]);
+    }
+
+    // The dense weight [out, in], in fp32, bf16 or int8 as the format holds values, and the scales of int8.
+    static void restore(Format format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales) {
+        const int64_t bytes = block_bytes(format, in);
+        const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
+        parallel(out, larger(1, 65536 / larger(1, in)), [=](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++)
+                restore_row(format, in, packed + row / lanes * bytes, row % lanes,
+                            static_cast<uint8_t*>(dense) + row * in * size);
+        });
+        if (scales) std::memcpy(scales, packed + scales_at(format, out, in), 4 * out);
+    }
+
+    static void restore_row(Format format, int64_t in, const uint8_t* block, int64_t lane, uint8_t* row) {
+        if (format == dense_int8) {
+            for (int64_t i = 0; i < in; i++) row[i] = block[i / 4 * vector + 4 * lane + i % 4];
+            return;
+        }
+        const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
+        const int64_t columns = chunk_columns(format) / 4;
+        std::memset(row, 0, in * size);
+        for (int64_t g = 0; g < in / 4; g++) {
+            const uint8_t* chunk = block + g / columns * chunk_bytes(format);
+            const int64_t group = g % columns;
+            for (int slot = 0; slot < 2; slot++) {
+                if (format == sparse_int8) {
+                    const int64_t byte = int8_byte(group, slot, lane), v = group / 2;
+                    const int64_t at = chunk[vector * (v / 4) + byte] >> (2 * (v & 3)) & 3;
+                    row[4 * g + at] = chunk[vector * (2 + v) + byte];
+                    continue;
+                }
+                uint32_t places;
+                std::memcpy(&places, chunk + 4 * lane, 4);
+                const int64_t at = places >> (4 * group + 2 * slot) & 3;
+                std::memcpy(row + (4 * g + at) * size, chunk + float_value_at(format, group, slot, lane), size);
+            }
+        }
+    }
+};
+
+}  // namespace nms

@@ -1,0 +1,119 @@
+// The C interface: which vector unit runs, whose threads, and checks that cost nothing.
+#include <cstdlib>
+
+#include "common.h"
+
+#define NMS_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace nms {
+
+namespace {
+
+using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+ParallelFor parallel_for = nullptr;
+
+struct Scratch {
+    uint8_t* memory = nullptr;
+    int64_t bytes = 0;
+    ~Scratch() { std::free(memory); }
+};
+
+bool available(const Unit& unit) {
+    if (&unit == &scalar_unit) return true;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&unit == &avx2_unit) return avx2;
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+    return false;
+}
+
+const Unit* const units[] = {
+#if defined(__x86_64__)
+    &avx512_unit, &avx2_unit,
+#endif
+    &scalar_unit};
+
+const Unit* fastest() {
+    for (const Unit* unit : units)
+        if (available(*unit)) return unit;
+    return &scalar_unit;
+}
+
+const Unit* unit = fastest();
+
+}  // namespace
+
+void run_parallel(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+    if (items <= 0) return;
+    if (parallel_for && items > grain)
+        parallel_for(0, items, grain, body, context);
+    else
+        body(0, items, context);
+}
+
+uint8_t* scratch(int64_t bytes) {
+    static thread_local Scratch own;
+    if (bytes > own.bytes) {
+        std::free(own.memory);
+        own.bytes = 0;
+        own.memory = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(padded(bytes, 4096))));
+        if (!own.memory) std::abort();
+        own.bytes = padded(bytes, 4096);
+    }
+    return own.memory;
+}
+
+}  // namespace nms
+
+using namespace nms;
+
+NMS_EXPORT int32_t nms_abi() { return 1; }
+
+NMS_EXPORT void nms_set_parallel_for(void* function) { parallel_for = reinterpret_cast<ParallelFor>(function); }
+
+NMS_EXPORT const char* nms_unit() { return unit->name; }
+
+// Chooses the unit of this name; 0 if this machine has it not. Weights packed for one unit are of no use to another.
+NMS_EXPORT int32_t nms_select_unit(const char* name) {
+    for (const Unit* known : units)
+        if (std::strcmp(known->name, name) == 0 && available(*known)) {
+            unit = known;
+            return 1;
+        }
+    return 0;
+}
+
+NMS_EXPORT int64_t nms_packed_bytes(int32_t format, int64_t out, int64_t in) {
+    return unit->packed_bytes(static_cast<Format>(format), out, in);
+}
+
+NMS_EXPORT void nms_repack(int32_t format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
+                           const float* scales, uint8_t* packed) {
+    unit->repack(static_cast<Format>(format), out, in, values, codes, scales, packed);
+}
+
+NMS_EXPORT void nms_restore(int32_t format, int64_t out, int64_t in, const uint8_t* packed, void* dense,
+                            float* scales) {
+    unit->restore(static_cast<Format>(format), out, in, packed, dense, scales);
+}
+
+NMS_EXPORT void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
+                             const uint8_t* packed, const void* bias, void* y, int32_t number) {
+    unit->multiply(static_cast<Format>(format),
+                   Product{rows, out, in, x, x_stride, packed, bias, y, static_cast<Number>(number)});
+}
+
+// Renews `mask`; returns how many of its entries changed, or -1 if a weight is NaN.
+NMS_EXPORT int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m) {
+    int64_t flips = 0;
+    int32_t nan = 0;
+    unit->rank(weight, mask, groups, n, m, &flips, &nan);
+    return nan ? -1 : flips;
+}
+
+NMS_EXPORT void nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count) {
+    unit->decay(weight, mask, gradient, decay, count);
+}

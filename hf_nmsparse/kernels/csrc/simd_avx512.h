@@ -1,0 +1,76 @@
+// Sixteen lanes of AVX-512 (F, BW, DQ, VL) with VNNI.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common.h"
+#include "simd_avx2.h"
+
+namespace nms {
+
+struct Avx512 {
+    static constexpr int lanes = 16;
+    static constexpr int few_rows_tile = 8;
+    static constexpr int64_t many_rows_from = 24;
+    static constexpr int int8_rows_tile = 8;
+    static constexpr float int8_levels = 255.0f;  // vpdpbusd sums in 32 bits
+
+    using Float = __m512;
+    using Int = __m512i;
+
+    static NMS_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+    static NMS_INLINE Float set(float value) { return _mm512_set1_ps(value); }
+    static NMS_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
+    static NMS_INLINE Float load(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+    static NMS_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
+    static NMS_INLINE void store(float* p, Float a, int count) { _mm512_mask_storeu_ps(p, first(count), a); }
+    static NMS_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static NMS_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static NMS_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static NMS_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+    static NMS_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+    static NMS_INLINE float lowest(Float a) { return _mm512_reduce_min_ps(a); }
+    static NMS_INLINE float highest(Float a) { return _mm512_reduce_max_ps(a); }
+    static NMS_INLINE float total(Float a) { return _mm512_reduce_add_ps(a); }
+    static NMS_INLINE Float repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+    static NMS_INLINE Float pick4(Float a, Int which) { return _mm512_permutevar_ps(a, which); }
+
+    static NMS_INLINE Int zero() { return _mm512_setzero_si512(); }
+    static NMS_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }
+    static NMS_INLINE void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }
+    static NMS_INLINE Int set_int(int32_t value) { return _mm512_set1_epi32(value); }
+    static NMS_INLINE Int shift_right(Int a, int bits) { return _mm512_srli_epi32(a, static_cast<unsigned>(bits)); }
+    static NMS_INLINE Int shift_left(Int a, int bits) { return _mm512_slli_epi32(a, static_cast<unsigned>(bits)); }
+    static NMS_INLINE Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
+    static NMS_INLINE Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
+    static NMS_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+    static NMS_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+    static NMS_INLINE Int round(Float a) { return _mm512_cvtps_epi32(a); }
+    static NMS_INLINE void store_low_bytes(uint8_t* p, Int a) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+    }
+
+    static NMS_INLINE Int repeat_dword(const void* p) {
+        int32_t value;
+        std::memcpy(&value, p, 4);
+        return _mm512_set1_epi32(value);
+    }
+    static NMS_INLINE Int repeat16(const void* p) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    }
+    static NMS_INLINE Int places(Int fields, int field, int half) {
+        Int shifted = _mm512_srli_epi16(fields, static_cast<unsigned>(2 * field));
+        const Int base = _mm512_set1_epi32(half ? 0x0c0c0808 : 0x04040000);
+        return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(3), base, 0xea);  // (a & b) | c
+    }
+    static NMS_INLINE Int pick_bytes(Int a, Int which) { return _mm512_shuffle_epi8(a, which); }
+    static NMS_INLINE Int dot(Int sum_of, Int u8, Int s8) { return _mm512_dpbusd_epi32(sum_of, u8, s8); }
+
+    static NMS_INLINE void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+        transpose8_avx2(from, from_stride, to, to_stride);
+    }
+    static NMS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace nms

@@ -1,0 +1,187 @@
+// Eight lanes of plain C++: correct on every machine, and what the vector units are tested against.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+
+namespace nms {
+
+struct Scalar {
+    static constexpr int lanes = 8;
+    static constexpr int few_rows_tile = 4;
+    static constexpr int64_t many_rows_from = 16;
+    static constexpr int int8_rows_tile = 4;
+    // Activations take seven bits: on machines without VNNI a pair of u8 x s8 products is summed in 16 bits, and
+    // 2 * 127 * 127 fits them. The scalar unit computes the same numbers.
+    static constexpr float int8_levels = 127.0f;
+
+    struct Float {
+        float lane[lanes];
+    };
+    struct Int {
+        uint8_t byte[lanes * 4];
+    };
+
+    static NMS_INLINE Float set(float value) {
+        Float r;
+        for (float& lane : r.lane) lane = value;
+        return r;
+    }
+    static NMS_INLINE Float load(const float* p) {
+        Float r;
+        std::memcpy(r.lane, p, sizeof r.lane);
+        return r;
+    }
+    static NMS_INLINE Float load(const float* p, int count) {
+        Float r = set(0.0f);
+        std::memcpy(r.lane, p, sizeof(float) * count);
+        return r;
+    }
+    static NMS_INLINE void store(float* p, Float a) { std::memcpy(p, a.lane, sizeof a.lane); }
+    static NMS_INLINE void store(float* p, Float a, int count) { std::memcpy(p, a.lane, sizeof(float) * count); }
+    static NMS_INLINE Float add(Float a, Float b) {
+        for (int i = 0; i < lanes; i++) a.lane[i] += b.lane[i];
+        return a;
+    }
+    static NMS_INLINE Float mul(Float a, Float b) {
+        for (int i = 0; i < lanes; i++) a.lane[i] *= b.lane[i];
+        return a;
+    }
+    static NMS_INLINE Float fma(Float a, Float b, Float c) {
+        for (int i = 0; i < lanes; i++) c.lane[i] += a.lane[i] * b.lane[i];
+        return c;
+    }
+    static NMS_INLINE Float min(Float a, Float b) {
+        for (int i = 0; i < lanes; i++) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+        return a;
+    }
+    static NMS_INLINE Float max(Float a, Float b) {
+        for (int i = 0; i < lanes; i++) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+        return a;
+    }
+    static NMS_INLINE float lowest(Float a) {
+        float r = a.lane[0];
+        for (float lane : a.lane) r = lane < r ? lane : r;
+        return r;
+    }
+    static NMS_INLINE float highest(Float a) {
+        float r = a.lane[0];
+        for (float lane : a.lane) r = lane > r ? lane : r;
+        return r;
+    }
+    static NMS_INLINE float total(Float a) {
+        float r = 0.0f;
+        for (float lane : a.lane) r += lane;
+        return r;
+    }
+    static NMS_INLINE Float repeat4(const float* p) {
+        Float r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = p[i & 3];
+        return r;
+    }
+    static NMS_INLINE Float pick4(Float a, Int which) {
+        Float r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = a.lane[(i & ~3) | (which.byte[4 * i] & 3)];
+        return r;
+    }
+
+    static NMS_INLINE Int zero() { return Int{}; }
+    static NMS_INLINE Int load_int(const void* p) {
+        Int r;
+        std::memcpy(r.byte, p, sizeof r.byte);
+        return r;
+    }
+    static NMS_INLINE void store_int(void* p, Int a) { std::memcpy(p, a.byte, sizeof a.byte); }
+    static NMS_INLINE Int set_int(int32_t value) {
+        Int r;
+        for (int i = 0; i < lanes; i++) std::memcpy(r.byte + 4 * i, &value, 4);
+        return r;
+    }
+    template <class F>
+    static NMS_INLINE Int each(Int a, F f) {
+        for (int i = 0; i < lanes; i++) {
+            uint32_t lane;
+            std::memcpy(&lane, a.byte + 4 * i, 4);
+            lane = f(lane);
+            std::memcpy(a.byte + 4 * i, &lane, 4);
+        }
+        return a;
+    }
+    static NMS_INLINE Int shift_right(Int a, int bits) {
+        return each(a, [bits](uint32_t lane) { return lane >> bits; });
+    }
+    static NMS_INLINE Int shift_left(Int a, int bits) {
+        return each(a, [bits](uint32_t lane) { return lane << bits; });
+    }
+    static NMS_INLINE Int both(Int a, Int b) {
+        for (int i = 0; i < lanes * 4; i++) a.byte[i] &= b.byte[i];
+        return a;
+    }
+    static NMS_INLINE Int sum(Int a, Int b) {
+        uint32_t x[lanes], y[lanes];
+        std::memcpy(x, a.byte, sizeof x);
+        std::memcpy(y, b.byte, sizeof y);
+        for (int i = 0; i < lanes; i++) x[i] += y[i];
+        return load_int(x);
+    }
+    static NMS_INLINE Float as_float(Int a) {
+        Float r;
+        std::memcpy(r.lane, a.byte, sizeof r.lane);
+        return r;
+    }
+    static NMS_INLINE Float to_float(Int a) {
+        int32_t x[lanes];
+        std::memcpy(x, a.byte, sizeof x);
+        Float r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = static_cast<float>(x[i]);
+        return r;
+    }
+    static NMS_INLINE Int round(Float a) {
+        int32_t x[lanes];
+        for (int i = 0; i < lanes; i++) x[i] = static_cast<int32_t>(std::nearbyint(a.lane[i]));
+        return load_int(x);
+    }
+    static NMS_INLINE void store_low_bytes(uint8_t* p, Int a) {
+        for (int i = 0; i < lanes; i++) p[i] = a.byte[4 * i];
+    }
+
+    static NMS_INLINE Int repeat_dword(const void* p) {
+        Int r;
+        for (int i = 0; i < lanes; i++) std::memcpy(r.byte + 4 * i, p, 4);
+        return r;
+    }
+    static NMS_INLINE Int repeat16(const void* p) {
+        Int r;
+        std::memcpy(r.byte, p, 16);
+        std::memcpy(r.byte + 16, p, 16);
+        return r;
+    }
+    // Places of the bytes that a field of two bits picks from the two groups of a half of 16 activations.
+    static NMS_INLINE Int places(Int fields, int field, int half) {
+        for (int i = 0; i < lanes * 4; i++)
+            fields.byte[i] = static_cast<uint8_t>((fields.byte[i] >> (2 * field) & 3) | (half * 8 + (i & 2) * 2));
+        return fields;
+    }
+    static NMS_INLINE Int pick_bytes(Int a, Int which) {
+        Int r;
+        for (int i = 0; i < lanes * 4; i++) r.byte[i] = a.byte[(i & ~15) | (which.byte[i] & 15)];
+        return r;
+    }
+    static NMS_INLINE Int dot(Int sum_of, Int u8, Int s8) {
+        int32_t x[lanes];
+        std::memcpy(x, sum_of.byte, sizeof x);
+        for (int i = 0; i < lanes; i++)
+            for (int j = 0; j < 4; j++) x[i] += u8.byte[4 * i + j] * static_cast<int8_t>(s8.byte[4 * i + j]);
+        return load_int(x);
+    }
+
+    static NMS_INLINE void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+        for (int i = 0; i < 8; i++)
+            for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * from_stride + j];
+    }
+    static NMS_INLINE void prefetch(const void*) {}
+};
+
+}  // namespace nms

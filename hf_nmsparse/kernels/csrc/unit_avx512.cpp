@@ -1,0 +1,17 @@
+#include "linear.h"
+#include "masks.h"
+#include "simd_avx512.h"
+
+namespace nms {
+
+const Unit avx512_unit = {
+    "avx512",
+    Layout<Avx512>::packed_bytes,
+    Layout<Avx512>::repack,
+    Layout<Avx512>::restore,
+    Linear<Avx512>::multiply,
+    Masks<Avx512>::rank,
+    Masks<Avx512>::decay,
+};
+
+}  // namespace nms

@@ -1,0 +1,17 @@
+#include "linear.h"
+#include "masks.h"
+#include "simd_scalar.h"
+
+namespace nms {
+
+const Unit scalar_unit = {
+    "scalar",
+    Layout<Scalar>::packed_bytes,
+    Layout<Scalar>::repack,
+    Layout<Scalar>::restore,
+    Linear<Scalar>::multiply,
+    Masks<Scalar>::rank,
+    Masks<Scalar>::decay,
+};
+
+}  // namespace nms

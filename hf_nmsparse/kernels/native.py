@@ -1,0 +1,284 @@
+"""The native library: finding it, loading it, and its functions on CPU tensors.
+
+It is a C library without Python or torch inside, so that one build serves every Python and every torch; it borrows
+torch's threads. Where it is missing everything still works in plain torch, more slowly. Two environment variables steer
+it: ``HF_NMSPARSE_NATIVE=0`` leaves it out, ``HF_NMSPARSE_UNIT=avx2`` (or ``scalar``, ``avx512``) names the vector unit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import hf_nmsparse.kernels
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = ["FORMATS", "Status", "decay_pruned", "multiply", "packed_bytes", "rank", "repack", "restore", "status"]
+
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
+"""How a packed weight lies in memory, by the names of the modes of computing; the last is for dense weights."""
+
+UNITS = ("avx512", "avx2", "scalar")
+
+_ABI = 1
+_NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
+_VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "dense_int8": torch.int8}
+_SIGNATURES = {
+    "nms_abi": ("i", ""),
+    "nms_set_parallel_for": (None, "p"),
+    "nms_unit": ("s", ""),
+    "nms_select_unit": ("i", "s"),
+    "nms_packed_bytes": ("l", "ill"),
+    "nms_repack": (None, "illpppp"),
+    "nms_restore": (None, "illppp"),
+    "nms_multiply": (None, "illlplpppi"),
+    "nms_rank": ("l", "pplii"),
+    "nms_decay": (None, "pppfl"),
+}
+_TYPES = {
+    "i": ctypes.c_int32,
+    "l": ctypes.c_int64,
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+    "f": ctypes.c_float,
+    None: None,
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is used, and why.
+
+    Attributes:
+        library: The library's file; None if it is not used.
+        unit: The vector unit: ``"avx512"``, ``"avx2"`` or ``"scalar"``; None without the library.
+        threads: Whether products run on torch's threads, or on one.
+        reason: Why the library is not used, or a word on how it is.
+        chosen: Whether the user turned the library off.
+    """
+
+    library: Path | None
+    unit: str | None
+    threads: bool
+    reason: str
+    chosen: bool = False
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, Status]:
+    if os.environ.get("HF_NMSPARSE_NATIVE") == "0":
+        return None, Status(None, None, False, "HF_NMSPARSE_NATIVE=0 turns it off", chosen=True)
+    path = next((file for folder in hf_nmsparse.kernels.__path__ if (file := Path(folder) / _NAME).is_file()), None)
+    if path is None:
+        return None, Status(None, None, False, f"{_NAME} is not installed: no C++ compiler was found at installation")
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = _TYPES[result], [_TYPES[kind] for kind in arguments]
+    except (OSError, AttributeError) as error:
+        return None, Status(None, None, False, f"{path} does not load: {error}")
+    if library.nms_abi() != _ABI:
+        return None, Status(None, None, False, f"{path} is of another version; install the package again")
+    wanted = os.environ.get("HF_NMSPARSE_UNIT")
+    if wanted is not None and not library.nms_select_unit(wanted.encode()):
+        known = ", ".join(UNITS)
+        raise ValueError(f"HF_NMSPARSE_UNIT: {wanted!r} is none of {known}, or this machine has it not; unset it")
+    threads = _torch_parallel_for()
+    library.nms_set_parallel_for(threads)
+    unit = library.nms_unit().decode()
+    reason = "the fastest unit of this machine" if wanted is None else "HF_NMSPARSE_UNIT asks for this unit"
+    if unit == "scalar" and wanted is None:
+        reason = "this machine has neither AVX2 nor AVX-512, so dense layers are faster"
+    return library, Status(path, unit, threads is not None, reason)
+
+
+def _torch_parallel_for() -> int | None:
+    """Address of the function through which C code runs on torch's threads; torch has it from 2.10 on."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def status() -> Status:
+    """Whether the library is used, and why.
+
+    Raises:
+        ValueError: ``HF_NMSPARSE_UNIT`` names a unit that is none, or that the machine lacks.
+    """
+    return _load()[1]
+
+
+def _library() -> ctypes.CDLL:
+    library, why = _load()
+    if library is None:
+        raise ValueError(f"kernels: the native library is not used ({why.reason}); choose compute='dense'")
+    return library
+
+
+@lru_cache(maxsize=4096)
+def packed_bytes(format: str, out_features: int, in_features: int) -> int:
+    """Bytes of a weight in the library's order."""
+    return int(_library().nms_packed_bytes(FORMATS[format], out_features, in_features))
+
+
+def repack(
+    format: str, in_features: int, values: Tensor, codes: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """A weight from the order of the file to that of the library, in one pass.
+
+    Args:
+        format: A key of `FORMATS`.
+        in_features: Columns of the dense weight.
+        values: ``[out_features, in_features / 2]`` kept values of a 2:4 weight, or ``[out_features, in_features]`` for
+            ``"dense_int8"``, in the number type of the format.
+        codes: The places of the values, as `packing.encode` writes them for 2:4; they must be in range.
+        scale: fp32 ``[out_features]`` for int8 formats.
+
+    Returns:
+        uint8, flat, good for this process' vector unit only.
+
+    Raises:
+        ValueError: A tensor does not fit the format.
+    """
+    rows, dense = values.shape[0], format == "dense_int8"
+    if values.dtype != _VALUES[format] or values.shape[1] != (in_features if dense else in_features // 2):
+        raise ValueError(f"repack: values {list(values.shape)} {values.dtype} do not fit {format} of {in_features}")
+    width = -(-in_features // 4 * 3 // 8)
+    if not dense and (codes is None or codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, width)):
+        raise ValueError(f"repack: codes must be uint8 {[rows, width]}, got {None if codes is None else codes.shape}")
+    scaled = format in ("int8", "dense_int8")
+    if scaled and (scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != (rows,)):
+        raise ValueError(f"repack: {format} needs a scale, fp32 {[rows]}")
+    packed = torch.empty(packed_bytes(format, rows, in_features), dtype=torch.uint8)
+    kept = [None if tensor is None else tensor.detach().contiguous() for tensor in (values, codes, scale)]
+    _library().nms_repack(FORMATS[format], rows, in_features, *map(_address, kept), packed.data_ptr())
+    return packed
+
+
+def restore(packed: Tensor, format: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor | None]:
+    """The dense weight ``[out_features, in_features]`` in the number type of ``format``, and the scale of int8."""
+    _check(packed, format, out_features, in_features)
+    dense = torch.empty((out_features, in_features), dtype=_VALUES[format])
+    scale = torch.empty(out_features) if format in ("int8", "dense_int8") else None
+    _library().nms_restore(
+        FORMATS[format], out_features, in_features, packed.data_ptr(), dense.data_ptr(), _address(scale)
+    )
+    return dense, scale
+
+
+def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    """``x @ W.T + bias``.
+
+    Args:
+        x: ``[..., in_features]`` on the CPU, in fp32, bf16 or fp16, any strides.
+        packed: The weight, from `repack`.
+        bias: ``[out_features]`` or None.
+        format: What ``packed`` was made for.
+        out_features: Rows of the weight.
+
+    Returns:
+        ``[..., out_features]`` in the dtype of ``x``. A row of ``x`` that is not finite gives NaN with int8.
+
+    Raises:
+        ValueError: A tensor has another device or number type, or ``packed`` is no weight of this shape.
+    """
+    dtype, shape = x.dtype, x.shape
+    number = _NUMBERS.get(dtype)
+    if number is None:
+        if dtype != torch.float16:
+            raise ValueError(f"kernels: x is in fp32, bf16 or fp16, got {dtype}; cast it")
+        bias = None if bias is None else bias.float()
+        return multiply(x.float(), packed, bias, format, out_features).to(dtype)
+    if x.device.type != "cpu":
+        raise ValueError(f"kernels: x lies on {x.device} and these kernels run on CPUs; load with compute='dense'")
+    in_features = shape[-1]
+    _check(packed, format, out_features, in_features)
+    if bias is not None and (bias.dtype != dtype or bias.stride(0) != 1):
+        bias = bias.to(dtype).contiguous()
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.reshape(-1, in_features).contiguous()
+    y = x.new_empty((*shape[:-1], out_features))
+    _library().nms_multiply(
+        FORMATS[format],
+        x.shape[0],
+        out_features,
+        in_features,
+        x.data_ptr(),
+        x.stride(0),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        number,
+    )
+    return y
+
+
+def can_rank(weight: Tensor) -> bool:
+    """Whether the library ranks and decays this weight: fp32 on the CPU, an ordinary tensor without gaps."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and _load()[0] is not None
+    )
+
+
+def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> int:
+    """Writes the magnitude mask of ``weight`` over ``mask`` in one pass.
+
+    Args:
+        weight: ``[..., in_features]`` that `can_rank` takes; ``in_features`` is a multiple of ``pattern.m``.
+        mask: Booleans of the same shape, contiguous.
+        pattern: The pattern.
+
+    Returns:
+        How many entries of ``mask`` changed.
+
+    Raises:
+        ValueError: A weight is NaN; ``mask`` is undefined then.
+    """
+    assert mask.dtype == torch.bool
+    assert mask.is_contiguous()
+    assert mask.shape == weight.shape
+    groups = weight.numel() // pattern.m
+    flips = int(_library().nms_rank(weight.data_ptr(), mask.data_ptr(), groups, pattern.n, pattern.m))
+    if flips < 0:
+        raise ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
+    return flips
+
+
+def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:
+    """``gradient += decay * weight`` where ``mask`` prunes, in one pass.
+
+    All three are contiguous and of one shape; ``weight`` and ``gradient`` are fp32.
+    """
+    assert gradient.is_contiguous()
+    assert gradient.dtype == torch.float32
+    assert gradient.shape == weight.shape == mask.shape
+    _library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel())
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(packed: Tensor, format: str, out_features: int, in_features: int) -> None:
+    if packed.numel() != packed_bytes(format, out_features, in_features) or packed.device.type != "cpu":
+        raise ValueError(
+            f"kernels: {packed.numel()} bytes on {packed.device} are no {format} weight of "
+            f"{[out_features, in_features]} for the unit {status().unit}"
+        )
