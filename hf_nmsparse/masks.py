@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_nmsparse.kernels import native
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["apply_mask", "count_flips", "count_violations", "magnitude_mask"]
+__all__ = ["apply_mask", "count_flips", "count_violations", "magnitude_mask", "update_mask"]
 
 
 def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
@@ -15,7 +16,8 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
 
     Exactly N are kept in every group: of equal magnitudes the lower index wins, so that a mask is a function of the
     weights alone on every device. Groups are ranked by counting, for each weight, the pairs it loses; half of the
-    M^2 comparisons decide both members of a pair.
+    M^2 comparisons decide both members of a pair. fp32 weights on the CPU go through the native library, where it is
+    there, in one pass and to the same mask.
 
     Args:
         weight: ``[..., in_features]``, floating point. Rank the fp32 master, never a 16-bit copy: the copy has ties
@@ -29,6 +31,10 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         ValueError: The row does not divide into groups, or a weight is NaN.
     """
     pattern.groups(weight.shape[-1])
+    if native.can_rank(weight):
+        mask = torch.empty(weight.shape, dtype=torch.bool)
+        native.rank(weight, mask, pattern)
+        return mask
     magnitude = weight.detach().abs()
     # Magnitudes cannot cancel, so that their sum is NaN only where one of them is. A compiled graph cannot branch on
     # it: there the next ranking outside of the graph, in SparseStep or finalize, finds the NaN.
@@ -40,6 +46,23 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         magnitude = magnitude.contiguous()
     kept = _two_of_four(magnitude) if pattern == NMPattern(2, 4) else _by_rank(magnitude, pattern)
     return torch.stack(kept, dim=1).reshape(weight.shape)
+
+
+def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:
+    """Writes the magnitude mask of ``weight`` over ``mask``.
+
+    Returns:
+        SAD: how many entries changed, as `count_flips` gives it.
+
+    Raises:
+        ValueError: As `magnitude_mask`.
+    """
+    if native.can_rank(weight) and mask.is_contiguous():
+        return torch.tensor(native.rank(weight, mask, pattern))
+    new = magnitude_mask(weight, pattern)
+    flips = count_flips(mask, new)
+    mask.copy_(new)
+    return flips
 
 
 def _two_of_four(magnitude: Tensor) -> list[Tensor]:
@@ -73,8 +96,11 @@ def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight`` where ``mask`` keeps it, +0.0 elsewhere.
 
-    A product would write -0.0 for negative weights, which some 2:4 compressors do not take for zero.
+    A product would write -0.0 for negative weights, which some 2:4 compressors do not take for zero. It is no part of
+    a graph of gradients: `straight_through` is.
     """
+    if native.can_rank(weight) and mask.is_contiguous() and mask.shape == weight.shape:
+        return native.masked(weight, mask)
     return torch.where(mask, weight, weight.new_zeros(()))
 
 

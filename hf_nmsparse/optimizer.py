@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import count_flips, magnitude_mask
+from hf_nmsparse.masks import magnitude_mask, update_mask
 from hf_nmsparse.srste import METHODS
 
 __all__ = ["Flips", "SparseStep"]
@@ -131,9 +131,7 @@ class SparseStep:
             if self.method.fixed_mask:
                 flips = torch.zeros((), dtype=torch.int64)
             else:
-                mask = magnitude_mask(layer.weight, layer.pattern)
-                flips = count_flips(layer.mask, mask)
-                layer.mask = mask
+                flips = update_mask(layer.mask, layer.weight, layer.pattern)
             self._flips[name] = self._flips[name] + flips if name in self._flips else flips
 
 

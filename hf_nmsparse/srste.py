@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_nmsparse.kernels import native
 from hf_nmsparse.masks import apply_mask
 
 __all__ = ["METHODS", "Method", "Rule", "straight_through"]
@@ -54,7 +55,10 @@ def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float
 
 def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:
     """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments."""
-    grad.add_(apply_mask(weight, ~mask), alpha=decay)
+    if native.can_rank(weight) and native.can_rank(grad) and mask.is_contiguous():
+        native.decay_pruned(weight, mask, grad, decay)
+    else:
+        grad.add_(apply_mask(weight, ~mask), alpha=decay)
 
 
 def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:

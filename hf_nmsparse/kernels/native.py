@@ -20,7 +20,19 @@ from torch import Tensor
 import hf_nmsparse.kernels
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["FORMATS", "Status", "decay_pruned", "multiply", "packed_bytes", "rank", "repack", "restore", "status"]
+__all__ = [
+    "FORMATS",
+    "Status",
+    "can_rank",
+    "decay_pruned",
+    "masked",
+    "multiply",
+    "packed_bytes",
+    "rank",
+    "repack",
+    "restore",
+    "status",
+]
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
 """How a packed weight lies in memory, by the names of the modes of computing; the last is for dense weights."""
@@ -42,6 +54,7 @@ _SIGNATURES = {
     "nms_multiply": (None, "illlplpppi"),
     "nms_rank": ("l", "pplii"),
     "nms_decay": (None, "pppfl"),
+    "nms_apply": (None, "pppl"),
 }
 _TYPES = {
     "i": ctypes.c_int32,
@@ -270,6 +283,16 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
     assert gradient.dtype == torch.float32
     assert gradient.shape == weight.shape == mask.shape
     _library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel())
+
+
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight`` where ``mask`` keeps it, +0.0 elsewhere; both are contiguous and of one shape."""
+    assert mask.is_contiguous()
+    assert mask.dtype == torch.bool
+    assert mask.shape == weight.shape
+    kept = torch.empty_like(weight)
+    _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), weight.numel())
+    return kept
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -94,11 +94,29 @@ struct Masks {
         *nan = bad;
     }
 
+    static constexpr int64_t span = 4096;
+
     static void decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count) {
-        parallel(blocks_of(count, 4096), 8, [=](int64_t begin, int64_t end) {
-            for (int64_t i = begin * 4096; i < smaller(end * 4096, count); i++)
-                gradient[i] += mask[i] ? 0.0f : decay * weight[i];
+        parallel(blocks_of(count, span), 8, [=](int64_t begin, int64_t end) {
+            const int64_t first = begin * span;
+            decay_span(weight + first, mask + first, gradient + first, decay, smaller(end * span, count) - first);
         });
+    }
+    static NMS_NOINLINE void decay_span(const float* __restrict weight, const uint8_t* __restrict mask,
+                                        float* __restrict gradient, float decay, int64_t count) {
+        for (int64_t i = 0; i < count; i++) gradient[i] += mask[i] ? 0.0f : decay * weight[i];
+    }
+
+    // The weight where the mask keeps it, +0.0 elsewhere.
+    static void apply(const float* weight, const uint8_t* mask, float* masked, int64_t count) {
+        parallel(blocks_of(count, span), 8, [=](int64_t begin, int64_t end) {
+            const int64_t first = begin * span;
+            apply_span(weight + first, mask + first, masked + first, smaller(end * span, count) - first);
+        });
+    }
+    static NMS_NOINLINE void apply_span(const float* __restrict weight, const uint8_t* __restrict mask,
+                                        float* __restrict masked, int64_t count) {
+        for (int64_t i = 0; i < count; i++) masked[i] = mask[i] ? weight[i] : 0.0f;
     }
 };
 

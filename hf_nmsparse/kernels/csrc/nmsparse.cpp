@@ -117,3 +117,7 @@ NMS_EXPORT int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, 
 NMS_EXPORT void nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count) {
     unit->decay(weight, mask, gradient, decay, count);
 }
+
+NMS_EXPORT void nms_apply(const float* weight, const uint8_t* mask, float* masked, int64_t count) {
+    unit->apply(weight, mask, masked, count);
+}

@@ -12,6 +12,7 @@ const Unit avx2_unit = {
     Linear<Avx2>::multiply,
     Masks<Avx2>::rank,
     Masks<Avx2>::decay,
+    Masks<Avx2>::apply,
 };
 
 }  // namespace nms

@@ -12,6 +12,7 @@ const Unit avx512_unit = {
     Linear<Avx512>::multiply,
     Masks<Avx512>::rank,
     Masks<Avx512>::decay,
+    Masks<Avx512>::apply,
 };
 
 }  // namespace nms

@@ -12,6 +12,7 @@ const Unit scalar_unit = {
     Linear<Scalar>::multiply,
     Masks<Scalar>::rank,
     Masks<Scalar>::decay,
+    Masks<Scalar>::apply,
 };
 
 }  // namespace nms
