@@ -2,7 +2,7 @@
 
 It is a C library without Python or torch inside, so that one build serves every Python and every torch; it borrows
 torch's threads. Where it is missing everything still works in plain torch, more slowly. Two environment variables steer
-it: ``HF_NMSPARSE_NATIVE=0`` leaves it out, ``HF_NMSPARSE_UNIT=avx2`` (or ``scalar``, ``avx512``) names the vector unit.
+it: ``HF_NMSPARSE_NATIVE=0`` leaves it out, ``HF_NMSPARSE_UNIT=avx2`` (or another of `UNITS`) names the vector unit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
 """How a packed weight lies in memory, by the names of the modes of computing; the last is for dense weights."""
 
-UNITS = ("avx512", "avx2", "scalar")
+UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
 _ABI = 1
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
@@ -72,7 +72,7 @@ class Status:
 
     Attributes:
         library: The library's file; None if it is not used.
-        unit: The vector unit: ``"avx512"``, ``"avx2"`` or ``"scalar"``; None without the library.
+        unit: The vector unit, one of `UNITS`; None without the library.
         threads: Whether products run on torch's threads, or on one.
         reason: Why the library is not used, or a word on how it is.
         chosen: Whether the user turned the library off.

@@ -52,6 +52,7 @@ struct Unit {
                    const float* scales, uint8_t* packed);
     void (*restore)(Format format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales);
     void (*multiply)(Format format, const Product& product);
+    void (*multiply_pairs)(const Product& product);  // sparse bf16 times bf16; null where `multiply` does it
     void (*rank)(const float* weight, uint8_t* mask, int64_t groups, int n, int m, int64_t* flips, int32_t* nan);
     void (*decay)(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
     void (*apply)(const float* weight, const uint8_t* mask, float* masked, int64_t count);
@@ -61,6 +62,8 @@ extern const Unit scalar_unit;
 #if defined(__x86_64__)
 extern const Unit avx2_unit;
 extern const Unit avx512_unit;
+extern const Unit avx512_bf16_unit;
+void multiply_pairs_avx512(const Product& product);
 #endif
 
 // Runs body(begin, end, context) over [0, items) in the caller's thread pool, at least `grain` items at a time.

@@ -1,5 +1,6 @@
-// The order of packed weights in memory. Rows of the weight come in blocks of `lanes`, a row to a lane, and the columns
-// in chunks; rows and columns beyond the weight's are zero.
+// The order of packed weights in memory. Rows of the weight come in blocks of two vectors, a row to a lane, and columns
+// in chunks, so that a product reads its weight from the first byte to the last; a chunk holds the part of the first
+// vector of rows, then that of the second. Rows and columns beyond the weight's are zero. A part is
 //
 //   sparse fp32, chunks of 32 columns: `lanes` dwords of places, 2 bits each, group by group, slot by slot; then for
 //       each of 8 groups and 2 slots `lanes` values.
@@ -19,33 +20,38 @@ namespace nms {
 template <class V>
 struct Layout {
     static constexpr int64_t lanes = V::lanes;
-    static constexpr int64_t vector = lanes * 4;  // bytes
+    static constexpr int64_t vector = lanes * 4;      // bytes
+    static constexpr int64_t block_rows = lanes * 2;
 
     static NMS_INLINE int64_t chunk_columns(Format format) {
         return format == sparse_int8 ? 64 : format == dense_int8 ? 16 : 32;
     }
-    static NMS_INLINE int64_t chunk_bytes(Format format) {
+    static NMS_INLINE int64_t part_bytes(Format format) {
         return vector * (format == sparse_fp32 ? 17 : format == sparse_bf16 ? 9 : format == sparse_int8 ? 10 : 4);
     }
     static NMS_INLINE int64_t chunks(Format format, int64_t in) { return blocks_of(in, chunk_columns(format)); }
     static NMS_INLINE int64_t block_bytes(Format format, int64_t in) {
-        return chunks(format, in) * chunk_bytes(format);
+        return chunks(format, in) * 2 * part_bytes(format);
     }
     static NMS_INLINE int64_t blocks_bytes(Format format, int64_t out, int64_t in) {
-        return blocks_of(out, lanes) * block_bytes(format, in);
+        return blocks_of(out, block_rows) * block_bytes(format, in);
     }
     static int64_t packed_bytes(Format format, int64_t out, int64_t in) {
         bool scaled = format == sparse_int8 || format == dense_int8;
-        return blocks_bytes(format, out, in) + (scaled ? 2 * vector * blocks_of(out, lanes) : 0);
+        return blocks_bytes(format, out, in) + (scaled ? 8 * padded(out, block_rows) : 0);
     }
     static NMS_INLINE int64_t scales_at(Format format, int64_t out, int64_t in) {
         return blocks_bytes(format, out, in);
     }
     static NMS_INLINE int64_t sums_at(Format format, int64_t out, int64_t in) {
-        return blocks_bytes(format, out, in) + vector * blocks_of(out, lanes);
+        return blocks_bytes(format, out, in) + 4 * padded(out, block_rows);
+    }
+    // From the start of the weight to the first part of a row.
+    static NMS_INLINE int64_t row_at(Format format, int64_t row, int64_t in) {
+        return row / block_rows * block_bytes(format, in) + row / lanes % 2 * part_bytes(format);
     }
 
-    // Where in a block the value of a slot lies, and, for int8, its place: byte, and shift within it.
+    // Where in a part the value of a slot lies, and, for int8, its place: byte, and shift within it.
     static NMS_INLINE int64_t float_value_at(Format format, int64_t group, int slot, int64_t lane) {
         return format == sparse_fp32 ? vector * (1 + 2 * group + slot) + 4 * lane
                                      : vector * (1 + group) + 4 * lane + 2 * slot;
@@ -56,20 +62,20 @@ struct Layout {
 
     static void repack(Format format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
                        const float* scales, uint8_t* packed) {
-        const int64_t bytes = block_bytes(format, in);
-        parallel(blocks_of(out, lanes), larger(1, 65536 / larger(1, lanes * in)), [=](int64_t begin, int64_t end) {
+        const int64_t bytes = block_bytes(format, in), many = larger(1, 65536 / larger(1, block_rows * in));
+        parallel(blocks_of(out, block_rows), many, [=](int64_t begin, int64_t end) {
             std::memset(packed + begin * bytes, 0, (end - begin) * bytes);
-            for (int64_t row = begin * lanes; row < smaller(end * lanes, out); row++)
+            for (int64_t row = begin * block_rows; row < smaller(end * block_rows, out); row++)
                 if (format == dense_int8)
                     repack_dense_row(static_cast<const int8_t*>(values) + row * in, in, row % lanes,
-                                     packed + row / lanes * bytes);
+                                     packed + row_at(format, row, in));
                 else
-                    repack_row(format, in, values, codes, row, packed + row / lanes * bytes);
+                    repack_row(format, in, values, codes, row, packed + row_at(format, row, in));
         });
         if (format != sparse_int8 && format != dense_int8) return;
         const int64_t width = format == dense_int8 ? in : in / 2;
         uint8_t* to = packed + scales_at(format, out, in);
-        std::memset(to, 0, 2 * vector * blocks_of(out, lanes));
+        std::memset(to, 0, 8 * padded(out, block_rows));
         std::memcpy(to, scales, 4 * out);
         for (int64_t row = 0; row < out; row++) {
             int32_t sum = 0;
@@ -91,11 +97,11 @@ struct Layout {
     }
 
     static void repack_row(Format format, int64_t in, const void* values, const uint8_t* codes, int64_t row,
-                           uint8_t* block) {
+                           uint8_t* parts) {
         const int64_t groups = in / 4, lane = row % lanes, columns = chunk_columns(format) / 4;
         const uint8_t* row_codes = codes + row * blocks_of(groups * 3, 8);
         for (int64_t g = 0; g < groups; g++) {
-            uint8_t* chunk = block + g / columns * chunk_bytes(format);
+            uint8_t* chunk = parts + g / columns * 2 * part_bytes(format);
             const int64_t group = g % columns, from = (row * groups + g) * 2;
             const uint32_t code = code_of(row_codes, g);
             for (int slot = 0; slot < 2; slot++) {
@@ -116,33 +122,34 @@ struct Layout {
         }
     }
 
-    static void repack_dense_row(const int8_t* values, int64_t in, int64_t lane, uint8_t* block) {
-        for (int64_t i = 0; i < in; i++)
-            block[i / 4 * vector + 4 * lane + i % 4] = static_cast<uint8_t>(values[i]);
+    static void repack_dense_row(const int8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
+        for (int64_t i = 0; i < in; i++) parts[dense_at(i, lane)] = static_cast<uint8_t>(values[i]);
+    }
+    static NMS_INLINE int64_t dense_at(int64_t column, int64_t lane) {
+        return column / 16 * 2 * part_bytes(dense_int8) + column % 16 / 4 * vector + 4 * lane + column % 4;
     }
 
     // The dense weight [out, in], in fp32, bf16 or int8 as the format holds values, and the scales of int8.
     static void restore(Format format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales) {
-        const int64_t bytes = block_bytes(format, in);
         const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
         parallel(out, larger(1, 65536 / larger(1, in)), [=](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; row++)
-                restore_row(format, in, packed + row / lanes * bytes, row % lanes,
+                restore_row(format, in, packed + row_at(format, row, in), row % lanes,
                             static_cast<uint8_t*>(dense) + row * in * size);
         });
         if (scales) std::memcpy(scales, packed + scales_at(format, out, in), 4 * out);
     }
 
-    static void restore_row(Format format, int64_t in, const uint8_t* block, int64_t lane, uint8_t* row) {
+    static void restore_row(Format format, int64_t in, const uint8_t* parts, int64_t lane, uint8_t* row) {
         if (format == dense_int8) {
-            for (int64_t i = 0; i < in; i++) row[i] = block[i / 4 * vector + 4 * lane + i % 4];
+            for (int64_t i = 0; i < in; i++) row[i] = parts[dense_at(i, lane)];
             return;
         }
         const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
         const int64_t columns = chunk_columns(format) / 4;
         std::memset(row, 0, in * size);
         for (int64_t g = 0; g < in / 4; g++) {
-            const uint8_t* chunk = block + g / columns * chunk_bytes(format);
+            const uint8_t* chunk = parts + g / columns * 2 * part_bytes(format);
             const int64_t group = g % columns;
             for (int slot = 0; slot < 2; slot++) {
                 if (format == sparse_int8) {

@@ -26,6 +26,7 @@ struct Linear {
     // Writes `lanes` outputs of one row from column `column` on, those that exist.
     static NMS_INLINE void emit(const Output& o, int64_t row, int64_t column, F value) {
         const int count = static_cast<int>(smaller(lanes, o.out - column));
+        if (count <= 0) return;  // a row that fills its block
         if (o.bias)
             value = V::add(value, count == lanes ? V::load(o.bias + column) : V::load(o.bias + column, count));
         if (o.number == fp32) {
@@ -57,6 +58,15 @@ struct Linear {
     // How many of `unit` weights make work enough for a thread.
     static NMS_INLINE int64_t grain(int64_t unit, int64_t rows) { return larger(1, 131072 / larger(1, unit * rows)); }
 
+    static constexpr int R = 2;  // vectors of rows of a block
+
+    // Weights stream from memory once and in order. Asking for them a page ahead, into the second-level cache, hides the
+    // memory's latency; into the first level it takes the slots that loads need.
+    template <Format format>
+    static NMS_INLINE void fetch_ahead(const uint8_t* chunk) {
+        for (int64_t line = 0; line < R * L::part_bytes(format); line += 64) V::fetch(chunk + 4096 + line);
+    }
+
     // ---- few rows, float values -------------------------------------------------------------------------------------
 
     template <Format format>
@@ -71,28 +81,26 @@ struct Linear {
         }
     }
 
-    template <Format format, int R, int B>
-    static NMS_NOINLINE void float_tile(const uint8_t* w, int64_t block_bytes, int64_t chunks, const float* x,
-                                        int64_t x_stride, const Output& o, int64_t row, int64_t column) {
+    // One block of the weight by B rows of x.
+    template <Format format, int B>
+    static NMS_NOINLINE void float_tile(const uint8_t* w, int64_t chunks, const float* x, int64_t x_stride,
+                                        const Output& o, int64_t row, int64_t column) {
         constexpr int split = R * B < 4 ? 2 : 1;  // enough sums in flight to hide the latency of one
         F sum[R][B][split];
         for (int r = 0; r < R; r++)
             for (int b = 0; b < B; b++)
                 for (int s = 0; s < split; s++) sum[r][b][s] = V::set(0.0f);
-        const int64_t bytes = L::chunk_bytes(format);
+        const int64_t bytes = L::part_bytes(format);
         for (int64_t k = 0; k < chunks; k++) {
-            const uint8_t* chunk = w + k * bytes;
+            const uint8_t* chunk = w + k * R * bytes;
             const float* xk = x + 32 * k;
+            fetch_ahead<format>(chunk);
             I places[R];
-            NMS_UNROLL for (int r = 0; r < R; r++) {
-                places[r] = V::load_int(chunk + r * block_bytes);
-                NMS_UNROLL for (int64_t line = 0; line < bytes; line += 64)
-                    V::prefetch(chunk + (r + R) * block_bytes + line);
-            }
+            NMS_UNROLL for (int r = 0; r < R; r++) places[r] = V::load_int(chunk + r * bytes);
             NMS_UNROLL for (int group = 0; group < 8; group++) {
                 F value[R][2];
                 NMS_UNROLL for (int r = 0; r < R; r++)
-                    load_pair<format>(chunk + r * block_bytes, group, value[r][0], value[r][1]);
+                    load_pair<format>(chunk + r * bytes, group, value[r][0], value[r][1]);
                 NMS_UNROLL for (int slot = 0; slot < 2; slot++) {
                     I place[R];
                     NMS_UNROLL for (int r = 0; r < R; r++) place[r] = V::shift_right(places[r], 4 * group + 2 * slot);
@@ -114,44 +122,43 @@ struct Linear {
             }
     }
 
-    template <Format format, int R, int B>
-    static NMS_INLINE void float_tiles(int count, const uint8_t* w, int64_t block_bytes, int64_t chunks, const float* x,
-                                       int64_t x_stride, const Output& o, int64_t row, int64_t column) {
+    template <Format format, int B>
+    static NMS_INLINE void float_tiles(int count, const uint8_t* w, int64_t chunks, const float* x, int64_t x_stride,
+                                       const Output& o, int64_t row, int64_t column) {
         if constexpr (B > 0) {
             if (count == B)
-                float_tile<format, R, B>(w, block_bytes, chunks, x, x_stride, o, row, column);
+                float_tile<format, B>(w, chunks, x, x_stride, o, row, column);
             else
-                float_tiles<format, R, B - 1>(count, w, block_bytes, chunks, x, x_stride, o, row, column);
+                float_tiles<format, B - 1>(count, w, chunks, x, x_stride, o, row, column);
         }
     }
 
     template <Format format>
     static void few_rows(const Product& p, const float* x, int64_t x_stride, const Output& o, int64_t first_row,
                          int64_t rows) {
+        constexpr int most = V::few_rows_tile;
         const int64_t block_bytes = L::block_bytes(format, p.in), chunks = L::chunks(format, p.in);
-        const int64_t blocks = blocks_of(p.out, lanes);
-        parallel(blocks_of(blocks, 2), grain(2 * lanes * p.in / 2, rows), [&](int64_t begin, int64_t end) {
-            for (int64_t pair = begin; pair < end; pair++) {
-                const int64_t block = 2 * pair;
-                const uint8_t* w = p.packed + block * block_bytes;
-                for (int64_t b = 0; b < rows; b += V::few_rows_tile) {
-                    const int count = static_cast<int>(smaller(V::few_rows_tile, rows - b));
-                    if (block + 1 < blocks)
-                        float_tiles<format, 2, V::few_rows_tile>(count, w, block_bytes, chunks, x + b * x_stride,
-                                                                 x_stride, o, first_row + b, block * lanes);
-                    else
-                        float_tiles<format, 1, V::few_rows_tile>(count, w, block_bytes, chunks, x + b * x_stride,
-                                                                 x_stride, o, first_row + b, block * lanes);
-                }
-            }
+        parallel(blocks_of(p.out, L::block_rows), grain(lanes * p.in, rows), [&](int64_t begin, int64_t end) {
+            for (int64_t block = begin; block < end; block++)
+                for (int64_t b = 0; b < rows; b += most)
+                    float_tiles<format, most>(static_cast<int>(smaller(most, rows - b)), p.packed + block * block_bytes,
+                                              chunks, x + b * x_stride, x_stride, o, first_row + b,
+                                              block * L::block_rows);
         });
     }
 
     // ---- many rows, float values ------------------------------------------------------------------------------------
 
-    // Sums of `R` weight rows for `N` vectors of rows of x, over one chunk. x is [32][N * lanes].
-    template <int R, int N>
+    static constexpr int64_t tile = 64;         // rows of x
+    static constexpr int64_t enough = 56;       // rows that make a tile worth its time
+    static constexpr int64_t weight_rows = 32;  // of a work item
+    // Rows are worked on in batches, so that scratch memory does not grow with their number.
+    static constexpr int64_t batch = 512;
+
+    // Sums of `R` weight rows over one chunk. x is [32][tile].
+    template <int R>
     static NMS_INLINE void many_rows_step(const float* x, const float* values, const int32_t* offsets, float* sums) {
+        constexpr int N = tile / lanes;
         F sum[R][N];
         NMS_UNROLL for (int r = 0; r < R; r++)
             NMS_UNROLL for (int i = 0; i < N; i++) sum[r][i] = V::load(sums + (r * N + i) * lanes);
@@ -166,30 +173,27 @@ struct Linear {
             NMS_UNROLL for (int i = 0; i < N; i++) V::store(sums + (r * N + i) * lanes, sum[r][i]);
     }
 
-    static constexpr int64_t weight_rows = 32;  // of a work item
-
     // Rows [row, row + tile) of the product; x is turned over already, [chunks * 32][tile].
-    template <Format format, int N>
+    template <Format format>
     static NMS_NOINLINE void many_rows_item(const Product& p, const float* turned, const Output& o, int64_t row,
-                                            int64_t rows, int64_t first_block) {
-        constexpr int64_t tile = N * lanes, blocks = weight_rows / lanes;
-        constexpr int at_once = N >= 8 ? 1 : 2;
-        const int64_t block_bytes = L::block_bytes(format, p.in), chunks = L::chunks(format, p.in);
-        const int64_t last_block = smaller(first_block + blocks, blocks_of(p.out, lanes));
+                                            int64_t rows, int64_t first) {
+        constexpr int64_t vectors = weight_rows / lanes;
+        constexpr int at_once = lanes == 16 ? 2 : 1;
+        const int64_t chunks = L::chunks(format, p.in);
+        const int64_t last = smaller(first + vectors, blocks_of(p.out, lanes));
         alignas(64) float sums[weight_rows * tile];
         alignas(64) int32_t offsets[16 * lanes];
         alignas(64) float values[16 * lanes];
         std::memset(sums, 0, sizeof sums);
         for (int64_t k = 0; k < chunks; k++) {
             const float* x = turned + k * 32 * tile;
-            for (int64_t block = first_block; block < last_block; block++) {
-                const uint8_t* chunk = p.packed + block * block_bytes + k * L::chunk_bytes(format);
+            for (int64_t v = first; v < last; v++) {
+                const uint8_t* chunk = p.packed + L::row_at(format, v * lanes, p.in) + k * R * L::part_bytes(format);
                 const I places = V::load_int(chunk);
                 NMS_UNROLL for (int s = 0; s < 16; s++) {
                     I at = V::both(V::shift_right(places, 2 * s), V::set_int(3));
                     at = V::sum(at, V::set_int(4 * (s / 2)));
-                    constexpr int log_tile = tile == 8 ? 3 : tile == 16 ? 4 : tile == 32 ? 5 : tile == 64 ? 6 : 7;
-                    V::store_int(offsets + s * lanes, V::shift_left(at, log_tile));
+                    V::store_int(offsets + s * lanes, V::shift_left(at, 6));  // a column is a tile of 64
                 }
                 const float* from = values;
                 if constexpr (format == sparse_fp32) {
@@ -202,9 +206,9 @@ struct Linear {
                         V::store(values + (2 * group + 1) * lanes, second);
                     }
                 }
-                float* into = sums + (block - first_block) * lanes * tile;
+                float* into = sums + (v - first) * lanes * tile;
                 for (int64_t r = 0; r < lanes; r += at_once)
-                    many_rows_step<at_once, N>(x, from + r, offsets + r, into + r * tile);
+                    many_rows_step<at_once>(x, from + r, offsets + r, into + r * tile);
             }
         }
         alignas(64) float turned_back[tile * weight_rows];
@@ -212,12 +216,11 @@ struct Linear {
             for (int64_t i = 0; i < tile; i += 8)
                 V::transpose8(sums + r * tile + i, tile, turned_back + i * weight_rows + r, weight_rows);
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t block = first_block; block < last_block; block++)
-                emit(o, row + i, block * lanes, V::load(turned_back + i * weight_rows + (block - first_block) * lanes));
+            for (int64_t v = first; v < last; v++)
+                emit(o, row + i, v * lanes, V::load(turned_back + i * weight_rows + (v - first) * lanes));
     }
 
     // Turns rows of x over: [rows][width] to [width][tile], zeros for the rows that are missing.
-    template <int64_t tile>
     static void turn(const float* x, int64_t x_stride, int64_t rows, int64_t begin, int64_t end, float* turned) {
         for (int64_t i = 0; i < tile; i += 8)
             if (i + 8 <= rows)
@@ -228,74 +231,55 @@ struct Linear {
                     for (int64_t k = begin; k < end; k++) turned[k * tile + j] = j < rows ? x[j * x_stride + k] : 0.0f;
     }
 
-    template <Format format, int N>
+    template <Format format>
     static void many_rows(const Product& p, const float* x, int64_t x_stride, float* turned, const Output& o,
                           int64_t first_row, int64_t rows) {
-        constexpr int64_t tile = N * lanes;
         const int64_t width = padded(p.in, 32), tiles = blocks_of(rows, tile);
         const int64_t items = blocks_of(p.out, weight_rows);
         parallel(tiles * (width / 32), larger(1, 32768 / (32 * tile)), [&](int64_t begin, int64_t end) {
             while (begin < end) {  // a run of chunks of one tile at a time
                 const int64_t t = begin / (width / 32), from = begin % (width / 32);
                 const int64_t to = smaller(width / 32, from + end - begin);
-                turn<tile>(x + t * tile * x_stride, x_stride, smaller(tile, rows - t * tile), 32 * from, 32 * to,
-                           turned + t * tile * width);
+                turn(x + t * tile * x_stride, x_stride, smaller(tile, rows - t * tile), 32 * from, 32 * to,
+                     turned + t * tile * width);
                 begin += to - from;
             }
         });
         parallel(tiles * items, grain(weight_rows * p.in / 2, tile), [&](int64_t begin, int64_t end) {
             for (int64_t item = begin; item < end; item++) {
-                const int64_t t = item % tiles, block = item / tiles * (weight_rows / lanes);
-                many_rows_item<format, N>(p, turned + t * tile * width, o, first_row + t * tile,
-                                          smaller(tile, rows - t * tile), block);
+                const int64_t t = item % tiles, first = item / tiles * (weight_rows / lanes);
+                many_rows_item<format>(p, turned + t * tile * width, o, first_row + t * tile,
+                                       smaller(tile, rows - t * tile), first);
             }
         });
     }
-
-    // Rows are worked on in batches, so that scratch memory does not grow with their number.
-    static constexpr int64_t batch = 512;
 
     template <Format format>
     static void multiply_float(const Product& p) {
         const int64_t width = padded(p.in, 32);
         const bool in_place = p.number == fp32 && width == p.in;
-        const int64_t most = smaller(batch, p.rows), tile = 8 * lanes;
+        const int64_t most = smaller(batch, p.rows);
         const int64_t x_bytes = in_place ? 0 : 4 * most * width, bias_bytes = 4 * padded(p.out, 16);
-        const int64_t turned_bytes = most < V::many_rows_from ? 0 : 4 * padded(most, tile) * width;
+        const int64_t turned_bytes = most < enough ? 0 : 4 * padded(most, tile) * width;
         uint8_t* memory = scratch(bias_bytes + x_bytes + turned_bytes);
         const Output o = output(p, reinterpret_cast<float*>(memory));
         float* copy = reinterpret_cast<float*>(memory + bias_bytes);
         float* turned = reinterpret_cast<float*>(memory + bias_bytes + x_bytes);
         for (int64_t first = 0; first < p.rows; first += batch) {
-            int64_t row = first, left = smaller(batch, p.rows - first);
+            const int64_t rows = smaller(batch, p.rows - first);
             const float* x = static_cast<const float*>(row_of(p, first));
             int64_t x_stride = p.x_stride;
             if (!in_place) {
-                for (int64_t i = 0; i < left; i++) widen(p.number, row_of(p, row + i), p.in, copy + i * width, width);
+                for (int64_t i = 0; i < rows; i++) widen(p.number, row_of(p, first + i), p.in, copy + i * width, width);
                 x = copy;
                 x_stride = width;
             }
-            const auto take = [&](int64_t rows) {
-                x += rows * x_stride;
-                row += rows;
-                left -= rows;
-            };
-            // Wide tiles while they fill, then one that the rest fills well enough, then few rows.
-            if (left >= V::many_rows_from) {
-                const int64_t wide = left / tile * tile;
-                if (wide) {
-                    many_rows<format, 8>(p, x, x_stride, turned, o, row, wide);
-                    take(wide);
-                }
-                if (left > V::few_rows_tile * 6) {
-                    many_rows<format, 8>(p, x, x_stride, turned, o, row, left);
-                    take(left);
-                } else if (left >= V::many_rows_from) {
-                    many_rows<format, 4>(p, x, x_stride, turned, o, row, left);
-                    take(left);
-                }
-            }
-            if (left) few_rows<format>(p, x, x_stride, o, row, left);
+            // Whole tiles, and one that the rest nearly fills.
+            const int64_t tiled = rows / tile * tile, rest = rows - tiled;
+            const int64_t many = rest >= enough ? rows : tiled;
+            if (many) many_rows<format>(p, x, x_stride, turned, o, first, many);
+            if (many < rows)
+                few_rows<format>(p, x + many * x_stride, x_stride, o, first + many, rows - many);
         }
     }
 
@@ -352,11 +336,11 @@ struct Linear {
         int64_t stride;
         const float* scale;
         const int32_t* zero;
-        const float* weight_scale;  // [blocks * lanes]
+        const float* weight_scale;  // [out], padded to whole blocks
         const int32_t* weight_sum;
     };
 
-    template <int R, int B, int split>
+    template <int B, int split>
     static NMS_INLINE void emit_int8(const I (&sum)[R][B][split], const Bytes& q, const Output& o, int64_t first,
                                      int64_t row, int64_t column) {
         for (int r = 0; r < R; r++) {
@@ -372,32 +356,30 @@ struct Linear {
         }
     }
 
-    template <Format format, int R, int B>
-    static NMS_NOINLINE void int8_tile(const uint8_t* w, int64_t block_bytes, int64_t chunks, const Bytes& q,
-                                       const Output& o, int64_t first, int64_t row, int64_t column) {
+    // One block of the weight by B rows of x, from row `first` of q on.
+    template <Format format, int B>
+    static NMS_NOINLINE void int8_tile(const uint8_t* w, int64_t chunks, const Bytes& q, const Output& o, int64_t first,
+                                       int64_t row, int64_t column) {
         constexpr int split = R * B < 4 ? 2 : 1;
         I sum[R][B][split];
         for (int r = 0; r < R; r++)
             for (int b = 0; b < B; b++)
                 for (int s = 0; s < split; s++) sum[r][b][s] = V::zero();
         const uint8_t* x = q.x + first * q.stride;
-        const int64_t bytes = L::chunk_bytes(format), columns = L::chunk_columns(format);
+        const int64_t bytes = L::part_bytes(format), columns = L::chunk_columns(format);
         for (int64_t k = 0; k < chunks; k++) {
-            const uint8_t* chunk = w + k * bytes;
+            const uint8_t* chunk = w + k * R * bytes;
             const uint8_t* xk = x + k * columns;
-            NMS_UNROLL for (int r = 0; r < R; r++)
-                NMS_UNROLL for (int64_t line = 0; line < bytes; line += 64)
-                    V::prefetch(chunk + (r + R) * block_bytes + line);
+            fetch_ahead<format>(chunk);
             if constexpr (format == sparse_int8) {
                 NMS_UNROLL for (int h = 0; h < 2; h++) {
                     I fields[R];
-                    NMS_UNROLL for (int r = 0; r < R; r++)
-                        fields[r] = V::load_int(chunk + r * block_bytes + h * L::vector);
+                    NMS_UNROLL for (int r = 0; r < R; r++) fields[r] = V::load_int(chunk + r * bytes + h * L::vector);
                     NMS_UNROLL for (int f = 0; f < 4; f++) {
                         I place[R], value[R];
                         NMS_UNROLL for (int r = 0; r < R; r++) {
                             place[r] = V::places(fields[r], f, f & 1);
-                            value[r] = V::load_int(chunk + r * block_bytes + (2 + 4 * h + f) * L::vector);
+                            value[r] = V::load_int(chunk + r * bytes + (2 + 4 * h + f) * L::vector);
                         }
                         NMS_UNROLL for (int b = 0; b < B; b++) {
                             const I sixteen = V::repeat16(xk + b * q.stride + (2 * h + f / 2) * 16);
@@ -411,8 +393,7 @@ struct Linear {
             } else {
                 NMS_UNROLL for (int v = 0; v < 4; v++) {
                     I value[R];
-                    NMS_UNROLL for (int r = 0; r < R; r++)
-                        value[r] = V::load_int(chunk + r * block_bytes + v * L::vector);
+                    NMS_UNROLL for (int r = 0; r < R; r++) value[r] = V::load_int(chunk + r * bytes + v * L::vector);
                     NMS_UNROLL for (int b = 0; b < B; b++) {
                         const I four = V::repeat_dword(xk + b * q.stride + 4 * v);
                         NMS_UNROLL for (int r = 0; r < R; r++) {
@@ -423,17 +404,17 @@ struct Linear {
                 }
             }
         }
-        emit_int8<R, B, split>(sum, q, o, first, row, column);
+        emit_int8<B, split>(sum, q, o, first, row, column);
     }
 
-    template <Format format, int R, int B>
-    static NMS_INLINE void int8_tiles(int count, const uint8_t* w, int64_t block_bytes, int64_t chunks, const Bytes& q,
-                                      const Output& o, int64_t first, int64_t row, int64_t column) {
+    template <Format format, int B>
+    static NMS_INLINE void int8_tiles(int count, const uint8_t* w, int64_t chunks, const Bytes& q, const Output& o,
+                                      int64_t first, int64_t row, int64_t column) {
         if constexpr (B > 0) {
             if (count == B)
-                int8_tile<format, R, B>(w, block_bytes, chunks, q, o, first, row, column);
+                int8_tile<format, B>(w, chunks, q, o, first, row, column);
             else
-                int8_tiles<format, R, B - 1>(count, w, block_bytes, chunks, q, o, first, row, column);
+                int8_tiles<format, B - 1>(count, w, chunks, q, o, first, row, column);
         }
     }
 
@@ -455,7 +436,6 @@ struct Linear {
                       reinterpret_cast<const float*>(p.packed + L::scales_at(format, p.out, p.in)),
                       reinterpret_cast<const int32_t*>(p.packed + L::sums_at(format, p.out, p.in))};
         const int64_t block_bytes = L::block_bytes(format, p.in), chunks = L::chunks(format, p.in);
-        const int64_t blocks = blocks_of(p.out, lanes);
         for (int64_t row = 0; row < p.rows; row += batch) {
             const int64_t rows = smaller(batch, p.rows - row);
             parallel(rows, larger(1, 32768 / larger(1, p.in)), [&](int64_t begin, int64_t end) {
@@ -468,19 +448,14 @@ struct Linear {
                     quantise(x, p.in, bytes + i * width, width, scale + i, zero + i);
                 }
             });
-            parallel(blocks_of(blocks, 2), grain(2 * lanes * p.in / 4, rows), [&](int64_t begin, int64_t end) {
+            const int64_t blocks = blocks_of(p.out, L::block_rows);
+            parallel(blocks, grain(lanes * p.in / 2, rows), [&](int64_t begin, int64_t end) {
                 constexpr int tile = V::int8_rows_tile;
-                for (int64_t pair = begin; pair < end; pair++) {
-                    const int64_t block = 2 * pair;
-                    const uint8_t* w = p.packed + block * block_bytes;
-                    for (int64_t b = 0; b < rows; b += tile) {
-                        const int count = static_cast<int>(smaller(tile, rows - b));
-                        if (block + 1 < blocks)
-                            int8_tiles<format, 2, tile>(count, w, block_bytes, chunks, q, o, b, row + b, block * lanes);
-                        else
-                            int8_tiles<format, 1, tile>(count, w, block_bytes, chunks, q, o, b, row + b, block * lanes);
-                    }
-                }
+                for (int64_t block = begin; block < end; block++)
+                    for (int64_t b = 0; b < rows; b += tile)
+                        int8_tiles<format, tile>(static_cast<int>(smaller(tile, rows - b)),
+                                                 p.packed + block * block_bytes, chunks, q, o, b, row + b,
+                                                 block * L::block_rows);
             });
         }
     }

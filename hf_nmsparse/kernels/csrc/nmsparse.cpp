@@ -23,16 +23,17 @@ bool available(const Unit& unit) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (&unit == &avx2_unit) return avx2;
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    return &unit == &avx512_unit ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return false;
 }
 
 const Unit* const units[] = {
 #if defined(__x86_64__)
-    &avx512_unit, &avx2_unit,
+    &avx512_bf16_unit, &avx512_unit, &avx2_unit,
 #endif
     &scalar_unit};
 
@@ -102,8 +103,11 @@ NMS_EXPORT void nms_restore(int32_t format, int64_t out, int64_t in, const uint8
 
 NMS_EXPORT void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
                              const uint8_t* packed, const void* bias, void* y, int32_t number) {
-    unit->multiply(static_cast<Format>(format),
-                   Product{rows, out, in, x, x_stride, packed, bias, y, static_cast<Number>(number)});
+    const Product product{rows, out, in, x, x_stride, packed, bias, y, static_cast<Number>(number)};
+    if (unit->multiply_pairs && format == sparse_bf16 && number == bf16)
+        unit->multiply_pairs(product);
+    else
+        unit->multiply(static_cast<Format>(format), product);
 }
 
 // Renews `mask`; returns how many of its entries changed, or -1 if a weight is NaN.

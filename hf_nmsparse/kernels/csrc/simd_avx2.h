@@ -31,7 +31,6 @@ static NMS_INLINE void transpose8_avx2(const float* from, int64_t from_stride, f
 struct Avx2 {
     static constexpr int lanes = 8;
     static constexpr int few_rows_tile = 4;
-    static constexpr int64_t many_rows_from = 16;
     static constexpr int int8_rows_tile = 4;
     static constexpr float int8_levels = 127.0f;  // so that maddubs, which sums two products in 16 bits, cannot saturate
 
@@ -111,7 +110,7 @@ struct Avx2 {
     static NMS_INLINE void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
         transpose8_avx2(from, from_stride, to, to_stride);
     }
-    static NMS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static NMS_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };
 
 }  // namespace nms

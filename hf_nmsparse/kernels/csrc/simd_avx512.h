@@ -12,7 +12,6 @@ namespace nms {
 struct Avx512 {
     static constexpr int lanes = 16;
     static constexpr int few_rows_tile = 8;
-    static constexpr int64_t many_rows_from = 24;
     static constexpr int int8_rows_tile = 8;
     static constexpr float int8_levels = 255.0f;  // vpdpbusd sums in 32 bits
 
@@ -70,7 +69,7 @@ struct Avx512 {
     static NMS_INLINE void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
         transpose8_avx2(from, from_stride, to, to_stride);
     }
-    static NMS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static NMS_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };
 
 }  // namespace nms

@@ -11,7 +11,6 @@ namespace nms {
 struct Scalar {
     static constexpr int lanes = 8;
     static constexpr int few_rows_tile = 4;
-    static constexpr int64_t many_rows_from = 16;
     static constexpr int int8_rows_tile = 4;
     // Activations take seven bits: on machines without VNNI a pair of u8 x s8 products is summed in 16 bits, and
     // 2 * 127 * 127 fits them. The scalar unit computes the same numbers.
@@ -181,7 +180,7 @@ struct Scalar {
         for (int i = 0; i < 8; i++)
             for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * from_stride + j];
     }
-    static NMS_INLINE void prefetch(const void*) {}
+    static NMS_INLINE void fetch(const void*) {}
 };
 
 }  // namespace nms

@@ -10,6 +10,7 @@ const Unit avx2_unit = {
     Layout<Avx2>::repack,
     Layout<Avx2>::restore,
     Linear<Avx2>::multiply,
+    nullptr,
     Masks<Avx2>::rank,
     Masks<Avx2>::decay,
     Masks<Avx2>::apply,

@@ -10,6 +10,19 @@ const Unit avx512_unit = {
     Layout<Avx512>::repack,
     Layout<Avx512>::restore,
     Linear<Avx512>::multiply,
+    nullptr,
+    Masks<Avx512>::rank,
+    Masks<Avx512>::decay,
+    Masks<Avx512>::apply,
+};
+
+const Unit avx512_bf16_unit = {
+    "avx512_bf16",
+    Layout<Avx512>::packed_bytes,
+    Layout<Avx512>::repack,
+    Layout<Avx512>::restore,
+    Linear<Avx512>::multiply,
+    multiply_pairs_avx512,
     Masks<Avx512>::rank,
     Masks<Avx512>::decay,
     Masks<Avx512>::apply,

@@ -10,6 +10,7 @@ const Unit scalar_unit = {
     Layout<Scalar>::repack,
     Layout<Scalar>::restore,
     Linear<Scalar>::multiply,
+    nullptr,
     Masks<Scalar>::rank,
     Masks<Scalar>::decay,
     Masks<Scalar>::apply,
