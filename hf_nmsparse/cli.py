@@ -1,4 +1,4 @@
-"""The command ``nmsparse``: inspect, pack, export, translate, evaluate."""
+"""The command ``nmsparse``: inspect, pack, export, translate, evaluate, doctor."""
 
 from __future__ import annotations
 
@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("pack", help="write a trained model as packed files")
     command.add_argument("source", metavar="SRC", help="training checkpoint, packed model, or masked dense model")
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
-    command.add_argument("--values", choices=("fp32", "fp16", "bf16"), help="number type of the weights; as they are")
+    command.add_argument("--values", choices=("fp32", "fp16", "bf16", "int8"), help="number type of the weights")
+    command.add_argument(
+        "--embeddings",
+        choices=("float", "int8"),
+        help="number type of embeddings and output projection (with int8: int8)",
+    )
     command.add_argument("--pattern", help="N:M, for a dense model whose weights are masked but not marked as such")
     command.set_defaults(run=_pack)
 
@@ -109,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the scores to this file too")
     command.add_argument("--output", metavar="HYP", help="write the translations to this file")
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("doctor", help="print which kernels this machine runs, and why")
+    command.set_defaults(run=_doctor)
     return parser
 
 
@@ -124,7 +132,12 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--src-lang", metavar="CODE", help="source language of a multilingual model, such as eng_Latn")
     command.add_argument("--tgt-lang", metavar="CODE", help="target language of a multilingual model")
     command.add_argument(
-        "--compute", choices=("dense", "reference"), help="how a packed model computes (default: dense)"
+        "--compute",
+        choices=("auto", "fp32", "bf16", "int8", "dense", "reference"),
+        help="how a packed model computes (default: the fastest that keeps the file's precision)",
+    )
+    command.add_argument(
+        "--head", choices=("dense", "int8"), help="how its output projection computes (default: as the layers do)"
     )
     command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all)")
     command.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
@@ -143,7 +156,7 @@ def _inspect(args: argparse.Namespace) -> None:
     found = check_folder(args.path)
     pattern, dtype = found.pattern, VALUE_DTYPES[found.values]
     print(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
-    print(f"values         {found.values}")
+    print(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
     print(f"sparse layers  {len(found.layers)}, every one valid")
     print(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
     print(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
@@ -168,7 +181,7 @@ def _pack(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source} says nothing of sparsity; if its weights are masked, give --pattern 2:4")
     else:
         _mark_masked_layers(model, args.pattern)
-    save_packed(model, args.target, values=args.values)
+    save_packed(model, args.target, values=args.values, embeddings=args.embeddings)
     _copy_files_beside(args.source, args.target)
     _inspect(argparse.Namespace(path=args.target, layers=False))
 
@@ -234,7 +247,18 @@ def _evaluate(args: argparse.Namespace) -> None:
             file.writelines(f"{text}\n" for text in hypotheses)
     result = score(hypotheses, references, args.tokenize)
     print(result)
-    asked = ("model", "source", "reference", "baseline", "beams", "max_length", "compute", "src_lang", "tgt_lang")
+    asked = (
+        "model",
+        "source",
+        "reference",
+        "baseline",
+        "beams",
+        "max_length",
+        "compute",
+        "head",
+        "src_lang",
+        "tgt_lang",
+    )
     record = {
         **asdict(result),
         "against_baseline": None,
@@ -254,6 +278,12 @@ def _evaluate(args: argparse.Namespace) -> None:
             file.write(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    from hf_nmsparse.kernels.__main__ import main as doctor
+
+    doctor()
+
+
 def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:
     """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
     import torch
@@ -265,8 +295,8 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
         torch.set_num_threads(args.threads)
     model, tokenizer = _load(args.model)
     _mask_for_good(model)
-    if args.compute is not None:
-        set_compute(model, args.compute)
+    if args.compute is not None or args.head is not None:
+        set_compute(model, args.compute or "auto", args.head)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(device)

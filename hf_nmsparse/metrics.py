@@ -21,6 +21,7 @@ from datasets import Sequence as ListOf
 from sacrebleu.metrics import BLEU, CHRF
 
 import hf_nmsparse
+from hf_nmsparse.kernels import native
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -259,12 +260,13 @@ class TranslationScore(evaluate.Metric):  # type: ignore[misc]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of what a result depends on, and the vector unit of the kernels."""
     packages = ("torch", "transformers", "accelerate", "datasets", "sacrebleu")
     return {
         "python": platform.python_version(),
         "hf_nmsparse": hf_nmsparse.__version__,
         **{package: version(package) for package in packages},
+        "kernels": native.status().unit or "none",
     }
 
 

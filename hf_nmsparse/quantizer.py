@@ -920,9 +920,11 @@ def _packed_state_dict(
     cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
     packed: dict[str, Tensor] = {}
     tensors = dict(_dense_tensors(model, state_dict))
-    if record.embeddings == "int8":  # what is written of tied tensors is known only now
+    rounded: set[str] = set()
+    if record.embeddings == "int8":  # of tied tensors one is written, and only that one gets a scale
+        places = {tensors[key].data_ptr() for key in _embedding_keys(model) & tensors.keys()}
         tensors = remove_tied_weights_from_state_dict(tensors, model)
-    rounded = _embedding_keys(model, tensors) if record.embeddings == "int8" else set()
+        rounded = {key for key, tensor in tensors.items() if tensor.data_ptr() in places}
     for key, tensor in tensors.items():
         prefix, _, leaf = key.rpartition(".")
         if prefix in patterns and leaf == "weight":
@@ -953,7 +955,7 @@ def _pack_int8(weight: Tensor, pattern: NMPattern, key: str) -> dict[str, Tensor
     return pack(unpack(values, both["weight_indices"], pattern), pattern, key) | {"weight_scale": scale}
 
 
-def _embedding_keys(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> set[str]:
+def _embedding_keys(model: PreTrainedModel) -> set[str]:
     """The keys of the weights of token embeddings and output projection."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     found = [part.get_output_embeddings() for part in parts]
@@ -964,7 +966,7 @@ def _embedding_keys(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> se
             continue
     modules = {id(module) for module in found if module is not None}
     names = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules}
-    return {f"{name}.weight" for name in names} & tensors.keys()
+    return {f"{name}.weight" for name in names}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -93,7 +93,7 @@ class RecipeArguments:
     pattern: str = field(default="2:4", metadata={"help": "N:M, N of M weights are kept."})
     targets: list[str] | None = field(default=None, metadata={"help": "Layers to make sparse; every Linear if None."})
     ignore: list[str] | None = field(default=None, metadata={"help": "Layers that stay dense; heads if None."})
-    values: str = field(default="bf16", metadata={"help": "Number type of the packed file: fp32, fp16, bf16."})
+    values: str = field(default="bf16", metadata={"help": "Number type of the packed file: fp32, fp16, bf16, int8."})
     average: int = field(default=1, metadata={"help": "Average the dense masters of the last so many checkpoints."})
 
     split: str = field(default="test", metadata={"help": "The split that is scored."})
@@ -215,6 +215,8 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
                 action.required = False
         parser.set_defaults(**settings)
     recipe, args = parser.parse_args_into_dataclasses(args=argv)
+    if args.sparse_method == "dense" and recipe.values == "int8":
+        raise ValueError("values: 'int8' is for packed models and sparse_method is 'dense'; choose fp32, fp16 or bf16")
     return recipe, args
 
 

@@ -214,22 +214,27 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
             raise ValueError(f"kernels: x is in fp32, bf16 or fp16, got {dtype}; cast it")
         bias = None if bias is None else bias.float()
         return multiply(x.float(), packed, bias, format, out_features).to(dtype)
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(f"kernels: x lies on {x.device} and these kernels run on CPUs; load with compute='dense'")
     in_features = shape[-1]
     _check(packed, format, out_features, in_features)
     if bias is not None and (bias.dtype != dtype or bias.stride(0) != 1):
         bias = bias.to(dtype).contiguous()
-    if x.dim() != 2 or x.stride(1) != 1:
-        x = x.reshape(-1, in_features).contiguous()
-    y = x.new_empty((*shape[:-1], out_features))
+    stride = in_features
+    if not x.is_contiguous():
+        x = x.reshape(-1, in_features)
+        if x.stride(1) == 1:
+            stride = x.stride(0)
+        else:
+            x = x.contiguous()
+    y = torch.empty((*shape[:-1], out_features), dtype=dtype)
     _library().nms_multiply(
         FORMATS[format],
-        x.shape[0],
+        y.numel() // out_features if out_features else 0,
         out_features,
         in_features,
         x.data_ptr(),
-        x.stride(0),
+        stride,
         packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -300,7 +305,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _check(packed: Tensor, format: str, out_features: int, in_features: int) -> None:
-    if packed.numel() != packed_bytes(format, out_features, in_features) or packed.device.type != "cpu":
+    if packed.numel() != packed_bytes(format, out_features, in_features) or not packed.is_cpu:
         raise ValueError(
             f"kernels: {packed.numel()} bytes on {packed.device} are no {format} weight of "
             f"{[out_features, in_features]} for the unit {status().unit}"
