@@ -22,7 +22,7 @@ bench: .venv/installed  ## the mask benchmark
 	$(BIN)/python benchmarks/masks.py
 
 # torch first: its own line picks the build that the index has for this machine, and nothing later replaces it.
-.venv/installed: pyproject.toml tests/constraints.txt
+.venv/installed: pyproject.toml tests/constraints.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint tests/constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
