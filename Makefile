@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed  ## the mask benchmark
-	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python -m benchmarks.masks
 
 # torch first: its own line picks the build that the index has for this machine, and nothing later replaces it.
 .venv/installed: pyproject.toml tests/constraints.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/*)

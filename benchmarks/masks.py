@@ -1,6 +1,6 @@
 """How long the mask of a weight takes to find: argsort, topk and `magnitude_mask`, interleaved in one process.
 
-    python benchmarks/masks.py --note "what else the machine was doing"
+    python -m benchmarks.masks --note "what else the machine was doing"
 
 It prints a table of medians and writes them to benchmarks/results/masks.json. argsort is the approach of the released
 SR-STE code, which scatters zeros to the M - N smallest magnitudes of each group. Of equal magnitudes neither argsort

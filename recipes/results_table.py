@@ -8,13 +8,31 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hf_nmsparse.metrics import Evaluation
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-MASKS = Path(__file__).parents[1] / "benchmarks" / "results" / "masks.json"
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
+
+Columns = Mapping[str, Callable[[dict[str, Any]], object]]
+
+# Of the kernels, the layers that the README shows, and its columns.
+SHAPES = ([512, 2048], [1024, 4096], [512, 32000])
+CANDIDATES = {
+    "torch bf16": "torch bf16",
+    "torch int8": "torch int8",
+    "dense int8": "own dense int8",
+    "2:4 fp32": "2:4 fp32",
+    "2:4 fp32, x bf16": "2:4 fp32, x bf16",
+    "2:4 bf16": "2:4 bf16",
+    "2:4 bf16, x bf16": "2:4 bf16, x bf16",
+    "2:4 int8": "2:4 int8",
+}
 
 
 def table() -> str:
@@ -54,7 +72,7 @@ def notes(runs: list[Evaluation]) -> list[str]:
 
 def masks_table() -> str:
     """How long a mask takes, for the large weight of the benchmark."""
-    record = json.loads(MASKS.read_text(encoding="utf-8"))
+    record = read(MEASURED / "masks.json")
     rows = ["| mask of a 1024x4096 fp32 weight | threads | argsort ms | topk ms | ours ms | argsort / ours |"]
     rows.append("|---|---|---|---|---|---|")
     for row in record["rows"]:
@@ -67,7 +85,187 @@ def masks_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"results": table, "masks": masks_table}
+def kernels_table() -> str:
+    """Some layers, with cold weights and all cores, once for each vector unit that was measured."""
+    tables = []
+    for file in sorted(MEASURED.glob("kernels_*.json")):
+        record = read(file)
+        threads = max(row["threads"] for row in record["rows"])
+        wanted = (threads, "cold")
+        shown = [r for r in record["rows"] if (r["threads"], r["place"]) == wanted and r["shape"] in SHAPES]
+        columns: Columns = {"in x out": shape_of, "rows": lambda row: row["rows"]}
+        names = [name for name in CANDIDATES if name != "2:4 fp32, x bf16"]
+        tables.append(speedups(shown, columns, names) + f"\n\n{threads} threads, cold weights. {kernels_notes(record)}")
+    return "\n\n".join(tables)
+
+
+def kernels_of(record: dict[str, Any]) -> str:
+    """All rows of a measurement of single layers."""
+    columns: dict[str, Callable[[dict[str, Any]], object]] = {
+        "model": lambda row: row["model"],
+        "in x out": shape_of,
+        "rows": lambda row: row["rows"],
+        "threads": lambda row: row["threads"],
+        "weights": lambda row: row["place"],
+    }
+    columns |= {f"auto {precision}": partial(auto_of, precision=precision) for precision in ("fp32", "bf16", "int8")}
+    notes = f"auto: the format, and its speed-up over the dense layer. {kernels_notes(record)}"
+    return speedups(record["rows"], columns, list(CANDIDATES)) + f"\n\n{notes}"
+
+
+def speedups(rows: list[dict[str, Any]], columns: Columns, names: list[str]) -> str:
+    """A table of ``columns`` and of the speed-up of each candidate over torch in fp32."""
+    lines = table_head([*columns, "torch fp32 µs", *(CANDIDATES[name] for name in names)])
+    for row in rows:
+        times = row["median_us"]
+        fp32 = times["torch fp32"]
+        cells = [f"{fp32 / times[name]:.2f}" if name in times else "" for name in names]
+        lines.append(table_row([*(column(row) for column in columns.values()), f"{fp32:,.1f}", *cells]))
+    return "\n".join(lines)
+
+
+def kernels_notes(record: dict[str, Any]) -> str:
+    """How single layers were measured, and how well the choice of ``compute="auto"`` did."""
+    choices = [(precision, choice) for row in record["rows"] for precision, choice in row.get("auto", {}).items()]
+    formats = sorted({f"{choice['format']} for {precision}" for precision, choice in choices})
+    slower = sum(choice["to_dense"] < 1 for _, choice in choices)
+    worst = min(choice["to_fastest"] for _, choice in choices)
+    return (
+        f"Speed-up over torch fp32, medians of {record['rounds']} interleaved turns. Cold weights come from memory: "
+        f"each candidate goes round {record['cold_bytes'] / 2**20:,.0f} MiB of copies. torch int8 is dynamic, with the "
+        f'{record["int8_engine"]} engine. Over all {len(record["rows"])} rows measured, `compute="auto"`, which takes '
+        f"{', '.join(formats)}, is slower than dense in {slower} of {len(choices)} cases and has at worst "
+        f"{worst:.0%} of the speed of the fastest mode that keeps the precision. {machine(record)}"
+    )
+
+
+def shape_of(row: dict[str, Any]) -> str:
+    """``512x2048``, and a word if it is a head."""
+    shape = "x".join(map(str, row["shape"]))
+    return f"{shape} (head)" if row["model"].endswith("head") else shape
+
+
+def auto_of(row: dict[str, Any], precision: str) -> str:
+    """What ``compute="auto"`` takes for a precision, and its speed-up over the dense layer."""
+    choice = row.get("auto", {}).get(precision)
+    return "" if choice is None else f"{choice['format']} {choice['to_dense']:.2f}"
+
+
+def generate_table() -> str:
+    """End to end: how fast whole models translate."""
+    return generate_of(read(MEASURED / "generate.json"))
+
+
+def generate_of(record: dict[str, Any]) -> str:
+    """Tokens a second of each candidate, and the speed-up over transformers in fp32."""
+    heads = [f"{decoding(row)}, {row['threads']} thr." for row in record["rows"]]
+    rows = table_head(["model", "file", *heads])
+    for name, file in record["candidates"].items():
+        cells = [name, f"{record['bytes'][file]:,}"]
+        for row in record["rows"]:
+            speeds = row["tokens_per_second"]
+            cells.append(f"{speeds[name]:,.0f} ({speeds[name] / speeds[record['baseline']]:.2f})")
+        rows.append(table_row(cells))
+    exact = [name for name in ("2:4 fp32", "CTranslate2 fp32") if name in record["same_tokens"]]
+    same = ", ".join(f"{name} {record['same_tokens'][name]:.0%}" for name in exact)
+    rows += [
+        "",
+        f"Tokens a second, and in brackets the speed-up over {record['baseline']}; bytes of the model file. "
+        f"{record['model']}, random weights, {record['source_tokens']} tokens in, {record['new_tokens']} out, medians "
+        f"of {record['rounds']} interleaved turns. Greedy tokens that agree with {record['baseline']}'s: {same}. "
+        f"{machine(record)}",
+    ]
+    sizes = record["bytes"]
+    if "CTranslate2 int8" in sizes:
+        share = sizes["2:4 int8"] / sizes["CTranslate2 int8"]
+        rows += ["", f"The int8 file is {share:.2f} times the bytes of CTranslate2's ({record['ctranslate2']})."]
+    rows += ["", *(f"Not measured: {name}, because {why}." for name, why in record["missing"].items())]
+    return "\n".join(rows).rstrip()
+
+
+def decoding(row: dict[str, Any]) -> str:
+    """Beam and batch of a measurement in a few words."""
+    return f"{'greedy' if row['beams'] == 1 else 'beam ' + str(row['beams'])}, batch {row['batch']}"
+
+
+def training_table() -> str:
+    """What sparsity costs in a training step."""
+    return training_of(read(MEASURED / "training.json"))
+
+
+def training_of(record: dict[str, Any]) -> str:
+    """Time of a step of each candidate, and the overhead over the dense one with its interval."""
+    rows = table_head(["training step", "threads", "ms", "to dense", "95%"])
+    for row in record["rows"]:
+        for name, step in row["steps"].items():
+            low, high = step["interval"]
+            change = ["", ""] if name == "dense" else [f"{step['overhead']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+            rows.append(table_row([name, row["threads"], f"{step['median_ms']:,.0f}", *change]))
+    rows += [
+        "",
+        f"{record['model']}, {record['batch']}x{record['length']} tokens a side, fp32, {record['optimizer']}; medians "
+        f"of {record['rounds']} interleaved steps, intervals by bootstrap over the rounds. The second dense model "
+        f"shows the noise. {machine(record)}",
+    ]
+    return "\n".join(rows)
+
+
+def quality_table() -> str:
+    """What each way to compute costs in BLEU."""
+    record = read(MEASURED / "quality.json")
+    rows = table_head(["computes", "activations", "BLEU", "to dense (95%)", "chrF", "same translations", "bytes"])
+    for row in record["rows"]:
+        low, high = row["interval"]
+        change = "" if row is record["rows"][0] else f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+        same = f"{row['same_translations'] / record['sentences']:.1%}"
+        scores = [row["activations"], f"{row['bleu']:.2f}", change, f"{row['chrf']:.2f}"]
+        rows.append(table_row([row["mode"], *scores, same, f"{row['bytes']:,}"]))
+    rows += [
+        "",
+        f"{record['model']} on {record['corpus']}, {record['sentences']:,} sentences, beam {record['beams']}; "
+        f"intervals by paired bootstrap; `{record['signature']}`; kernels on {record['versions']['kernels']}, "
+        f"torch {record['versions']['torch']}, transformers {record['versions']['transformers']}.",
+    ]
+    return "\n".join(rows)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return record
+
+
+def table_row(cells: Iterable[object]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table_head(columns: list[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [table_row(columns), f"|{'---|' * len(columns)}"]
+
+
+def machine(record: dict[str, Any]) -> str:
+    """Where a number was measured."""
+    unit = f"kernels on {record['unit']}, torch {record['torch']} on {record['torch_unit']}"
+    note = f"; {record['note']}" if record["note"] else ""
+    return f"{record['cpu']}, {record['cores']} cores, {unit}{note}."
+
+
+# A table is there once its benchmark has been run.
+FILES = {name: f"{name}.json" for name in ("masks", "generate", "quality", "training")} | {"kernels": "kernels_*.json"}
+TABLES = {
+    name: make
+    for name, make in {
+        "results": table,
+        "masks": masks_table,
+        "kernels": kernels_table,
+        "generate": generate_table,
+        "quality": quality_table,
+        "training": training_table,
+    }.items()
+    if name not in FILES or any(MEASURED.glob(FILES[name]))
+}
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -82,8 +280,10 @@ def main() -> None:
             print(make(), end="\n\n")
             continue
         begin, end = markers(name)
-        before, _, rest = README.read_text(encoding="utf-8").partition(begin)
-        _, _, after = rest.partition(end)
+        before, found, rest = README.read_text(encoding="utf-8").partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise SystemExit(f"results_table: README.md needs the two lines {begin} and {end}")
         README.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
 
 

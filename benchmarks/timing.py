@@ -1,0 +1,148 @@
+"""What the benchmarks share: turns of the candidates, a model, a word on the machine, and the files of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MarianConfig, MarianMTModel
+
+from benchmarks.masks import cpu_model
+from hf_nmsparse.kernels import native
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate; medians are over these")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--note", default="", help="what the reader has to know about this run")
+    parser.add_argument("--output", type=Path, help="the JSON file; a table goes beside it")
+    return parser
+
+
+def in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each turn of each candidate.
+
+    A round gives every candidate one turn, in a new order, so that a busy moment and what a neighbour leaves behind in
+    the caches fall on all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names, order = list(candidates), random.Random(0)
+    for _ in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            candidates[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def marian(tiny: bool) -> MarianMTModel:
+    """A model with the shape of Marian-base and random weights, or one that is good for trying a script only."""
+    torch.manual_seed(0)
+    vocabulary, d_model, layers = (200, 64, 1) if tiny else (32_000, 512, 6)
+    settings: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", layers), ("attention_heads", d_model // 64), ("ffn_dim", 4 * d_model))
+    }
+    settings |= {"eos_token_id": 0, "pad_token_id": vocabulary - 1, "decoder_start_token_id": vocabulary - 1}
+    settings |= {"bos_token_id": None, "forced_eos_token_id": None}
+    return MarianMTModel(MarianConfig(vocab_size=vocabulary, d_model=d_model, scale_embedding=True, **settings))
+
+
+def describe(model: MarianMTModel) -> str:
+    config = model.config
+    layers = f"{config.encoder_layers}+{config.decoder_layers} layers"
+    return f"MarianMTModel, {layers}, d {config.d_model}, vocabulary {config.vocab_size:,}"
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def caches() -> dict[str, int]:
+    """Bytes of each data cache that the first core sees; empty where Linux does not say it."""
+    sizes = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[f"L{level}"] = int(size.removesuffix("K")) * 1024
+    return sizes
+
+
+def machine() -> dict[str, Any]:
+    """What a number depends on besides the code: `unit` is the package's, `torch_unit` torch's, `load` the system's."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "caches": caches(),
+        "unit": native.status().unit,
+        "torch_unit": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def quantized(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` whose linear layers are torch's dynamic int8, for the engine that is set."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all of it is deprecated
+        copy: nn.Module = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    return copy
+
+
+@contextmanager
+def fastest_int8_engine() -> Iterator[str]:
+    """Sets torch's fastest engine for dynamic int8 on this machine, by products with 1, 4 and 16 rows, and names it."""
+    before = torch.backends.quantized.engine
+    inputs, turns = [torch.randn(rows, 512) for rows in (1, 4, 16)], {}
+    for engine in torch.backends.quantized.supported_engines:
+        if engine in ("none", "qnnpack"):  # qnnpack is made for phones
+            continue
+        torch.backends.quantized.engine = engine
+        layer = quantized(nn.Sequential(nn.Linear(512, 2048)))
+
+        def turn(layer: nn.Module = layer) -> None:
+            for x in inputs * 10:
+                layer(x)
+
+        turn()
+        turns[engine] = turn
+    with torch.inference_mode():
+        seconds = in_turns(turns, 15)
+    engine = min(seconds, key=lambda name: sorted(seconds[name])[7])
+    torch.backends.quantized.engine = engine
+    try:
+        yield engine
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def write(output: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], table: str) -> None:
+    """Writes ``record`` with its ``rows``, one a line, and the table beside it."""
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    output.with_suffix(".md").write_text(f"{table}\n", encoding="utf-8")

@@ -1,0 +1,131 @@
+"""Each benchmark runs on something tiny and leaves a file of results and its table; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import generate, kernels, timing, training
+from hf_nmsparse.kernels import native
+from recipes import results_table
+
+pytestmark = pytest.mark.skipif(native.status().unit is None, reason=native.status().reason)
+
+
+def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> dict[str, Any]:
+    """What the benchmark writes with one thread and two rounds."""
+    common = ["--threads", "1", "--rounds", "2", "--note", "a test", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *common, *arguments])
+    benchmark.main()
+    return results_table.read(output)
+
+
+def assert_table(table: str, columns: list[str]) -> None:
+    """A Markdown table with all cells, some of its columns, and a word on the machine."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert set(columns) <= {cell.strip() for cell in lines[0].split("|")}
+    assert timing.machine()["cpu"] in table
+    assert "a test" in table
+
+
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kernels_unit.json"
+    record = run(kernels, monkeypatch, file, "--quick", "--budget-ms", "0.1", "--cache-mb", "0.5")
+    assert record["unit"] == native.status().unit
+    measured = {(tuple(row["shape"]), row["rows"], row["place"]) for row in record["rows"]}
+    assert ((512, 2048), 16, "cold") in measured
+    assert ((64, 64), 1, "hot") in measured
+    for row in record["rows"]:
+        assert row["median_us"].keys() == {"torch fp32", *results_table.CANDIDATES}
+        assert all(time > 0 for time in row["median_us"].values())
+        assert row["auto"].keys() == {"fp32", "bf16", "int8"}
+        assert all(choice["to_fastest"] <= 1 for choice in row["auto"].values())
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["in x out", "2:4 int8", "auto bf16"])
+
+    monkeypatch.setattr(results_table, "MEASURED", tmp_path)
+    shown = results_table.kernels_table()
+    assert_table(shown, ["in x out", "2:4 int8"])
+    assert shown.count("| 512x2048 | ") == 2
+    assert "64x64" not in shown
+
+
+def test_what_is_shown_is_in_the_grid() -> None:
+    shapes = {(layer.in_features, layer.out_features) for layer in kernels.LAYERS}
+    assert set(kernels.QUICK) <= shapes
+    assert {tuple(shape) for shape in results_table.SHAPES} <= shapes
+
+
+def test_heads_have_no_sparse_candidates() -> None:
+    with torch.inference_mode():
+        found = kernels.candidates(kernels.Layer("a head", 64, 48, bias=False, sparse=False))
+        kernels.check(found, torch.randn(3, 64))
+    assert found.keys() == {"torch fp32", "torch bf16", "torch int8", "dense int8"}
+
+
+def test_copies_exceed_what_they_are_to_exceed() -> None:
+    weight = torch.zeros(10, dtype=torch.uint8)
+    candidate = kernels.Candidate(torch.add, weight, 10, weight.clone)
+    assert [len(candidate.copies(size)) for size in (0, 9, 10, 25)] == [1, 1, 2, 3]
+
+
+def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+    file = tmp_path / "generate.json"
+    record = run(generate, monkeypatch, file, "--tiny")
+    assert [(row["beams"], row["batch"]) for row in record["rows"]] == [(1, 1), (1, 16), (4, 1), (4, 16)]
+    for row in record["rows"]:
+        assert row["tokens_per_second"].keys() == record["candidates"].keys()
+    assert record["same_tokens"]["2:4 fp32"] == 1.0
+    assert record["missing"].keys() == set(generate.THEIRS)
+    assert record["bytes"]["2:4 int8"] < record["bytes"]["2:4 fp32"] < record["bytes"]["dense fp32"]
+    table = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert_table(table, ["model", "file", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
+    assert "Not measured: CTranslate2 int8" in table
+
+
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "training.json"
+    record = run(training, monkeypatch, file, "--tiny")
+    [row] = record["rows"]
+    assert len(row["steps"]) == 4
+    for step in row["steps"].values():
+        assert step["median_ms"] > 0
+        low, high = step["interval"]
+        assert low <= step["overhead"] <= high
+    assert row["steps"]["dense"]["overhead"] == 0
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training step", "threads", "to dense"])
+
+
+def test_a_step_without_the_library_does_not_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("called")
+
+    tokens = torch.randint(2, 100, (2, 4))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    step = training.trainer(timing.marian(tiny=True), True, batch, library=False)
+    with_library = training.trainer(timing.marian(tiny=True), True, batch)
+    monkeypatch.setattr(native, "_library", fail)
+    step()
+    with pytest.raises(AssertionError, match="called"):
+        with_library()
+
+
+def test_turns_are_taken_by_all_in_every_round() -> None:
+    taken: list[str] = []
+    seconds = timing.in_turns({name: lambda name=name: taken.append(name) for name in "abc"}, 4)  # type: ignore[misc]
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    assert [sorted(taken[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
+
+
+def test_a_file_of_results_is_json_with_a_row_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "results.json"
+    timing.write(file, {"seed": 0}, [{"rows": 1}, {"rows": 4}], "| a |")
+    assert json.loads(file.read_text()) == {"seed": 0, "rows": [{"rows": 1}, {"rows": 4}]}
+    assert '  {"rows": 1},\n' in file.read_text()
+    assert file.with_suffix(".md").read_text() == "| a |\n"
