@@ -150,7 +150,11 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         _one_of("format", format, ("packed", "dense"))
         _one_of("head", head, (None, *HEADS))
         _one_of("values", values, (None, *VALUE_DTYPES))
-        _one_of("embeddings", embeddings, (None, "int8") if values == "int8" else (None,))
+        if embeddings not in (None, "int8") or (embeddings and values != "int8"):
+            raise ValueError(
+                "quantization_config: embeddings are int8 beside values of int8 only, got "
+                f"{embeddings!r} beside {values!r}"
+            )
         _one_of("quant_method", quant_method, (METHOD,))
         if type(format_version) is not int or format_version != FORMAT_VERSION:
             raise ValueError(
@@ -312,7 +316,9 @@ class NMSparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `model.save_pretrained` writes: the model packed again, in its present number type."""
         record = model.config.quantization_config
-        if not _holds_int8(model):
+        if _holds_int8(model):
+            record.values = "int8"
+        else:
             record.values, record.embeddings = _values_name(model.dtype), None
         return _packed_state_dict(model, model.state_dict(), record), {}
 
@@ -351,7 +357,7 @@ def save_packed(
             are cast to it, embeddings and norms included, and config.json names it, so that the model loads in it.
             ``"int8"`` rounds the kept values, with a scale for each row, and leaves other tensors in the model's type.
         embeddings: ``"int8"`` rounds token embeddings and output projection too, ``"float"`` does not; None takes
-            ``"int8"`` with int8 values.
+            ``"int8"`` with int8 values, and what the model was loaded with where ``values`` is None too.
         **kwargs: As ``save_pretrained`` takes them. ``state_dict`` holds the dense masters under their stock names,
             for the case that the model's own are sharded.
 
@@ -359,15 +365,16 @@ def save_packed(
         ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``, or
             weights lie on disk.
     """
-    if values is None:
-        values = "int8" if _holds_int8(model) else _values_name(model.dtype)
+    record = _record(model)
+    if values is None and _holds_int8(model):
+        values, embeddings = "int8", embeddings or record.embeddings or "float"
+    values = values or _values_name(model.dtype)
     _one_of("values", values, tuple(VALUE_DTYPES), where="save_packed")
     _one_of("embeddings", embeddings, (None, "float", *(["int8"] if values == "int8" else [])), where="save_packed")
     patterns = set(sparse_layers(model).values())
     if len(patterns) != 1:
         found = ", ".join(sorted(map(str, patterns))) or "none; call sparsify(model, config) first"
         raise ValueError(f"save_packed: a packed model has one pattern, this model has {found}")
-    record = _record(model)
     twin = _empty_twin(model, model.dtype if values == "int8" else VALUE_DTYPES[values])
     twin.config.quantization_config = NMSparseQuantizationConfig(
         pattern=patterns.pop(),
@@ -660,7 +667,7 @@ def _values_name(dtype: torch.dtype) -> str:
     for name, known in VALUE_DTYPES.items():
         if known == dtype:
             return name
-    raise ValueError(f"save_packed: a packed model has values in {', '.join(VALUE_DTYPES)}, this model is in {dtype}")
+    raise ValueError(f"save_packed: a packed model has values in fp32, fp16, bf16, this model is in {dtype}")
 
 
 def _kernels_run(pattern: NMPattern, in_features: int, device_map: Any) -> bool:

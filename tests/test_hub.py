@@ -88,6 +88,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained("user/tiny").eval()
 if sys.argv[1:]:
     ids = AutoTokenizer.from_pretrained("user/tiny")("A garden", return_tensors="pt")
+    dense = hf_nmsparse.NMSparseQuantizationConfig(compute="dense")
+    model = AutoModelForSeq2SeqLM.from_pretrained("user/tiny", quantization_config=dense).eval()
     assert torch.equal(model(**ids, decoder_input_ids=torch.tensor([[0]])).logits, torch.load(sys.argv[1]))
 print(model.dtype, len(hf_nmsparse.layers.sparse_layers(model)))
 """

@@ -13,7 +13,7 @@ import torch
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.optimizer import SparseStep
-from hf_nmsparse.quantizer import save_packed
+from hf_nmsparse.quantizer import NMSparseQuantizationConfig, save_packed
 from hf_nmsparse.sparsify import finalize, report, sparsify
 from tests.tiny import bart, hf, t5
 
@@ -194,7 +194,9 @@ def test_family(family: str, tmp_path: Path) -> None:
     finalize(model)
     assert report(model).violations == 0
     expected = output_of(model.eval(), inputs)
-    loaded = type(model).from_pretrained(tmp_path).eval()
+    plain = output_of(type(model).from_pretrained(tmp_path).eval(), inputs)  # on the kernels, where there are any
+    assert float((plain - expected).norm() / expected.norm()) < 1e-5  # fp32, a dozen layers of sums in another order
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=NMSparseQuantizationConfig("dense")).eval()
     assert torch.equal(output_of(loaded, inputs), expected)
     for name, layer in layers.items():
         assert torch.equal(loaded.get_submodule(name).weight, layer.weight)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hf_nmsparse import quantizer
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.layers import NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.kernels import native
+from hf_nmsparse.layers import KernelLinear, NMLinear, PackedLinear, sparse_layers
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
@@ -45,7 +46,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     ),
 }
-COMPUTES = ("dense", "reference")
+COMPUTES = ("dense", "reference")  # the ones that compute what the training model computes, to the bit
+KERNELS = native.status().unit not in (None, "scalar")  # whether plain from_pretrained runs on them
+FLOATS = {name: dtype for name, dtype in VALUE_DTYPES.items() if dtype.is_floating_point}
 FC1 = "model.encoder.layers.0.fc1"  # [64, 32]: 8 groups of 2:4 a row, 16 values and 3 bytes of codes
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -210,7 +213,9 @@ class TestSavePacked:
             ValueError, match=r"^save_packed: a packed model has one pattern, this model has none; call"
         ):
             save_packed(build(), tmp_path)
-        with pytest.raises(ValueError, match="save_packed: values is one of 'fp32', 'fp16', 'bf16', got 'int4'"):
+        with pytest.raises(
+            ValueError, match="save_packed: values is one of 'fp32', 'fp16', 'bf16', 'int8', got 'int4'"
+        ):
             save_packed(training(), tmp_path, values="int4")
         with pytest.raises(ValueError, match=r"values in fp32, fp16, bf16, this model is in torch\.float64"):
             save_packed(training().double(), tmp_path)
@@ -247,7 +252,7 @@ def load_stock_keys(folder: Path) -> set[str]:
 
 class TestFromPretrained:
     @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize("values", VALUE_DTYPES)
+    @pytest.mark.parametrize("values", FLOATS)
     def test_both_ways_compute_what_the_training_model_computes(self, family: str, values: str, tmp_path: Path) -> None:
         model = training(family)
         save_packed(model, tmp_path / "first", values=values)
@@ -284,9 +289,10 @@ class TestFromPretrained:
     def test_without_a_configuration(self, packed: Path, expected: Tensor, cls: Any) -> None:
         model, info = cls.from_pretrained(packed, output_loading_info=True)
         assert {key: len(found) for key, found in info.items()} == dict.fromkeys(info, 0)
-        assert type(model.get_submodule(FC1)) is nn.Linear
+        assert type(model.get_submodule(FC1)) is (KernelLinear if KERNELS else nn.Linear)
         assert model.is_quantized
-        assert torch.equal(logits(model), expected)
+        difference = logits(model) - expected  # fp32 sums in another order
+        assert float(difference.norm() / expected.norm()) < 1e-6
 
     @pytest.mark.parametrize("compute", COMPUTES)
     @pytest.mark.parametrize("cls", [hf.AutoModel, hf.MarianModel])
@@ -339,9 +345,15 @@ class TestFromPretrained:
 class TestConfiguration:
     def test_keys_and_values(self) -> None:
         for wrong, message in (
-            ({"dequantize": True}, "unknown key 'dequantize'; known keys are compute, pattern, values, targets"),
-            ({"compute": "sparse"}, "compute is one of 'dense', 'reference', got 'sparse'"),
-            ({"values": "int4"}, "values is one of 'fp32', 'fp16', 'bf16', got 'int4'"),
+            (
+                {"dequantize": True},
+                "unknown key 'dequantize'; known keys are compute, head, pattern, values, embeddings",
+            ),
+            (
+                {"compute": "sparse"},
+                "compute is one of 'auto', 'fp32', 'bf16', 'int8', 'dense', 'reference', got 'sparse'",
+            ),
+            ({"values": "int4"}, "values is one of 'fp32', 'fp16', 'bf16', 'int8', got 'int4'"),
             ({"format": "bitmask"}, "format is one of 'packed', 'dense', got 'bitmask'"),
             ({"format_version": True}, "format_version True is unknown"),
             ({"pattern": "4:2"}, "N:M needs 1 <= N < M"),
@@ -360,7 +372,8 @@ class TestConfiguration:
             ({"pattern": None}, "pattern is missing"),
             ({"pattern": "4:2"}, "pattern: N:M needs 1 <= N < M <= 32, got 4:2; 2:4 keeps 2 of 4"),
             ({"pattern": [2, 4]}, "pattern: expected N:M such as '2:4', got [2, 4]; in YAML keep the quotes"),
-            ({"values": "int8"}, "values is one of 'fp32', 'fp16', 'bf16', got 'int8'"),
+            ({"values": "int4"}, "values is one of 'fp32', 'fp16', 'bf16', 'int8', got 'int4'"),
+            ({"embeddings": "int8"}, "embeddings are int8 beside values of int8 only, got 'int8' beside 'fp32'"),
             ({"values": None}, "values is missing"),
             ({"targets": [3]}, "config: targets holds layer names such as 'fc1', got 3"),
             ({"compute": "reference"}, "unknown key 'compute'"),
@@ -647,7 +660,10 @@ class TestSetCompute:
         assert torch.equal(logits(model), expected)
 
     def test_refusals(self, packed: Path) -> None:
-        with pytest.raises(ValueError, match="set_compute: compute is one of 'dense', 'reference', got 'fast'"):
+        with pytest.raises(
+            ValueError,
+            match="set_compute: compute is one of 'auto', 'fp32', 'bf16', 'int8', 'dense', 'reference', got 'fast'",
+        ):
             set_compute(load(packed), "fast")
         for model in (build(), training()):
             with pytest.raises(ValueError, match="set_compute: the model was not loaded from a packed checkpoint"):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
 
-from hf_nmsparse.layers import PackedLinear, sparse_layers
+from hf_nmsparse.kernels import native
+from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
 from hf_nmsparse.quantizer import NMSparseQuantizationConfig, export_dense, save_packed, set_compute
 from hf_nmsparse.sparsify import finalize
 from tests.packed_models import BUILDERS, contents, output, sparse
@@ -29,7 +30,7 @@ def load(path: Path, compute: str | None = None, kind: Any = AutoModelForSeq2Seq
     return kind.from_pretrained(path, **kwargs)
 
 
-@pytest.mark.parametrize("compute", [None, "dense", "reference"])
+@pytest.mark.parametrize("compute", ["dense", "reference"])
 @pytest.mark.parametrize("family", BUILDERS)
 def test_output_and_bytes_are_those_of_the_trained_model(family: str, compute: str | None, tmp_path: Path) -> None:
     model = sparse(family)
@@ -42,6 +43,87 @@ def test_output_and_bytes_are_those_of_the_trained_model(family: str, compute: s
     loaded.save_pretrained(tmp_path / "b")
     save_packed(loaded, tmp_path / "c")
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+# What each way to compute adds to the rounding of the file, in norm: sums in another order; bf16 values; int8 values,
+# activations and head.
+BOUNDS = {"auto": 1e-6, "fp32": 1e-6, "bf16": 3e-3, "int8": 4e-2}
+
+
+@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+@pytest.mark.parametrize("compute", BOUNDS)
+@pytest.mark.parametrize("family", BUILDERS)
+def test_kernels_compute_nearly_that(family: str, compute: str, tmp_path: Path) -> None:
+    model = sparse(family)
+    save_packed(model, tmp_path / "a")
+    loaded = load(tmp_path / "a", compute)
+    expected = output(model)
+    assert float((output(loaded) - expected).norm() / expected.norm()) < BOUNDS[compute]
+    assert {type(loaded.get_submodule(name)) for name in sparse_layers(model)} == {KernelLinear}
+    assert type(loaded.get_output_embeddings()) is (Int8Head if compute == "int8" else nn.Linear)
+    loaded.save_pretrained(tmp_path / "b")
+    save_packed(loaded, tmp_path / "c")
+    assert contents(tmp_path / "b") == contents(tmp_path / "c")
+    if BOUNDS[compute] < 1e-5:  # the others hold rounded values, and write them
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+@pytest.mark.parametrize("embeddings", ["int8", "float"])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_int8_file(family: str, embeddings: str, tmp_path: Path) -> None:
+    model = sparse(family)
+    expected = output(model)
+    save_packed(model, tmp_path / "a", values="int8", embeddings=embeddings)
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    names = sparse_layers(model)
+    assert {tensors[f"{name}.weight"].dtype for name in names} == {torch.int8}
+    scaled = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
+    assert bool(scaled - names.keys()) == (embeddings == "int8")
+    outputs = {}
+    for compute in ("auto", "int8", "dense", "reference", "fp32"):
+        loaded = load(tmp_path / "a", compute)
+        outputs[compute] = output(loaded)
+        assert float((outputs[compute] - expected).norm() / expected.norm()) < BOUNDS["int8"]
+        if compute in ("auto", "int8", "reference"):
+            loaded.save_pretrained(tmp_path / compute)
+            assert contents(tmp_path / "a") == contents(tmp_path / compute)
+    assert torch.equal(outputs["auto"], outputs["int8"])
+    assert torch.equal(outputs["dense"], outputs["reference"])
+    for close in ("fp32",):
+        assert float((outputs[close] - outputs["dense"]).norm() / outputs["dense"].norm()) < 1e-6
+
+
+@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+def test_an_int8_head_changes_no_file(tmp_path: Path) -> None:
+    save_packed(sparse(), tmp_path / "a")
+    config = NMSparseQuantizationConfig(head="int8")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "a", quantization_config=config)
+    head = loaded.get_output_embeddings()
+    assert type(head) is Int8Head
+    assert head.weight is loaded.get_input_embeddings().weight
+    loaded.save_pretrained(tmp_path / "b")
+    save_packed(loaded, tmp_path / "c")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+    copied, pickled = copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(output(copied), output(loaded))
+    assert torch.equal(output(pickled), output(loaded))
+    set_compute(loaded, "dense")
+    assert type(loaded.get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+def test_every_switch_from_mode_to_mode(tmp_path: Path) -> None:
+    model = sparse()
+    expected = output(model)
+    save_packed(model, tmp_path)
+    modes = ("auto", "fp32", "bf16", "int8", "dense", "reference")
+    for first in modes:
+        for second in modes:
+            loaded = load(tmp_path, first)
+            set_compute(loaded, second)
+            rounded = max(BOUNDS.get(mode, 0.0) for mode in (first, second))
+            assert float((output(loaded) - expected).norm() / expected.norm()) <= 2 * rounded, (first, second)
 
 
 @pytest.mark.parametrize("compute", ["dense", "reference"])
