@@ -3,7 +3,7 @@
     python -m benchmarks.kernels --note "what else the machine was doing"
     HF_NMSPARSE_UNIT=avx2 python -m benchmarks.kernels      # the other unit of an AVX-512 machine; torch keeps its own
 
-The full grid takes about ten minutes on two cores; ``--quick`` measures a few shapes. It writes
+The full grid takes about seven minutes on two cores; ``--quick`` measures a few shapes. It writes
 benchmarks/results/kernels_UNIT.json and a table of all rows beside it; `recipes/results_table.py` puts some into the
 README.
 
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--budget-ms", type=float, default=90, help="time of a candidate in a row of the table")
     parser.add_argument("--cache-mb", type=float, help="size of the last cache, where the system does not say it")
     options = parser.parse_args()
+    machine = timing.machine()  # before this run is its load
     cache = max(timing.caches().values(), default=0) if options.cache_mb is None else int(options.cache_mb * 2**20)
     if cache == 0:
         raise SystemExit("kernels: the size of the last cache is unknown; give --cache-mb")
@@ -233,7 +234,7 @@ def main() -> None:
 
     record = {
         "benchmark": "one linear layer, weights 2:4 sparse, medians of interleaved turns",
-        **timing.machine(),
+        **machine,
         "int8_engine": engine,
         "cold_bytes": BYTES_OF_CACHES * cache,
         "rounds": options.rounds,

@@ -76,6 +76,7 @@ def main() -> None:
     parser = timing.arguments(__doc__, rounds=21)
     parser.add_argument("--tiny", action="store_true", help="a very small model: tries the script")
     options = parser.parse_args()
+    machine = timing.machine()  # before this run is its load
     if native.status().unit is None:
         raise SystemExit(f"training: {native.status().reason}")
 
@@ -109,7 +110,7 @@ def main() -> None:
 
     record = {
         "benchmark": "training step, medians of interleaved steps",
-        **timing.machine(),
+        **machine,
         "model": timing.describe(models[0]),
         "batch": BATCH,
         "length": LENGTH,

@@ -126,16 +126,17 @@ def speedups(rows: list[dict[str, Any]], columns: Columns, names: list[str]) -> 
 
 def kernels_notes(record: dict[str, Any]) -> str:
     """How single layers were measured, and how well the choice of ``compute="auto"`` did."""
-    choices = [(precision, choice) for row in record["rows"] for precision, choice in row.get("auto", {}).items()]
+    layers = [row for row in record["rows"] if row["model"] != "control"]
+    choices = [(precision, choice) for row in layers for precision, choice in row.get("auto", {}).items()]
     formats = sorted({f"{choice['format']} for {precision}" for precision, choice in choices})
     slower = sum(choice["to_dense"] < 1 for _, choice in choices)
     worst = min(choice["to_fastest"] for _, choice in choices)
     return (
         f"Speed-up over torch fp32, medians of {record['rounds']} interleaved turns. Cold weights come from memory: "
         f"each candidate goes round {record['cold_bytes'] / 2**20:,.0f} MiB of copies. torch int8 is dynamic, with the "
-        f'{record["int8_engine"]} engine. Over all {len(record["rows"])} rows measured, `compute="auto"`, which takes '
-        f"{', '.join(formats)}, is slower than dense in {slower} of {len(choices)} cases and has at worst "
-        f"{worst:.0%} of the speed of the fastest mode that keeps the precision. {machine(record)}"
+        f"{record['int8_engine']} engine. Over all layers, rows, threads and places measured, "
+        f'`compute="auto"`, which takes {", ".join(formats)}, is slower than dense in {slower} of {len(choices)} cases '
+        f"and has at worst {worst:.0%} of the speed of the fastest mode that keeps the precision. {machine(record)}"
     )
 
 
@@ -179,7 +180,7 @@ def generate_of(record: dict[str, Any]) -> str:
     if "CTranslate2 int8" in sizes:
         share = sizes["2:4 int8"] / sizes["CTranslate2 int8"]
         rows += ["", f"The int8 file is {share:.2f} times the bytes of CTranslate2's ({record['ctranslate2']})."]
-    rows += ["", *(f"Not measured: {name}, because {why}." for name, why in record["missing"].items())]
+    rows += ["", *(f"Not measured: {name} ({why})." for name, why in record["missing"].items())]
     return "\n".join(rows).rstrip()
 
 

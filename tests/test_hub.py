@@ -90,7 +90,9 @@ if sys.argv[1:]:
     ids = AutoTokenizer.from_pretrained("user/tiny")("A garden", return_tensors="pt")
     dense = hf_nmsparse.NMSparseQuantizationConfig(compute="dense")
     model = AutoModelForSeq2SeqLM.from_pretrained("user/tiny", quantization_config=dense).eval()
-    assert torch.equal(model(**ids, decoder_input_ids=torch.tensor([[0]])).logits, torch.load(sys.argv[1]))
+    logits = model(**ids, decoder_input_ids=torch.tensor([[0]])).logits.detach()
+    expected = torch.load(sys.argv[1])
+    assert torch.dist(logits, expected) < 1e-6 * expected.norm()  # another process may sum in another order
 print(model.dtype, len(hf_nmsparse.layers.sparse_layers(model)))
 """
 
