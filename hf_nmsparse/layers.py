@@ -370,6 +370,8 @@ class Int8Head(nn.Linear):
 
 
 def _int8_rows(weight: Tensor) -> Tensor:
+    if weight.shape[1] > cpu.WIDEST_INT8:
+        raise ValueError(f"kernels: int8 takes up to {cpu.WIDEST_INT8} inputs, got {weight.shape[1]}; keep it dense")
     values, scale = quantize_rows(weight)
     return native.repack("dense_int8", weight.shape[1], values, scale=scale)
 

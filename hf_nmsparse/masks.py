@@ -32,7 +32,7 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     """
     pattern.groups(weight.shape[-1])
     if native.can_rank(weight):
-        mask = torch.empty(weight.shape, dtype=torch.bool)
+        mask = torch.empty(weight.shape, dtype=torch.bool, device="cpu")
         native.rank(weight, mask, pattern)
         return mask
     magnitude = weight.detach().abs()

@@ -10,10 +10,10 @@ from torch import Tensor
 from hf_nmsparse.kernels import native
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["fits", "linear", "preferred_format"]
+__all__ = ["WIDEST_INT8", "fits", "linear", "preferred_format"]
 
 # A pair of u8 x s8 products per column, summed in 32 bits, stays exact up to here.
-_WIDEST_INT8 = 1 << 16
+WIDEST_INT8 = 1 << 16
 
 _OPERATORS = torch.library.Library("nmsparse", "DEF")
 _OPERATORS.define("linear(Tensor x, Tensor packed, Tensor? bias, str format, SymInt out_features) -> Tensor")
@@ -71,7 +71,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_feat
 
 def fits(pattern: NMPattern, in_features: int) -> bool:
     """Whether weights of this pattern are 2:4 too, in every aligned group of four: the kernels compute that."""
-    return pattern.n <= 2 and pattern.m % 4 == 0 and in_features <= _WIDEST_INT8
+    return pattern.n <= 2 and pattern.m % 4 == 0 and in_features <= WIDEST_INT8
 
 
 _FASTEST = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp32", torch.float32: "fp32"}

@@ -166,6 +166,10 @@ def repack(
         ValueError: A tensor does not fit the format.
     """
     rows, dense = values.shape[0], format == "dense_int8"
+    if not all(tensor is None or tensor.is_cpu for tensor in (values, codes, scale)):
+        raise ValueError("repack: values, codes and scale lie on the CPU; move them there")
+    if not dense and in_features % 4:
+        raise ValueError(f"repack: 2:4 weights have a multiple of 4 columns, got {in_features}")
     if values.dtype != _VALUES[format] or values.shape[1] != (in_features if dense else in_features // 2):
         raise ValueError(f"repack: values {list(values.shape)} {values.dtype} do not fit {format} of {in_features}")
     width = -(-in_features // 4 * 3 // 8)
@@ -174,7 +178,7 @@ def repack(
     scaled = format in ("int8", "dense_int8")
     if scaled and (scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != (rows,)):
         raise ValueError(f"repack: {format} needs a scale, fp32 {[rows]}")
-    packed = torch.empty(packed_bytes(format, rows, in_features), dtype=torch.uint8)
+    packed = torch.empty(packed_bytes(format, rows, in_features), dtype=torch.uint8, device="cpu")
     kept = [None if tensor is None else tensor.detach().contiguous() for tensor in (values, codes, scale)]
     _library().nms_repack(FORMATS[format], rows, in_features, *map(_address, kept), packed.data_ptr())
     return packed
@@ -183,8 +187,8 @@ def repack(
 def restore(packed: Tensor, format: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor | None]:
     """The dense weight ``[out_features, in_features]`` in the number type of ``format``, and the scale of int8."""
     _check(packed, format, out_features, in_features)
-    dense = torch.empty((out_features, in_features), dtype=_VALUES[format])
-    scale = torch.empty(out_features) if format in ("int8", "dense_int8") else None
+    dense = torch.empty((out_features, in_features), dtype=_VALUES[format], device="cpu")
+    scale = torch.empty(out_features, dtype=torch.float32, device="cpu") if format in ("int8", "dense_int8") else None
     _library().nms_restore(
         FORMATS[format], out_features, in_features, packed.data_ptr(), dense.data_ptr(), _address(scale)
     )
@@ -218,8 +222,14 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
         raise ValueError(f"kernels: x lies on {x.device} and these kernels run on CPUs; load with compute='dense'")
     in_features = shape[-1]
     _check(packed, format, out_features, in_features)
-    if bias is not None and (bias.dtype != dtype or bias.stride(0) != 1):
-        bias = bias.to(dtype).contiguous()
+    if bias is not None:
+        if bias.shape != (out_features,) or not bias.is_cpu:
+            raise ValueError(
+                f"kernels: bias is {[out_features]} on the CPU beside this weight, got {list(bias.shape)} on "
+                f"{bias.device}"
+            )
+        if bias.dtype != dtype or bias.stride(0) != 1:
+            bias = bias.to(dtype).contiguous()
     stride = in_features
     if not x.is_contiguous():
         x = x.reshape(-1, in_features)
@@ -227,7 +237,7 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
             stride = x.stride(0)
         else:
             x = x.contiguous()
-    y = torch.empty((*shape[:-1], out_features), dtype=dtype)
+    y = torch.empty((*shape[:-1], out_features), dtype=dtype, device="cpu")
     _library().nms_multiply(
         FORMATS[format],
         y.numel() // out_features if out_features else 0,
@@ -285,6 +295,8 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
     All three are contiguous and of one shape; ``weight`` and ``gradient`` are fp32.
     """
     assert gradient.is_contiguous()
+    assert mask.is_contiguous()
+    assert mask.dtype == torch.bool
     assert gradient.dtype == torch.float32
     assert gradient.shape == weight.shape == mask.shape
     _library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel())
@@ -305,7 +317,8 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _check(packed: Tensor, format: str, out_features: int, in_features: int) -> None:
-    if packed.numel() != packed_bytes(format, out_features, in_features) or not packed.is_cpu:
+    fits = packed.is_cpu and packed.dtype == torch.uint8 and packed.is_contiguous()
+    if not fits or packed.numel() != packed_bytes(format, out_features, in_features):
         raise ValueError(
             f"kernels: {packed.numel()} bytes on {packed.device} are no {format} weight of "
             f"{[out_features, in_features]} for the unit {status().unit}"

@@ -314,8 +314,8 @@ struct Linear {
             high = V::max(v, high);
             check = V::fma(v, none, check);
         }
-        const float range = V::highest(high) - V::lowest(low), finite = V::total(check);
-        const float step = range / V::int8_levels;
+        const float finite = V::total(check);
+        const float step = V::highest(high) / V::int8_levels - V::lowest(low) / V::int8_levels;
         const float inverse = step > 0.0f && finite == 0.0f ? 1.0f / step : 0.0f;
         const bool usable = inverse > 0.0f && inverse <= 3e38f;
         const float bottom = usable ? -V::lowest(low) * inverse : 0.0f;

@@ -49,9 +49,9 @@ const Unit* unit = fastest();
 
 void run_parallel(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
     if (items <= 0) return;
-    if (parallel_for && items > grain)
-        parallel_for(0, items, grain, body, context);
-    else
+    if (parallel_for && items > grain) {
+        if (parallel_for(0, items, grain, body, context)) std::abort();  // results would be half written
+    } else
         body(0, items, context);
 }
 
