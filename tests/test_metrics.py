@@ -249,7 +249,7 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_versions_name_all_that_counts() -> None:
-    names = {"python", "torch", "transformers", "accelerate", "datasets", "sacrebleu", "hf_nmsparse"}
+    names = {"python", "torch", "transformers", "accelerate", "datasets", "sacrebleu", "hf_nmsparse", "kernels"}
     assert set(versions()) == names
 
 

@@ -141,7 +141,8 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     ("argument", "message"),
     [
         (("--pattern", "4:2"), "N:M needs 1 <= N < M <= 32, got 4:2"),
-        (("--values", "bf8"), "values: is one of fp32, fp16, bf16, got 'bf8'"),
+        (("--values", "bf8"), "values: is one of fp32, fp16, bf16, int8, got 'bf8'"),
+        (("--values", "int8", "--sparse_method", "dense"), "values: 'int8' is for packed models"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
     ],
 )
