@@ -1,0 +1,626 @@
+"""The native library: products, masks and decay against plain torch, on every vector unit that the machine has."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_nmsparse.kernels import cpu, native
+from hf_nmsparse.layers import KernelLinear, PackedLinear
+from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packing import pack, quantize_rows, unpack
+from hf_nmsparse.pattern import NMPattern
+
+pytestmark = pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+
+TWO_OF_FOUR = NMPattern(2, 4)
+BOUNDS = {"fp32": 1e-6, "bf16": 3e-3, "int8": 2e-2, "dense_int8": 2e-2}
+"""Distance to the product in fp64 with the weight before rounding, in norm, which a user may count on."""
+
+
+def sparse_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+    return apply_mask(weight, magnitude_mask(weight, TWO_OF_FOUR))
+
+
+def packed_weight(weight: Tensor, kind: str) -> Tensor:
+    """``weight``, 2:4 or for ``"dense_int8"`` any, in fp32, in the order of the library."""
+    if kind == "dense_int8":
+        values, scale = quantize_rows(weight)
+        return native.repack(kind, weight.shape[1], values, scale=scale)
+    both = pack(weight, TWO_OF_FOUR)
+    if kind == "int8":
+        values, scale = quantize_rows(both["weight"])
+        return native.repack(kind, weight.shape[1], values, both["weight_indices"], scale)
+    values = both["weight"].to({"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
+    return native.repack(kind, weight.shape[1], values, both["weight_indices"])
+
+
+def dense_weight(packed: Tensor, kind: str, out_features: int, in_features: int) -> Tensor:
+    """The weight that ``packed`` stands for, in fp64."""
+    dense, scale = native.restore(packed, kind, out_features, in_features)
+    return dense.double() if scale is None else dense.double() * scale.double()[:, None]
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@contextmanager
+def threads(count: int) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- each vector unit, in a process of its own ----
+
+# Sizes fill whole blocks of rows and chunks of columns, and leave remainders of both; rows take every path.
+SIZES = [(256, 512), (96, 2048), (333, 68), (130, 260)]
+ROWS = (1, 2, 3, 5, 8, 16, 31, 65, 520)
+
+
+def lacks(unit: str) -> str | None:
+    """Why this machine cannot run a unit, as torch sees it."""
+    if unit == "scalar":
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    if unit == "avx2":
+        return None if capability in ("AVX2", "AVX512") else f"torch finds {capability}"
+    vnni, bf16 = torch.cpu._is_vnni_supported(), torch.cpu._is_avx512_bf16_supported()
+    if capability == "AVX512" and vnni and (bf16 or unit == "avx512"):
+        return None
+    return f"torch finds {capability}, VNNI {vnni}, BF16 {bf16}"
+
+
+def check_unit(unit: str, folder: str) -> None:
+    """What a fresh process does whose unit HF_NMSPARSE_UNIT names."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    status = native.status()
+    assert (status.unit, status.reason) == (unit, "HF_NMSPARSE_UNIT asks for this unit")
+    check_products()
+    check_masks()
+    check_what_another_unit_left(Path(folder), unit)
+
+
+def check_products() -> None:
+    for out_features, in_features in SIZES:
+        weight, bias = sparse_weight(out_features, in_features), torch.randn(out_features)
+        for kind in native.FORMATS:
+            full = torch.randn(out_features, in_features) if kind == "dense_int8" else weight
+            packed = packed_weight(full, kind)
+            for rows in ROWS:
+                for dtype in (torch.float32,) if kind == "fp32" else (torch.float32, torch.bfloat16):
+                    x = torch.randn(rows, in_features).to(dtype)
+                    found = native.multiply(x, packed, bias, kind, out_features)
+                    error = distance(found, x.double() @ full.double().T + bias)
+                    assert error < BOUNDS[kind], (kind, dtype, out_features, in_features, rows, error)
+
+
+def check_masks() -> None:
+    for pattern in (
+        TWO_OF_FOUR,
+        NMPattern(1, 4),
+        NMPattern(4, 8),
+        NMPattern(3, 5),
+        NMPattern(16, 32),
+        NMPattern(31, 32),
+    ):
+        weight = torch.randn(37, 29 * pattern.m).round(decimals=1)  # with ties
+        mask = torch.rand(weight.shape) < 0.5
+        before = mask.clone()
+        flips = native.rank(weight, mask, pattern)
+        assert torch.equal(mask, magnitude_mask(weight.double(), pattern))  # only fp32 takes the library
+        assert flips == int((mask != before).sum())
+        gradient = torch.randn(weight.shape)
+        expected = gradient.double() + apply_mask(weight.double(), ~mask) * 0.25
+        native.decay_pruned(weight, mask, gradient, 0.25)
+        torch.testing.assert_close(gradient.double(), expected, rtol=2e-7, atol=1e-8)
+
+
+def check_what_another_unit_left(folder: Path, unit: str) -> None:
+    left = torch.load(folder / "left.pt")
+    loaded = pickle.loads((folder / "layers.pickle").read_bytes())
+    for name, layer in loaded.items():
+        for key, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, left["state"][name][key])
+        assert distance(layer(left["x"]), left["dense"].double()) < BOUNDS[name], name
+    if left["bytes"].numel() != native.packed_bytes("fp32", 8, 16):  # else a unit of the same width and order
+        with pytest.raises(ValueError, match=r"bytes on cpu are no fp32 weight of \[8, 16\] for the unit"):
+            native.multiply(left["x"], left["bytes"], None, "fp32", 8)
+    (folder / f"{unit}.pickle").write_bytes(pickle.dumps(loaded))
+
+
+@pytest.mark.parametrize("unit", native.UNITS)
+def test_unit(unit: str, tmp_path: Path) -> None:
+    if reason := lacks(unit):
+        pytest.skip(f"this machine has not {unit}: {reason}")
+    weight = sparse_weight(8, 16)
+    linear = torch.nn.Linear(16, 8, bias=False)
+    linear.weight = torch.nn.Parameter(weight)
+    layers = {
+        name: KernelLinear(PackedLinear.from_linear(linear, TWO_OF_FOUR), name) for name in ("fp32", "bf16", "int8")
+    }
+    x = torch.randn(40, 16)
+    state = {name: layer.state_dict() for name, layer in layers.items()}
+    torch.save(
+        {"x": x, "dense": x @ weight.T, "bytes": layers["fp32"].kernel_weight, "state": state}, tmp_path / "left.pt"
+    )
+    (tmp_path / "layers.pickle").write_bytes(pickle.dumps(layers))
+    process(f"from tests.test_native import check_unit; check_unit({unit!r}, {str(tmp_path)!r})", HF_NMSPARSE_UNIT=unit)
+    back = pickle.loads((tmp_path / f"{unit}.pickle").read_bytes())
+    for name, layer in layers.items():
+        assert torch.equal(back[name].kernel_weight, layer.kernel_weight)
+
+
+def process(code: str, fails: bool = False, **environment: str) -> str:
+    """Runs code in a fresh process; what it wrote to standard error."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert bool(done.returncode) == fails, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_a_unit_that_is_none_is_refused() -> None:
+    code = "from hf_nmsparse.kernels import native; native.status()"
+    message = process(code, fails=True, HF_NMSPARSE_UNIT="avx3")
+    assert "HF_NMSPARSE_UNIT: 'avx3' is none of avx512_bf16, avx512, avx2, scalar, or this machine has it" in message
+
+
+def test_without_the_library_everything_computes_dense(tmp_path: Path) -> None:
+    code = r"""
+import sys, pytest, torch
+from transformers import MarianMTModel
+from hf_nmsparse import NMSparseQuantizationConfig, save_packed
+from hf_nmsparse.kernels import native
+from hf_nmsparse.layers import sparse_layers
+from tests.packed_models import output, sparse
+from tests.test_round_trip import load
+model = sparse()
+for values in ("fp32", "int8"):
+    save_packed(model, sys.argv[1], values=values)
+    loaded = load(sys.argv[1])
+    assert {type(loaded.get_submodule(name)) for name in sparse_layers(loaded)} == {torch.nn.Linear}
+    assert torch.equal(output(loaded), output(load(sys.argv[1], "dense")))
+    assert values == "int8" or torch.equal(output(loaded), output(model))
+    for choice in ({"compute": "fp32"}, {"compute": "int8"}, {"head": "int8"}):
+        config = NMSparseQuantizationConfig(**choice)
+        with pytest.raises(ValueError, match=r"is not used \(HF_NMSPARSE_NATIVE=0 turns it off\); choose"):
+            MarianMTModel.from_pretrained(sys.argv[1], quantization_config=config)
+assert native.status().chosen
+"""
+    # A warning would be an error: a user who turned the library off knows why dense layers compute.
+    code = code.replace("sys.argv[1]", repr(str(tmp_path)))
+    process(code, HF_NMSPARSE_NATIVE="0")
+
+
+def test_a_library_that_is_missing_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native._load.cache_clear()
+    monkeypatch.setattr(native, "_NAME", "libnone.so")
+    try:
+        status = native.status()
+        assert (status.library, status.unit, status.threads, status.chosen) == (None, None, False, False)
+        assert status.reason == "libnone.so is not installed: no C++ compiler was found at installation"
+        assert not native.can_rank(torch.ones(4))
+        with pytest.raises(ValueError, match=r"the native library is not used \(libnone\.so is not installed"):
+            packed_weight(torch.eye(4), "fp32")
+        (tmp_path / "libnone.so").write_bytes(b"no library")
+        monkeypatch.setattr("hf_nmsparse.kernels.__path__", [str(tmp_path)])
+        native._load.cache_clear()
+        assert "libnone.so does not load: " in native.status().reason
+    finally:
+        native._load.cache_clear()
+
+
+# ---- the product, by properties ----
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: x,
+    "turned over": lambda x: x.T.contiguous().T,
+    "columns of a wider one": lambda x: torch.cat([x - 1, x, x + 1], dim=1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every other row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "every other column": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "one row again and again": lambda x: x[:1].expand(x.shape[0], -1) if x.shape[0] else x,
+    "three dimensions": lambda x: x.reshape(-1, 1, x.shape[1]).expand(-1, 3, -1),
+    "three dimensions, the first two swapped": lambda x: x.repeat(2, 1).reshape(2, *x.shape).transpose(0, 1),
+    "one dimension": lambda x: x[0] if x.shape[0] else x,
+}
+# Exponents of 2 of the rows, so far apart that no sum overflows in fp32; fp16 has room for less.
+MAGNITUDES = {torch.float32: (-40, 0, 40), torch.bfloat16: (-40, 0, 40), torch.float16: (-6, 0, 3)}
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def numbers(shape: tuple[int, int], pool: list[float], generator: torch.Generator) -> Tensor:
+    """Normal numbers, and where the pool is not empty now and then one of it."""
+    result = torch.randn(shape, generator=generator)
+    if pool:
+        picked = torch.tensor(pool)[torch.randint(len(pool), shape, generator=generator)]
+        result = torch.where(torch.rand(shape, generator=generator) < 0.3, picked, result)
+    return result
+
+
+def largest_error(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """How far a sum of products in fp32 can be from the one in fp64, whatever its order.
+
+    Each of the roundings of a sum of n products adds at most 2^-24 of the sum of magnitudes; the last term is for
+    products below the smallest normal number, which units for bf16 take for zero. With int8 each x is off by half a
+    step of its row's 127 or 255 levels,
+    and rows too small for a scale in fp32 count as zero.
+    """
+    magnitudes = x.abs() @ weight.abs().T
+    error = (x.shape[-1] + 4) * 2.0**-24 * magnitudes + x.shape[-1] * 2.0**-126
+    if bias is not None:
+        error = error + 2.0**-23 * (bias.abs() + magnitudes)
+    if kind in ("int8", "dense_int8"):
+        low, high = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
+        step = (high - low) / 127 + 1e-36
+        error = error + 0.5001 * step * weight.abs().sum(dim=1)
+        # The zero point's share of the sum is taken away again in fp32.
+        error = error + 2.0**-22 * (high - low) * weight.abs().sum(dim=1)
+    return error
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_products_of_any_shape(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(native.FORMATS)))
+    dtype = data.draw(st.sampled_from(list(MAGNITUDES)))
+    rows, out_features = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 100))
+    in_features = 4 * data.draw(st.integers(1, 75))
+    if kind == "dense_int8":
+        in_features -= data.draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-12, -7e-13, 300.0, -500.0]), max_size=5))
+    weight = numbers((out_features, in_features), pool, generator)
+    weight = weight * 2.0 ** data.draw(st.sampled_from((-20, 0, 20) if dtype != torch.float16 else (-3, 0)))
+    if kind != "dense_int8":
+        weight = apply_mask(weight, magnitude_mask(weight, TWO_OF_FOUR))
+    x = numbers((rows, in_features), pool, generator)
+    exponents = torch.tensor(MAGNITUDES[dtype])[torch.randint(3, (rows, 1), generator=generator)]
+    x = (x * 2.0**exponents).to(dtype)
+    x = VIEWS[data.draw(st.sampled_from(list(VIEWS)))](x)
+    bias = torch.randn(out_features, generator=generator).to(dtype) if data.draw(st.booleans()) else None
+
+    packed = packed_weight(weight, kind)
+    exact = dense_weight(packed, kind, out_features, in_features)
+    before = x.clone()
+    found = native.multiply(x, packed, bias, kind, out_features)
+    assert found.shape == (*x.shape[:-1], out_features)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    wide, wide_bias = x.double(), None if bias is None else bias.double()
+    expected = wide @ exact.T if wide_bias is None else wide @ exact.T + wide_bias
+    error = largest_error(wide, exact, wide_bias, kind)
+    error = error + ROUNDING[dtype] * (expected.abs() + error) + (2.0**-24 if dtype == torch.float16 else 0)
+    largest = torch.finfo(dtype).max
+    fits = expected.abs() + error < largest  # a product of fp16 may be infinite
+    assert ((found.double() - expected).abs() <= error)[fits].all()
+    assert not found.isnan().any()
+    assert torch.equal(found, native.multiply(x, packed, bias, kind, out_features))
+    assert torch.equal(x, before)
+
+
+def test_a_product_by_hand() -> None:
+    weight = torch.tensor([[0.0, 5.0, 0.0, -2.0, 3.0, 0.0, 4.0, 0.0], [1.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0]])
+    x, bias = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.5, 6.0, -1.0, 7.0]), torch.tensor([10.0, 20.0])
+    for kind in ("fp32", "bf16"):
+        found = native.multiply(x, packed_weight(weight, kind), bias, kind, 2)
+        assert found.tolist() == [10.0 + 5 * 2 - 2 * 4 + 3 * 0.5 - 4, 20.0 + 1 + 3 * 4]
+
+
+@pytest.mark.parametrize("kind", native.FORMATS)
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_a_row_that_is_not_finite_spoils_no_other(kind: str, rows: int) -> None:
+    weight = sparse_weight(40, 96)
+    packed, x = packed_weight(weight, kind), torch.randn(rows, 96)
+    kept = dense_weight(packed, kind, 40, 96) != 0
+    clean = native.multiply(x, packed, None, kind, 40)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for row, column in ((0, 0), (rows // 2, 50), (rows - 1, 95)):
+            spoilt = x.clone()
+            spoilt[row, column] = bad
+            found = native.multiply(spoilt, packed, None, kind, 40)
+            others = torch.arange(rows) != row
+            assert torch.equal(found[others], clean[others])
+            if "int8" in kind:
+                assert found[row].isnan().all()
+            else:
+                assert not found[row, kept[:, column]].isfinite().any()
+
+
+@pytest.mark.parametrize("kind", native.FORMATS)
+def test_a_row_whose_range_is_beyond_fp32(kind: str) -> None:
+    # The largest less the smallest is infinite, the product is not.
+    weight = sparse_weight(24, 64) * 2.0**-10
+    packed, x = packed_weight(weight, kind), torch.randn(5, 64)
+    x[2, :2] = torch.tensor([3e38, -3e38])
+    found = native.multiply(x, packed, None, kind, 24)
+    exact = dense_weight(packed, kind, 24, 64)
+    error = largest_error(x.double(), exact, None, kind)
+    assert ((found.double() - x.double() @ exact.T).abs() <= error).all()
+
+
+@pytest.mark.parametrize("kind", native.FORMATS)
+def test_threads_change_no_bit(kind: str) -> None:
+    weight = sparse_weight(700, 512)
+    packed, bias = packed_weight(weight, kind), torch.randn(700)
+    for rows in (1, 4, 17, 100, 520):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, 512).to(dtype)
+            found = []
+            for count in (1, 2, 3, 1):
+                with threads(count):
+                    found.append(native.multiply(x, packed, bias.to(dtype), kind, 700))
+            assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_calls_from_several_threads_at_once(count: int) -> None:
+    # Each thread of Python has scratch memory of its own, and all of them share torch's threads.
+    jobs: list[tuple[Tensor, Tensor, None, str, int]] = []
+    for number, kind in enumerate([*native.FORMATS] * 6):
+        out_features, in_features, rows = 64 + 40 * number, 64 * (1 + number % 5), 1 + 13 * number
+        packed = packed_weight(sparse_weight(out_features, in_features, seed=number), kind)
+        x = torch.randn(rows, in_features).to((torch.float32, torch.bfloat16)[number % 2])
+        jobs.append((x, packed, None, kind, out_features))
+    alone = [native.multiply(*job) for job in jobs]
+    with threads(count), ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            together = pool.map(lambda job: native.multiply(*job), jobs)
+            assert all(torch.equal(found, expected) for found, expected in zip(together, alone, strict=True))
+
+
+def in_a_child(check: Callable[[], None]) -> None:
+    """Runs ``check`` in a fork of this process; whatever it does to itself there, a failure is one test's failure."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            check()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    end = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+fork_warns = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+@forks
+@fork_warns
+def test_a_forked_child_computes() -> None:
+    weight, x = sparse_weight(300, 256), torch.randn(40, 256)
+    jobs = [(x, packed_weight(weight, kind), None, kind, 300) for kind in native.FORMATS]
+    with threads(2):  # torch's threads exist before the fork, and do not in the child
+        expected = [native.multiply(*job) for job in jobs]
+
+        def check() -> None:
+            assert all(torch.equal(native.multiply(*job), wanted) for job, wanted in zip(jobs, expected, strict=True))
+
+        in_a_child(check)
+
+
+@forks
+@fork_warns
+# ---- from file order to that of the library, and back ----
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_restoring_is_exact(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(native.FORMATS)))
+    rows, in_features = data.draw(st.integers(0, 40)), 4 * data.draw(st.integers(1, 50))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, 3e38, -1e-40, 2.0**-126]), min_size=1, max_size=5))
+    weight = numbers((rows, in_features), pool, generator)
+    if kind == "dense_int8":
+        values = torch.randint(-127, 128, (rows, in_features), generator=generator, dtype=torch.int8)
+        scales = torch.rand(rows, generator=generator)
+        repacked = native.repack(kind, in_features, values, scale=scales)
+        back, back_scale = native.restore(repacked, kind, rows, in_features)
+        assert torch.equal(back, values)
+        assert back_scale is not None
+        assert torch.equal(back_scale, scales)
+        return
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
+    dense = apply_mask(weight, magnitude_mask(weight, TWO_OF_FOUR)).clamp(-100 if kind == "int8" else -1e38, 1e38)
+    both = pack(dense.to(dtype), TWO_OF_FOUR)
+    scale = torch.rand(rows, generator=generator) if kind == "int8" else None
+    packed = native.repack(kind, in_features, both["weight"], both["weight_indices"], scale)
+    assert packed.numel() == native.packed_bytes(kind, rows, in_features)
+    back, back_scale = native.restore(packed, kind, rows, in_features)
+    expected = unpack(both["weight"], both["weight_indices"], TWO_OF_FOUR)
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}[dtype]
+    assert torch.equal(back.view(bits), expected.view(bits))  # -0.0 is not 0.0
+    assert (back_scale is None) == (scale is None)
+    assert scale is None or back_scale is None or torch.equal(back_scale, scale)
+
+
+# ---- the operator of torch ----
+
+
+@pytest.mark.parametrize("kind", native.FORMATS)
+def test_opcheck(kind: str) -> None:
+    packed = packed_weight(sparse_weight(12, 16), kind)
+    x, bias = torch.randn(2, 3, 16, requires_grad=True), torch.randn(12, requires_grad=True)
+    torch.library.opcheck(torch.ops.nmsparse.linear.default, (x, packed, bias, kind, 12))
+    torch.library.opcheck(torch.ops.nmsparse.linear.default, (x.detach()[0], packed, None, kind, 12))
+    torch.library.opcheck(torch.ops.nmsparse.weight.default, (packed, kind, 12, 16))
+
+
+# The import of torch's own compiler warns.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_torch_compile_in_one_graph() -> None:
+    torch.compiler.reset()
+    linear = torch.nn.Linear(16, 12)
+    linear.weight = torch.nn.Parameter(sparse_weight(12, 16))
+    layer = KernelLinear(PackedLinear.from_linear(linear, TWO_OF_FOUR), "fp32")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x = torch.randn(rows, 16, requires_grad=True)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x))
+        [grad] = torch.autograd.grad(compiled(x).square().sum(), x)
+        [expected] = torch.autograd.grad(layer(x).square().sum(), x)
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("kind", native.FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_dense_layer(kind: str, dtype: torch.dtype) -> None:
+    packed = packed_weight(sparse_weight(12, 32), kind)
+    dense = dense_weight(packed, kind, 12, 32).to(dtype)
+    x, bias = torch.randn(2, 5, 32).to(dtype), torch.randn(12).to(dtype)
+    upstream = torch.randn(2, 5, 12).to(dtype)
+    found = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+    cpu.linear(found[0], packed, found[1], kind, 12).backward(upstream)
+    expected = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+    torch.nn.functional.linear(expected[0], dense, expected[1]).backward(upstream)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert ours.grad.dtype == dtype
+        # The same product, summed in another order.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_only_what_asks_for_a_gradient_gets_one() -> None:
+    packed = packed_weight(sparse_weight(12, 16), "fp32")
+    bias = torch.randn(12, requires_grad=True)
+    out = cpu.linear(torch.randn(3, 16), packed, bias, "fp32", 12)
+    out.sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((12,), 3.0))
+    assert not cpu.linear(torch.randn(3, 16), packed, None, "fp32", 12).requires_grad
+    with torch.inference_mode():
+        assert not cpu.linear(torch.randn(3, 16), packed, bias, "fp32", 12).requires_grad
+
+
+def test_which_patterns_the_kernels_compute() -> None:
+    fitting = {f"{n}:{m}" for m in range(2, 33) for n in range(1, m) if cpu.fits(NMPattern(n, m), 2 * m)}
+    assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
+    assert not cpu.fits(TWO_OF_FOUR, 2 * 65536)
+    chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if kind != "dense_int8"}
+    assert chosen == {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+    assert cpu.preferred_format(torch.float16) == "fp32"
+
+
+# ---- masks and decay ----
+
+
+def plain_mask(row: list[float], pattern: NMPattern) -> list[bool]:
+    """The definition: of each group the N largest magnitudes, of equal ones the first."""
+    mask = []
+    for start in range(0, len(row), pattern.m):
+        order = sorted(range(pattern.m), key=lambda i: (-abs(row[start + i]), i))
+        mask += [place in order[: pattern.n] for place in range(pattern.m)]
+    return mask
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_masks_are_those_of_torch(data: st.DataObject) -> None:
+    m = data.draw(st.integers(2, 32))
+    pattern = NMPattern(data.draw(st.integers(1, m - 1)), m)
+    rows, groups = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    inf = float("inf")
+    pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, inf, -inf, 1e-45, -1e-45, 3e38]), max_size=6))
+    weight = numbers((rows, groups * m), pool, generator)
+    mask = torch.rand(weight.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    before, kept = mask.clone(), weight.clone()
+    assert native.can_rank(weight)
+    flips = native.rank(weight, mask, pattern)
+    assert torch.equal(mask, magnitude_mask(weight.double(), pattern))  # the library takes fp32 alone
+    assert flips == int((mask != before).sum())
+    assert torch.equal(weight, kept)
+    if rows:
+        assert mask[0].tolist() == plain_mask(weight[0].tolist(), pattern)
+        bad = weight.clone()
+        place = data.draw(st.integers(0, bad.numel() - 1))
+        bad.view(-1)[place] = data.draw(st.sampled_from([float("nan"), -float("nan")]))
+        with pytest.raises(ValueError, match=r"^mask: a weight of shape \[.*\] holds NaN, which has no rank"):
+            native.rank(bad, mask, pattern)
+
+    decay = data.draw(st.sampled_from([0.0, 2e-4, -0.5, 6.0]))
+    finite = weight.nan_to_num(0.0, 1.0, -1.0).clamp(-1e30, 1e30)
+    gradient = numbers((rows, groups * m), [0.0, -0.0, 1e-30], generator)
+    found = gradient.clone()
+    mask = torch.rand(weight.shape, generator=generator) < 0.5
+    native.decay_pruned(finite, mask, found, decay)
+    assert torch.equal(found[mask], gradient[mask])
+    term = decay * finite.double()
+    # Two roundings, of the product and of the sum, or one where they are one instruction.
+    error = 2.0**-23 * (gradient.double().abs() + term.abs()) + 2.0**-149
+    assert ((found.double() - (gradient.double() + term)).abs() <= error)[~mask].all()
+
+
+def test_masks_of_many_groups_on_many_threads() -> None:
+    weight = torch.randn(600, 1024)
+    for pattern in (TWO_OF_FOUR, NMPattern(4, 8), NMPattern(5, 32)):
+        expected = magnitude_mask(weight.double(), pattern)
+        for count in (1, 2, 3):
+            mask = torch.zeros(weight.shape, dtype=torch.bool)
+            with threads(count):
+                assert native.rank(weight, mask, pattern) == mask.numel() * pattern.n // pattern.m
+                assert torch.equal(mask, expected)
+                assert native.rank(weight, mask, pattern) == 0
+    weight[-1, -1] = float("nan")
+    with threads(2), pytest.raises(ValueError, match="holds NaN"):
+        native.rank(weight, mask, TWO_OF_FOUR)
+
+
+def test_which_weights_the_library_ranks() -> None:
+    class Special(Tensor):
+        pass
+
+    weight = torch.randn(4, 8)
+    assert native.can_rank(weight)
+    assert native.can_rank(torch.nn.Parameter(weight))
+    assert native.can_rank(weight.requires_grad_())
+    for other in (
+        weight.detach().T,
+        weight.detach()[:, ::2],
+        weight.double(),
+        weight.bfloat16(),
+        weight.to("meta"),
+        weight.detach().as_subclass(Special),
+    ):
+        assert not native.can_rank(other)
