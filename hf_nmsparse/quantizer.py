@@ -257,6 +257,8 @@ class NMSparseQuantizer(HfQuantizer):
                     layers[prefix] = found
                 elif found is not None and prefix + _SCALE in files:
                     self._converters.append(_converter(prefix, renamings, config.pattern, ("weight", "weight_scale")))
+            packed = {key.rpartition(".")[0] for key in files if key.endswith((_CODES, _SCALE))}
+            _check_number_types(files, model, renamings, packed)
         if not layers:
             raise PackedFormatError(
                 f"{Path(checkpoint_files[0]).name}: no key ends in {_CODES}, or none fits a layer of the model"
@@ -799,10 +801,24 @@ def _names_in_model(
     """For each module of a checkpoint that has a weight its name in ``model``; None where ``model`` has it not."""
     expected = model.state_dict()
     names: dict[str, str | None] = {}
-    for prefix in dict.fromkeys(key.rpartition(".")[0] for key in files if key.endswith((".weight", _CODES))):
+    for prefix in dict.fromkeys(key.rpartition(".")[0] for key in files if key.endswith((".weight", _CODES, _SCALE))):
         key, _ = rename_source_key(f"{prefix}.weight", renamings, [], model.base_model_prefix, expected)
         names[prefix] = key.removesuffix(".weight") if key in expected else None
     return names
+
+
+def _check_number_types(
+    files: Mapping[str, tuple[str, Any]], model: PreTrainedModel, renamings: list[WeightRenaming], packed: set[str]
+) -> None:
+    """Checks that what the model has in floating point is so in the files; ``packed`` modules have other rules."""
+    expected = model.state_dict()
+    for key, (file, opened) in files.items():
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
+        if name not in expected or key.rpartition(".")[0] in packed:
+            continue
+        found = opened.get_slice(key).get_dtype()
+        if expected[name].is_floating_point() != found.startswith(("F", "BF")):
+            raise PackedFormatError(f"{file}: {key}: the model has {expected[name].dtype} here, got {found}")
 
 
 def _check_layer(
@@ -810,10 +826,10 @@ def _check_layer(
 ) -> None:
     """Checks what the files hold for one layer, which is None if the model has it not."""
     if prefix + _CODES not in files:
-        file, opened = files[f"{prefix}.weight"]
         if prefix + _SCALE in files:
             _check_embedding(files, prefix, layer, config)
         elif isinstance(layer, nn.Linear) and layer.in_features % config.pattern.m == 0:
+            file, opened = files[f"{prefix}.weight"]
             values, _ = packed_shapes(layer.out_features, layer.in_features, config.pattern)
             if tuple(opened.get_slice(f"{prefix}.weight").get_shape()) == values:
                 raise PackedFormatError(f"{file}: {prefix}{_CODES}: codes are missing beside packed values")
