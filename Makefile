@@ -18,8 +18,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed  ## the mask benchmark
+bench: .venv/installed  ## masks, layers, whole models and training steps: half an hour on a quiet machine
 	$(BIN)/python -m benchmarks.masks
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.training
 
 # torch first: its own line picks the build that the index has for this machine, and nothing later replaces it.
 .venv/installed: pyproject.toml tests/constraints.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/*)
