@@ -8,7 +8,8 @@ each candidate loads the file that its users would. Sentences of 24 random token
 with four beams, one and sixteen at a time, on 1 and 2 threads, all candidates interleaved in one process.
 
 CTranslate2 is measured where it is installed, ``pip install ctranslate2``; its tokens are checked against those of
-transformers, as are everybody's. The dense int8 candidate has the package's int8 kernels and no sparsity: what is
+transformers, as are everybody's. It takes its turns in a process of its own: two OpenMP runtimes in one process slow
+torch's threads to half their speed. The dense int8 candidate has the package's int8 kernels and no sparsity: what is
 between it and the 2:4 one is what sparsity brings.
 """
 
@@ -16,9 +17,12 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -128,17 +132,36 @@ def ctranslate2_files(folders: dict[str, Path], names: list[str]) -> None:
         converter.convert(str(folders[candidate]), quantization=quantization)
 
 
-def by_ctranslate2(translator: Any, names: list[str], length: int) -> Translate:
-    places = {name: place for place, name in enumerate(names)}
-
-    def translate(source: Tensor, beams: int) -> list[list[int]]:
-        texts = [[names[token] for token in sentence] for sentence in source.tolist()]
+def serve_ctranslate2(pipe: Connection, folder: str, compute: str, threads: int, length: int) -> None:
+    """Translates what comes through the pipe, until None comes."""
+    ctranslate2 = importlib.import_module("ctranslate2")
+    translator = ctranslate2.Translator(folder, compute_type=compute, intra_threads=threads, inter_threads=1)
+    while (asked := pipe.recv()) is not None:
+        texts, beams = asked
         found = translator.translate_batch(
             texts, beam_size=beams, min_decoding_length=length, max_decoding_length=length
         )
-        return [[places[token] for token in result.hypotheses[0]] for result in found]
+        pipe.send([result.hypotheses[0] for result in found])
 
-    return translate
+
+@contextmanager
+def by_ctranslate2(folder: Path, compute: str, threads: int, names: list[str], length: int) -> Iterator[Translate]:
+    """CTranslate2 in a child process."""
+    places = {name: place for place, name in enumerate(names)}
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    child = context.Process(target=serve_ctranslate2, args=(other, str(folder), compute, threads, length))
+    child.start()
+
+    def translate(source: Tensor, beams: int) -> list[list[int]]:
+        pipe.send(([[names[token] for token in sentence] for sentence in source.tolist()], beams))
+        return [[places[token] for token in sentence] for sentence in pipe.recv()]
+
+    try:
+        yield translate
+    finally:
+        pipe.send(None)
+        child.join()
 
 
 def size(folder: Path) -> int:
@@ -176,14 +199,11 @@ def main() -> None:
             missing = dict.fromkeys(THEIRS, str(error))
 
         rows, tokens = [], {}
-        for threads in options.threads:
-            if ctranslate2 is not None:
-                for name, (compute, _) in THEIRS.items():
-                    translator = ctranslate2.Translator(
-                        str(folders[name]), compute_type=compute, intra_threads=threads, inter_threads=1
-                    )
-                    candidates[name] = by_ctranslate2(translator, names, length)
-            for beams, batch in itertools.product((1, 4), (1, 16)):
+        for threads, (beams, batch) in itertools.product(options.threads, itertools.product((1, 4), (1, 16))):
+            with ExitStack() as children:
+                for name, (compute, _) in THEIRS.items() if ctranslate2 is not None else ():
+                    child = by_ctranslate2(folders[name], compute, threads, names, length)
+                    candidates[name] = children.enter_context(child)
                 generator = torch.Generator().manual_seed(0)
                 source = torch.randint(2, vocabulary - 1, (batch, source_length), generator=generator)
                 source[:, -1] = 0

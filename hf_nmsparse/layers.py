@@ -130,7 +130,9 @@ class PackedLinear(nn.Module):
         empty = torch.zeros(values, device=device, dtype=torch.int8 if int8 else dtype)
         self.weight = nn.Parameter(empty, requires_grad=not int8)
         self.register_buffer("weight_indices", torch.zeros(codes, device=device, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(out_features, device=device) if int8 else None)
+        self.register_buffer(
+            "weight_scale", torch.ones(out_features, device=device, dtype=torch.float32) if int8 else None
+        )
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod

@@ -101,7 +101,19 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """
     if native.can_rank(weight) and mask.is_contiguous() and mask.shape == weight.shape:
         return native.masked(weight, mask)
-    return torch.where(mask, weight, weight.new_zeros(()))
+    bits = _BITS.get(weight.dtype)
+    if bits is None or weight.device.type != "cpu":
+        return torch.where(mask, weight, weight.new_zeros(()))
+    # On CPUs a select takes several times as long as an "and" with all ones or none.
+    return (weight.view(bits) & mask.to(bits).neg_()).view(weight.dtype)
+
+
+_BITS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def count_violations(weight: Tensor, pattern: NMPattern) -> int:

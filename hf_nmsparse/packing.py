@@ -137,10 +137,13 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.ones_like(largest)
     error = torch.full_like(largest, torch.inf)
     for clip in _CLIPS:
-        short = (((largest * clip / INT8_LARGEST).view(torch.int32) + 0x80) & ~0xFF).view(torch.float32)
+        bits = (largest * clip / INT8_LARGEST).view(torch.int32)
+        short = ((bits + 0x80) & ~0xFF).view(torch.float32)
+        short = torch.where(torch.isfinite(short * INT8_LARGEST), short, (bits & ~0xFF).view(torch.float32))
         short = torch.where(short > torch.finfo(torch.float32).tiny, short, 1.0)
         rounded = _round_rows(weight, short)
-        new = (rounded.mul_(short[:, None]) - weight).square_().sum(dim=1)
+        # In units of the largest magnitude, so that no square overflows.
+        new = (rounded.mul_(short[:, None]) - weight).div_(largest[:, None]).square_().sum(dim=1)
         scale, error = torch.where(new < error, short, scale), torch.minimum(new, error)
     return _round_rows(weight, scale).to(torch.int8), scale
 

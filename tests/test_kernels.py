@@ -1,17 +1,21 @@
+"""The layers of inference: PackedLinear on the reference product, KernelLinear and Int8Head on the native kernels."""
+
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import reference
-from hf_nmsparse.layers import PackedLinear, sparse_layers
+from hf_nmsparse.kernels import native, reference
+from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
-from hf_nmsparse.packing import pack
+from hf_nmsparse.packing import pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(3, 5), NMPattern(16, 32)]
@@ -110,3 +114,345 @@ def test_packed_layer_refuses_other_weights() -> None:
         PackedLinear(6, 4, NMPattern(2, 4))
     with pytest.raises(ValueError, match="fc1 has 4 groups"):
         PackedLinear.from_linear(nn.Linear(4, 4), NMPattern(2, 4), "fc1")
+
+
+def int8_packed(linear: nn.Linear, pattern: NMPattern) -> PackedLinear:
+    """A layer as a file with int8 values makes it."""
+    tensors = pack(linear.weight, pattern)
+    values, scale = quantize_rows(tensors["weight"])
+    packed = PackedLinear(
+        linear.in_features, linear.out_features, pattern, linear.bias is not None, dtype=linear.weight.dtype, int8=True
+    )
+    packed.load_state_dict(
+        {"weight": values, "weight_indices": tensors["weight_indices"], "weight_scale": scale}
+        | ({} if linear.bias is None else {"bias": linear.bias})
+    )
+    return packed
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+class TestInt8Values:
+    """PackedLinear with int8 values and a scale for each row."""
+
+    def test_by_hand(self) -> None:
+        linear = nn.Linear(4, 2)
+        linear.weight = nn.Parameter(torch.tensor([[0.0, 254.0, 0.0, -2.0], [127.0, 0.0, 0.0, 3.0]]))
+        packed = int8_packed(linear, NMPattern(2, 4))
+        assert packed.weight.tolist() == [[127, -1], [127, 3]]
+        assert not packed.weight.requires_grad
+        assert packed.weight_scale is not None
+        assert packed.weight_scale.tolist() == [2.0, 1.0]
+        assert torch.equal(packed.dense_weight(), linear.weight)
+        assert torch.equal(packed(torch.ones(3, 4)), linear(torch.ones(3, 4)))
+        assert torch.equal(packed.to_linear().weight, linear.weight)
+        assert repr(packed) == "PackedLinear(in_features=4, out_features=2, bias=True, pattern=2:4, values=int8)"
+
+    def test_casts_leave_values_and_scales_as_they_are(self) -> None:
+        packed = int8_packed(sparse_linear(NMPattern(2, 4)), NMPattern(2, 4))
+        before = {key: tensor.clone() for key, tensor in packed.packed_tensors().items()}
+        x = torch.randn(3, 28)
+        for cast, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("float", torch.float32)):
+            getattr(packed, cast)()
+            assert packed.dtype == dtype
+            assert packed(x.to(dtype)).dtype == dtype
+            assert packed.dense_weight().dtype == dtype
+            after = packed.packed_tensors()
+            assert all(after[key].dtype == before[key].dtype for key in before)
+            assert all(torch.equal(after[key], before[key]) for key in before)
+        assert packed.to("meta").packed_tensors()["weight_scale"].is_meta
+
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+    def test_scales_are_fp32_whatever_the_default_type(self, default: torch.dtype) -> None:
+        # from_pretrained makes the model's type the default while it builds the model.
+        torch.set_default_dtype(default)
+        try:
+            packed = PackedLinear(8, 4, NMPattern(2, 4), int8=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert packed.weight_scale is not None
+        assert packed.weight_scale.dtype == torch.float32
+        assert packed.dtype == default
+
+
+# Distance to the product with the weight of the file, in norm; the layers are too small for the norm to vary little.
+KERNEL_BOUNDS = {"fp32": 1e-6, "bf16": 4e-3, "int8": 3e-2}
+FITTING = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 16), NMPattern(2, 32)]
+needs_library = pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+
+
+@needs_library
+class TestKernelLinear:
+    @pytest.mark.parametrize("pattern", FITTING, ids=str)
+    @pytest.mark.parametrize("format", KERNEL_BOUNDS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_it_computes_nearly_what_the_dense_layer_does(
+        self, pattern: NMPattern, format: str, dtype: torch.dtype
+    ) -> None:
+        linear = sparse_linear(pattern, dtype=dtype)
+        layer = KernelLinear(PackedLinear.from_linear(linear, pattern), format)
+        assert layer.bias is linear.bias
+        assert sparse_layers(nn.Sequential(layer)) == {"0": pattern}
+        x = inputs(linear)
+        out, expected = layer(x), F.linear(x.float(), linear.weight.float(), linear.bias.float())
+        assert (out.dtype, out.shape) == (dtype, expected.shape)
+        rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]  # of the output
+        assert distance(out, expected) < KERNEL_BOUNDS[format] + rounding
+        assert layer.weight.shape == linear.weight.shape
+        assert (layer.weight.dtype, layer.weight.is_meta) == (dtype, True)
+
+    @pytest.mark.parametrize("pattern", FITTING, ids=str)
+    @pytest.mark.parametrize(
+        ("format", "dtype"),
+        [("fp32", torch.float32), ("fp32", torch.float16), ("fp32", torch.bfloat16), ("bf16", torch.bfloat16)],
+    )
+    def test_the_weight_of_the_file_comes_back(self, pattern: NMPattern, format: str, dtype: torch.dtype) -> None:
+        linear = sparse_linear(pattern, dtype=dtype)
+        with torch.no_grad():
+            linear.weight[0] = 0.0
+            linear.weight[0, -1] = -0.0
+        packed = PackedLinear.from_linear(linear, pattern)
+        layer = KernelLinear(packed, format)
+        back = layer.to_packed()
+        assert (back.pattern, back.dtype, back.bias) == (pattern, dtype, linear.bias)
+        for found in (layer.packed_tensors(), back.packed_tensors()):
+            for key, tensor in packed.packed_tensors().items():
+                assert found[key].dtype == tensor.dtype
+                assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8))  # -0.0 is not 0.0
+        assert torch.equal(layer.dense_weight(), linear.weight)
+
+    @pytest.mark.parametrize("pattern", FITTING, ids=str)
+    def test_int8_values_come_back(self, pattern: NMPattern) -> None:
+        linear = sparse_linear(pattern)
+        packed = int8_packed(linear, pattern)
+        layer = KernelLinear(packed, "int8")
+        # A kept value that was rounded to zero has the place that `pack` gives it.
+        tensors = packed.packed_tensors()
+        canonical = pack(unpack(tensors["weight"], tensors["weight_indices"], pattern), pattern)
+        found = layer.packed_tensors()
+        assert torch.equal(found["weight"], canonical["weight"])
+        assert torch.equal(found["weight_indices"], canonical["weight_indices"])
+        assert torch.equal(found["weight_scale"], tensors["weight_scale"])
+        assert torch.equal(layer.dense_weight(), packed.dense_weight())
+        assert torch.equal(KernelLinear(packed, "fp32").dense_weight(), packed.dense_weight())
+        back = layer.to_packed()
+        assert torch.equal(back.dense_weight(), packed.dense_weight())
+        assert not back.weight.requires_grad
+
+    def test_what_it_cannot_compute(self) -> None:
+        for pattern in (NMPattern(3, 5), NMPattern(4, 8), NMPattern(1, 2)):
+            with pytest.raises(ValueError, match=f"no kernel for {pattern} with .* inputs; choose compute='dense'"):
+                KernelLinear(PackedLinear.from_linear(sparse_linear(pattern), pattern), "fp32")
+        packed = PackedLinear.from_linear(sparse_linear(NMPattern(2, 4)), NMPattern(2, 4))
+        with pytest.raises(ValueError, match="the weight lies on meta, not on the CPU; choose compute='dense'"):
+            KernelLinear(packed.to("meta"), "fp32")
+
+    @pytest.fixture(params=["fp32", "bf16", "int8", "int8 file"])
+    def layer(self, request: pytest.FixtureRequest) -> KernelLinear:
+        linear = sparse_linear(NMPattern(2, 4))
+        if request.param == "int8 file":
+            return KernelLinear(int8_packed(linear, NMPattern(2, 4)), "int8").eval()
+        return KernelLinear(PackedLinear.from_linear(linear, NMPattern(2, 4)), request.param).eval()
+
+    def test_copies(self, layer: KernelLinear) -> None:
+        x = torch.randn(3, 28)
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(copied(x), layer(x))
+            assert torch.equal(copied.kernel_weight, layer.kernel_weight)
+            assert copied.kernel_weight.data_ptr() != layer.kernel_weight.data_ptr()
+            assert copied.bias is not layer.bias
+            assert (copied.pattern, copied.format, copied.training) == (layer.pattern, layer.format, False)
+            assert repr(copied) == repr(layer)
+        assert f"in_features=28, out_features=6, bias=True, pattern=2:4, format={layer.format}" in repr(layer)
+        # What is pickled is what the file holds, never the order of this machine's unit.
+        assert layer.kernel_weight.numpy().tobytes() not in pickle.dumps(layer)
+
+    def test_state_dicts(self, layer: KernelLinear) -> None:
+        x = torch.randn(3, 28)
+        state = layer.state_dict()
+        scales = ["weight_scale"] if layer.format == "int8" else []
+        assert sorted(state) == ["bias", "weight", "weight_indices", *scales]
+        other = copy.deepcopy(layer)
+        with torch.no_grad():
+            other.bias.zero_()  # type: ignore[union-attr]
+        other.kernel_weight.zero_()
+        assert other.load_state_dict(state) == ([], [])
+        assert torch.equal(other(x), layer(x))
+        assert torch.equal(other.kernel_weight, layer.kernel_weight)
+        packed = PackedLinear(28, 6, NMPattern(2, 4), int8=layer.format == "int8")
+        packed.load_state_dict(state)  # the names are the same
+        assert torch.equal(packed.dense_weight(), layer.dense_weight())
+        inside = nn.Sequential(copy.deepcopy(layer))
+        assert inside.load_state_dict({f"0.{key}": tensor for key, tensor in state.items()}) == ([], [])
+
+    def test_what_does_not_load(self, layer: KernelLinear) -> None:
+        state, x = layer.state_dict(), torch.randn(3, 28)
+        expected = layer(x)
+
+        def fails(change: dict[str, Any], message: str) -> None:
+            changed = {key: tensor for key, tensor in (state | change).items() if tensor is not None}
+            with pytest.raises(RuntimeError, match=message):
+                nn.Sequential(layer).load_state_dict({f"0.{key}": tensor for key, tensor in changed.items()})
+            assert torch.equal(layer(x), expected)
+
+        codes = state["weight_indices"]
+        fails({"weight": None}, r"Missing key\(s\) in state_dict: \"0\.weight\"")
+        fails({"weight_indices": None}, r"Missing key\(s\) in state_dict: \"0\.weight_indices\"")
+        fails({"bias": None}, r"Missing key\(s\) in state_dict: \"0\.bias\"")
+        fails({"x": torch.zeros(1)}, r"Unexpected key\(s\) in state_dict: \"0\.x\"")
+        fails({"weight_indices": codes | 7}, r"0\.weight_indices: codes of 2:4 are 0 to 5, got 7")
+        fails({"weight_indices": codes[:, :2]}, r"0\.weight_indices: shape must be \[6, 3\]")
+        fails({"weight_indices": codes.to(torch.int64)}, r"0\.weight_indices: codes are uint8")
+        fails({"weight_indices": codes.to("meta")}, "meta")
+        fails({"weight": state["weight"][:, :12]}, r"0\.weight: the model's layer is \[6, 28\]")
+        fails({"weight": state["weight"][0]}, r"0\.weight: values of 2:4 have rows of a multiple of 2")
+        fails({"weight": torch.zeros(6, 28)}, r"0\.weight: the model's layer is \[6, 28\]")
+        fails({"bias": torch.zeros(5)}, r"size mismatch for 0\.bias")
+        if layer.format == "int8":
+            scale = state["weight_scale"]
+            fails({"weight_scale": None}, r"Missing key\(s\) in state_dict: \"0\.weight_scale\"")
+            fails({"weight_scale": scale[:5]}, r"0\.weight_scale: scales are fp32 \[6\]")
+            fails({"weight_scale": -scale}, r"0\.weight_scale: scales are positive")
+            fails({"weight": state["weight"].float()}, r"0\.weight_scale: only values of int8 have a scale")
+        else:
+            fails({"weight": state["weight"] * float("nan")}, r"0\.weight: values must be finite")
+            fails({"weight_scale": torch.ones(6)}, r"Unexpected key\(s\) in state_dict: \"0\.weight_scale\"")
+            fails({"weight": torch.ones(6, 14, dtype=torch.int8)}, r"0\.weight_scale: scales are missing beside int8")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_casts(self, layer: KernelLinear, dtype: torch.dtype) -> None:
+        x = torch.randn(3, 28)
+        expected, weight = layer(x), layer.kernel_weight
+        layer.to(dtype)
+        assert (layer.dtype, layer.weight.dtype) == (dtype, dtype)
+        assert torch.equal(layer.kernel_weight, weight)
+        out = layer(x.to(dtype))
+        assert out.dtype == dtype
+        assert distance(out, expected) < 1e-2  # input, bias and output were rounded, to 8 bits at least
+        assert layer.dense_weight().dtype == dtype
+        assert layer.state_dict()["weight"].dtype == (torch.int8 if layer.format == "int8" else dtype)
+        # Inputs of another type than the layer's are computed in theirs, as autocast hands them over.
+        assert layer(x).dtype == torch.float32
+
+    def test_a_layer_without_data(self, layer: KernelLinear) -> None:
+        layer.to("meta")
+        assert layer.kernel_weight.is_meta
+        assert layer.bias is not None
+        assert layer.bias.is_meta
+        with torch.no_grad(), pytest.raises(ValueError, match="bytes on meta are no"):
+            layer(torch.randn(3, 28))
+        assert layer(torch.randn(3, 28, device="meta")).shape == (3, 6)
+
+    def test_float64_is_refused(self, layer: KernelLinear) -> None:
+        with pytest.raises(ValueError, match=r"x is in fp32, bf16 or fp16, got torch\.float64; cast it"):
+            layer.double()(torch.randn(3, 28).double())
+
+    def test_gradients_reach_bias_and_input_alone(self, layer: KernelLinear) -> None:
+        x = torch.randn(2, 5, 28)
+        dense = nn.Linear(28, 6)
+        dense.weight, dense.bias = nn.Parameter(layer.dense_weight()), copy.deepcopy(layer.bias)  # type: ignore[assignment]
+        grads = []
+        for module in (layer, dense):
+            given = x.clone().requires_grad_()
+            module(given).sum().backward()
+            bias = module.bias
+            assert bias is not None
+            assert bias.grad is not None
+            grads.append((given.grad, bias.grad))
+        assert torch.equal(grads[0][1], grads[1][1])
+        torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-5, atol=1e-6)  # one sum in another order
+        assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+    def test_autocast(self, layer: KernelLinear) -> None:
+        x = torch.randn(3, 28)
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert distance(layer(x), expected) < 1e-2
+            assert distance(layer(F.linear(x, torch.eye(28))), expected) < 1e-2  # its input is in bf16
+
+
+class Tied(nn.Module):
+    """An embedding and the output projection that shares its weight."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 24)
+        self.head = nn.Linear(24, 50, bias=bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(tokens))
+        return logits
+
+
+@needs_library
+class TestInt8Head:
+    def test_the_layer_itself_is_turned(self) -> None:
+        model = Tied()
+        linear, weight, keys = model.head, model.embedding.weight, list(model.state_dict())
+        tokens = torch.arange(50)
+        expected = model(tokens)
+        head = Int8Head.from_linear(linear)
+        assert head is linear is model.head
+        assert isinstance(head, nn.Linear)
+        assert head.weight is weight is model.embedding.weight
+        assert list(model.state_dict()) == keys
+        assert 0 < distance(model(tokens), expected) < 2e-2  # as the issue of kernels promises
+        back = head.to_linear()
+        assert back is linear
+        assert type(back) is nn.Linear
+        assert not list(back.buffers())
+        assert torch.equal(model(tokens), expected)
+        Int8Head.from_linear(back).to_linear()
+        assert torch.equal(model(tokens), expected)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize(
+        "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+    )
+    def test_copies_stay_tied(self, how: Callable[[Tied], Tied], bias: bool) -> None:
+        model, tokens = Tied(bias), torch.arange(50)
+        Int8Head.from_linear(model.head)
+        copied = how(model)
+        assert type(copied.head) is Int8Head
+        assert copied.head.weight is copied.embedding.weight
+        assert copied.head.weight is not model.head.weight
+        assert torch.equal(copied(tokens), model(tokens))
+        assert list(copied.state_dict()) == list(model.state_dict())
+
+    def test_loading_renews_the_rounded_weight(self) -> None:
+        model, other, tokens = Tied(), Tied(), torch.arange(50)
+        head = Int8Head.from_linear(model.head)
+        model.load_state_dict(other.state_dict())
+        assert distance(model(tokens), other(tokens)) < 2e-2
+        assert head.weight is model.embedding.weight
+        with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
+            model.load_state_dict(other.state_dict() | {"head.weight": torch.zeros(50, 20)})
+
+    def test_casts(self) -> None:
+        model, tokens = Tied(), torch.arange(50)
+        Int8Head.from_linear(model.head)
+        expected = model(tokens)
+        for dtype in (torch.bfloat16, torch.float16):
+            cast = copy.deepcopy(model).to(dtype)
+            assert cast(tokens).dtype == dtype
+            assert distance(cast(tokens), expected) < 2e-2  # embeddings, and with them the inputs, were rounded
+        with torch.no_grad(), pytest.raises(ValueError, match="bytes on meta are no dense_int8 weight"):
+            model.to("meta").head(torch.randn(1, 24))
+
+    @pytest.mark.parametrize("in_features", [1, 3, 17, 100])
+    def test_any_width(self, in_features: int) -> None:
+        linear, x = nn.Linear(in_features, 33), torch.randn(9, in_features)
+        expected = linear(x)
+        assert distance(Int8Head.from_linear(linear)(x), expected) < 3e-2
+
+    def test_refusals(self) -> None:
+        with pytest.raises(ValueError, match="the head lies on meta, not on the CPU; choose head='dense'"):
+            Int8Head.from_linear(nn.Linear(4, 4, device="meta"))
+        wide = nn.Linear(65537, 1)
+        with pytest.raises(ValueError, match="int8 takes up to 65536 inputs, got 65537; keep it dense"):
+            Int8Head.from_linear(wide)
+        assert type(wide) is nn.Linear

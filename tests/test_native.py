@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.layers import KernelLinear, PackedLinear
@@ -271,8 +273,7 @@ def largest_error(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> 
 
     Each of the roundings of a sum of n products adds at most 2^-24 of the sum of magnitudes; the last term is for
     products below the smallest normal number, which units for bf16 take for zero. With int8 each x is off by half a
-    step of its row's 127 or 255 levels,
-    and rows too small for a scale in fp32 count as zero.
+    step of its row's 127 or 255 levels, and rows too small for a scale in fp32 count as zero.
     """
     magnitudes = x.abs() @ weight.abs().T
     error = (x.shape[-1] + 4) * 2.0**-24 * magnitudes + x.shape[-1] * 2.0**-126
@@ -337,9 +338,9 @@ def test_a_product_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", native.FORMATS)
 @pytest.mark.parametrize("rows", [1, 7, 70])
-def test_a_row_that_is_not_finite_spoils_no_other(kind: str, rows: int) -> None:
-    weight = sparse_weight(40, 96)
-    packed, x = packed_weight(weight, kind), torch.randn(rows, 96)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # some units have kernels of their own for bf16
+def test_a_row_that_is_not_finite_spoils_no_other(kind: str, rows: int, dtype: torch.dtype) -> None:
+    packed, x = packed_weight(sparse_weight(40, 96), kind), torch.randn(rows, 96).to(dtype)
     kept = dense_weight(packed, kind, 40, 96) != 0
     clean = native.multiply(x, packed, None, kind, 40)
     for bad in (float("nan"), float("inf"), float("-inf")):
@@ -439,6 +440,137 @@ def test_a_forked_child_computes() -> None:
 
 @forks
 @fork_warns
+@pytest.mark.parametrize("kind", native.FORMATS)
+def test_the_default_type_of_torch_does_not_matter(kind: str) -> None:
+    # Of a narrower type, the memory would be too short for the scales.
+    packed = packed_weight(sparse_weight(40, 64), kind)
+    expected = native.restore(packed, kind, 40, 64)
+
+    def check() -> None:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            for found, wanted in zip(native.restore(packed, kind, 40, 64), expected, strict=True):
+                if found is not None and wanted is not None:
+                    assert found.dtype == wanted.dtype
+                    assert torch.equal(found, wanted)
+
+    in_a_child(check)
+
+
+@forks
+@fork_warns
+@pytest.mark.parametrize("kind", native.FORMATS)
+def test_the_default_device_of_torch_does_not_matter(kind: str) -> None:
+    # On a device that has no memory, or other memory, the library would write where nothing is.
+    weight, x = sparse_weight(40, 64), torch.randn(3, 64)
+    packed = packed_weight(weight, kind)
+    both, (values, scale) = pack(weight, TWO_OF_FOUR), quantize_rows(weight)
+
+    def calls() -> list[Tensor]:
+        return [
+            native.multiply(x, packed, None, kind, 40),
+            native.restore(packed, kind, 40, 64)[0],
+            native.repack("fp32", 64, both["weight"], both["weight_indices"]),
+            native.repack("dense_int8", 64, values, scale=scale),
+            magnitude_mask(weight, TWO_OF_FOUR),
+        ]
+
+    expected = calls()
+
+    def check() -> None:
+        with torch.device("meta"):
+            found = calls()
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(found, expected, strict=True))
+
+    in_a_child(check)
+
+
+@forks
+@fork_warns
+def test_tracers_see_a_product() -> None:
+    # Where tensors have no memory, or calls are recorded, the short way past the dispatcher must not be taken.
+    packed, x = packed_weight(sparse_weight(12, 16), "fp32"), torch.randn(3, 16)
+    expected = native.multiply(x + 1, packed, None, "fp32", 12)
+
+    @torch.no_grad()
+    def check() -> None:
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: cpu.linear(x, packed, None, "fp32", 12), x, check_trace=False)
+        assert torch.equal(traced(x + 1), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = cpu.linear(torch.empty(3, 16), packed, None, "fp32", 12)
+        assert isinstance(fake, FakeTensor)
+        assert fake.shape == (3, 12)
+
+    in_a_child(check)
+
+
+class TestRefusals:
+    """What is not as it must be is an error before a byte is read."""
+
+    @pytest.fixture
+    def packed(self) -> Tensor:
+        return packed_weight(sparse_weight(8, 64), "fp32")
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.ones(2, 64, dtype=torch.float64), r"x is in fp32, bf16 or fp16, got torch\.float64; cast it"),
+            (torch.ones(2, 64, dtype=torch.int64), r"x is in fp32, bf16 or fp16, got torch\.int64; cast it"),
+            (torch.empty(2, 64, device="meta"), "x lies on meta and these kernels run on CPUs; load with"),
+            (torch.ones(2, 20), "bytes on cpu are no fp32 weight of"),
+            (torch.ones(64, 2), "bytes on cpu are no fp32 weight of"),
+        ],
+        ids=["float64", "int64", "meta", "width", "turned over"],
+    )
+    def test_inputs(self, packed: Tensor, x: Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            native.multiply(x, packed, None, "fp32", 8)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda packed: packed[:-1],
+            lambda packed: torch.cat([packed, packed]),
+            lambda packed: packed.to("meta"),
+            lambda packed: packed.to(torch.float16),  # nn.Module.type casts every tensor
+            lambda packed: torch.cat([packed, packed])[::2],
+        ],
+        ids=["short", "long", "meta", "fp16", "strided"],
+    )
+    def test_weights(self, packed: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        with pytest.raises(ValueError, match="no fp32 weight of"):
+            native.multiply(torch.ones(2, 64), change(packed), None, "fp32", 8)
+        with pytest.raises(ValueError, match="no fp32 weight of"):
+            native.restore(change(packed), "fp32", 8, 64)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("shape", [(7,), (9,), (1,), (8, 1), ()], ids=str)
+    def test_biases(self, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        with pytest.raises(ValueError, match="bias is"):
+            native.multiply(torch.ones(2, 64, dtype=dtype), packed, torch.zeros(shape), "fp32", 8)
+        with pytest.raises(ValueError, match="bias is"):
+            native.multiply(torch.ones(2, 64, dtype=dtype), packed, torch.empty(8, device="meta"), "fp32", 8)
+
+    def test_what_is_repacked(self) -> None:
+        both = pack(sparse_weight(8, 16), TWO_OF_FOUR)
+        values, codes = both["weight"], both["weight_indices"]
+        for wrong in (values.double(), values[:, :6], values.bfloat16()):
+            with pytest.raises(ValueError, match=r"repack: values .* do not fit fp32 of 16"):
+                native.repack("fp32", 16, wrong, codes)
+        for places in (None, codes[:, :1], codes[:7], codes.to(torch.int8)):
+            with pytest.raises(ValueError, match=r"repack: codes must be uint8 \[8, 2\]"):
+                native.repack("fp32", 16, values, places)
+        for scale in (None, torch.ones(7), torch.ones(8, 1), torch.ones(8, dtype=torch.bfloat16)):
+            with pytest.raises(ValueError, match=r"repack: int8 needs a scale, fp32 \[8\]"):
+                native.repack("int8", 16, values.to(torch.int8), codes, scale)
+        for lost in ((values.to("meta"), codes, None), (values, codes.to("meta"), None)):
+            with pytest.raises(ValueError, match="repack: values, codes and scale lie on the CPU; move them there"):
+                native.repack("fp32", 16, *lost)
+        with pytest.raises(ValueError, match="repack: 2:4 weights have a multiple of 4 columns, got 18"):
+            native.repack("fp32", 18, values, codes)
+
+
 # ---- from file order to that of the library, and back ----
 
 

@@ -16,12 +16,14 @@ from hf_nmsparse.packing import (
     VALUE_DTYPES,
     PackedFormatError,
     check_packed,
+    check_quantized,
     code_bits,
     decode,
     encode,
     pack,
     packed_bytes,
     packed_shapes,
+    quantize_rows,
     unpack,
 )
 from hf_nmsparse.pattern import NMPattern
@@ -242,6 +244,148 @@ def test_unpack_never_reads_beyond_its_input() -> None:
         unpack(torch.ones(1, 3), codes, TWO_OF_FOUR)
     with pytest.raises(ValueError, match="2 rows of values and 1 rows of codes"):
         unpack(torch.ones(2, 4), codes, TWO_OF_FOUR)
+
+
+def test_int8_by_hand() -> None:
+    weight = torch.tensor([[0, 5, 0, -2, 127, 0, -127, 0], [0, 0, 0, 7, 0, 0, 0, 0]], dtype=torch.int8)
+    packed = pack(weight, TWO_OF_FOUR)
+    assert packed["weight"].dtype == torch.int8
+    assert packed["weight"].tolist() == [[5, -2, 127, -127], [0, 7, 0, 0]]
+    assert packed["weight_indices"].tolist() == [[4 | 1 << 3], [2 | 0 << 3]]
+    assert torch.equal(unpack(packed["weight"], packed["weight_indices"], TWO_OF_FOUR), weight)
+    check_packed(packed["weight"], packed["weight_indices"], TWO_OF_FOUR, torch.int8, (2, 8), scale=torch.ones(2))
+    assert packed_bytes(2, 8, TWO_OF_FOUR, torch.int8) == 2 * (4 + 1)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_round_trip_of_int8_is_exact(data: st.DataObject) -> None:
+    pattern = data.draw(st.sampled_from(PATTERNS))
+    rows, groups = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 19))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31 - 1)))
+    master = torch.randint(-127, 128, (rows, groups * pattern.m), generator=generator).float()
+    weight = apply_mask(master, magnitude_mask(master, pattern)).to(torch.int8)
+    packed = pack(weight, pattern)
+    assert torch.equal(unpack(packed["weight"], packed["weight_indices"], pattern), weight)
+    check_packed(
+        packed["weight"],
+        packed["weight_indices"],
+        pattern,
+        torch.int8,
+        (rows, groups * pattern.m),
+        scale=torch.rand(rows) + 0.5,
+    )
+
+
+class TestQuantizeRows:
+    def test_by_hand(self) -> None:
+        weight = torch.tensor(
+            [
+                [127.0, -64.0, 0.0, 1.0],  # whole numbers already
+                [-254.0, 3.0, -3.0, 4.8],  # steps of 2; halves go to the even one
+                [1.27, 0.006, -0.014, -1.27],
+                [0.0, -0.0, 0.0, 0.0],
+            ]
+        )
+        values, scale = quantize_rows(weight)
+        assert (values.dtype, scale.dtype) == (torch.int8, torch.float32)
+        assert values.tolist() == [[127, -64, 0, 1], [-127, 2, -2, 2], [127, 1, -1, -127], [0, 0, 0, 0]]
+        assert scale[[0, 1, 3]].tolist() == [1.0, 2.0, 1.0]
+        assert scale[2].item() == pytest.approx(0.01, rel=2**-16)
+
+    def test_an_outlier_is_clipped_where_that_costs_less(self) -> None:
+        # Steps of 1 are off by 0.5 at each 9.5, in squares 0.25 * 199 = 49.75 in all. Steps of 0.95 hit these, and
+        # cost 127 - 127 * 0.95 = 6.35 at the outlier alone, 40.3 in squares.
+        values, scale = quantize_rows(torch.tensor([[127.0] + [9.5] * 199]))
+        assert scale.item() == pytest.approx(0.95, rel=2**-16)
+        assert values.tolist() == [[127] + [10] * 199]
+        # With fewer of them the outlier counts for more: 0.25 * 150 = 37.5.
+        values, scale = quantize_rows(torch.tensor([[127.0] + [9.5] * 150]))
+        assert scale.tolist() == [1.0]
+        assert values.tolist() == [[127] + [10] * 150]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_it_takes_every_number_type(self, dtype: torch.dtype) -> None:
+        weight = torch.randn(5, 40).to(dtype)
+        for ours, expected in zip(quantize_rows(weight), quantize_rows(weight.float()), strict=True):
+            assert torch.equal(ours, expected)
+
+    def test_rows_without_numbers(self) -> None:
+        for shape in ((0, 4), (3, 0)):
+            values, scale = quantize_rows(torch.zeros(shape))
+            assert values.shape == shape
+            assert scale.tolist() == [1.0] * shape[0]
+
+    @pytest.mark.parametrize("largest", [1e-36, 1e-40, 1e-45])
+    def test_rows_too_small_for_a_scale_become_zero(self, largest: float) -> None:
+        # The scale would be below the smallest normal number.
+        values, scale = quantize_rows(torch.tensor([[largest, -largest / 2, 0.0, 0.0]]))
+        assert values.tolist() == [[0, 0, 0, 0]]
+        assert scale.tolist() == [1.0]
+
+    @pytest.mark.parametrize("largest", [1e-35, 1e-20, 1e-3, 1e18, 1e23, 1e30, 3e38, torch.finfo(torch.float32).max])
+    def test_rows_of_any_magnitude(self, largest: float) -> None:
+        row = torch.tensor([[1.0, -0.75, 0.52, 0.001]]) * largest
+        values, scale = quantize_rows(row)
+        assert values.tolist() == [[127, -95, 66, 0]]
+        assert scale.item() == pytest.approx(largest / 127, rel=2**-16)
+        check_quantized(values, scale)
+
+    @settings(max_examples=200)
+    @given(st.data())
+    def test_properties(self, data: st.DataObject) -> None:
+        rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 80))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        weight = torch.randn(rows, columns, generator=generator)
+        weight *= torch.rand(weight.shape, generator=generator) < data.draw(st.sampled_from([0.05, 0.5, 1.0]))
+        weight = weight ** data.draw(st.sampled_from([1, 3, 9]))  # tails from light to heavy
+        weight *= 2.0 ** data.draw(st.integers(-90, 30))
+        values, scale = quantize_rows(weight)
+        assert values.min() >= -127
+        check_quantized(values, scale)
+        back = values * scale[:, None]
+        assert torch.equal(back.double(), values.double() * scale.double()[:, None])  # no rounding in fp32
+        again = quantize_rows(back)
+        assert torch.equal(again[0], values)
+        assert torch.equal(again[1], scale)
+        # No worse than the largest magnitude over 127, but for the 16 bits that a scale has.
+        wide = weight.double()
+        plain = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-300) / 127
+        most = ((wide / plain).round() * plain - wide).norm(dim=1)
+        assert ((back.double() - wide).norm(dim=1) <= most * (1 + 1e-6) + 2.0**-16 * wide.norm(dim=1)).all()
+
+
+def test_what_int8_values_and_scales_must_be() -> None:
+    values, scale = torch.tensor([[1, -127], [0, 127]], dtype=torch.int8), torch.tensor([1.0, 2.0**-126])
+
+    def problem(values: Tensor = values, scale: Tensor | None = scale) -> str:
+        with pytest.raises(PackedFormatError) as caught:
+            check_quantized(values, scale, "fc1", "model.safetensors")
+        return str(caught.value).removeprefix("model.safetensors: fc1.")
+
+    check_quantized(values, scale)
+    check_quantized(values[:0], scale[:0])
+    for wrong in (torch.full((2, 2), -128, dtype=torch.int8), values.to(torch.uint8), values.float(), values[0]):
+        assert problem(wrong) == "weight: int8 values are a matrix within -127 to 127"
+    assert problem(scale=None) == "weight_scale: scales are missing beside int8 values"
+    for other in (scale[:1], scale[:, None], scale.double(), scale.bfloat16(), scale.to(torch.int32)):
+        assert problem(scale=other) == (
+            f"weight_scale: scales are fp32 [2], got {list(other.shape)} {other.dtype}"
+        )  # one line a rule
+    for bad in (0.0, -0.0, -1.0, float("nan"), float("inf"), 2.7e36):  # 127 times the last is infinite
+        message = problem(scale=torch.tensor([1.0, bad]))
+        assert message == "weight_scale: scales are positive, and 127 times one is finite"
+
+    codes = torch.zeros(2, 1, dtype=torch.uint8)
+    check_packed(values, codes, TWO_OF_FOUR, torch.int8, (2, 4), scale=scale)
+    with pytest.raises(PackedFormatError, match=r"^file: layer\.weight_scale: scales are missing beside int8 values"):
+        check_packed(values, codes, TWO_OF_FOUR, torch.int8, (2, 4))
+    with pytest.raises(PackedFormatError, match="weight: int8 values are a matrix within -127 to 127"):
+        check_packed(values - 128, codes, TWO_OF_FOUR, torch.int8, (2, 4), scale=scale)
+    with pytest.raises(PackedFormatError, match=r"weight_scale: only values of int8 have a scale, .* torch\.float32"):
+        check_packed(values.float(), codes, TWO_OF_FOUR, torch.float32, (2, 4), scale=scale)
+    with pytest.raises(PackedFormatError, match=r"config\.json declares values of torch\.int8, got torch\.float32"):
+        check_packed(values.float(), codes, TWO_OF_FOUR, torch.int8, (2, 4), scale=scale)
 
 
 def test_check_names_file_key_and_rule() -> None:

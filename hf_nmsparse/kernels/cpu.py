@@ -61,9 +61,10 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_feat
     """``x @ W.T + bias`` with the arguments and errors of `native.multiply`, differentiable in ``x`` and ``bias``.
 
     Without a graph to build or to trace, the library is called past torch's dispatcher, whose time is a good part of
-    a small product's.
+    a small product's. Other tensors than plain ones have no memory, or record what is done with them.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    plain = type(x) is Tensor and not (torch.compiler.is_compiling() or torch._C._get_tracing_state())
+    if torch.is_grad_enabled() or not plain:
         result: Tensor = torch.ops.nmsparse.linear(x, packed, bias, format, out_features)
         return result
     return native.multiply(x, packed, bias, format, out_features)
