@@ -33,7 +33,7 @@ def average_checkpoints(folders: Sequence[str | Path]) -> dict[str, Tensor]:
     is not N:M.
 
     Args:
-        folders: Checkpoint folders, each with its weights in ``*.safetensors``.
+        folders: Checkpoint folders, each with its weights in ``model*.safetensors``.
 
     Returns:
         A state dict; tensors that are no floating-point numbers come from the last folder.
@@ -61,9 +61,9 @@ def average_checkpoints(folders: Sequence[str | Path]) -> dict[str, Tensor]:
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # in one file or in shards
     if not files:
-        raise ValueError(f"averaging: {folder} holds no *.safetensors")
+        raise ValueError(f"averaging: {folder} holds no model*.safetensors")
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(load_file(file))

@@ -22,7 +22,11 @@ _METHODS = {
     "ste": "STE: the forward pass uses the masked weights, and every weight gets the gradient",
     "sr-ste": "SR-STE (Zhou et al., ICLR 2021): straight-through gradients, and pruned weights decay",
     "sr-ste-decoupled": "decoupled SR-STE: straight-through gradients, and pruned weights decay beside the optimizer",
+    "masked-decay": "masked decay: straight-through gradients, and pruned weights decay in Adam's numerator",
+    "s-ste": "S-STE (NeurIPS 2024): a soft threshold in every group, and straight-through gradients",
+    "decaying-mask": "decaying mask: pruned weights fade out of the forward pass, and their gradients with them",
     "asp": "ASP: the mask is taken once and kept",
+    "random": "a random mask that is kept, as a control",
 }
 
 

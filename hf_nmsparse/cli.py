@@ -1,4 +1,4 @@
-"""The command ``nmsparse``: inspect, pack, export, translate, evaluate, doctor."""
+"""The command ``nmsparse``: inspect, pack, export, translate, evaluate, plot, doctor."""
 
 from __future__ import annotations
 
@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the scores to this file too")
     command.add_argument("--output", metavar="HYP", help="write the translations to this file")
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("plot", help="draw flips, scores and layers of finished runs of the recipe")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with evaluation.json and curve.json")
+    command.add_argument("--output", type=Path, default=Path("plots"), metavar="DIR", help="where the pictures go")
+    command.add_argument("--format", choices=("png", "svg"), default="png", help="kind of the pictures")
+    command.set_defaults(run=_plot)
 
     command = commands.add_parser("doctor", help="print which kernels this machine runs, and why")
     command.set_defaults(run=_doctor)
@@ -276,6 +282,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json is not None:
         with _writing(args.json) as file:
             file.write(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from hf_nmsparse.plots import plot_runs, read_run
+
+    for file in plot_runs([read_run(folder) for folder in args.runs], args.output, args.format):
+        print(file)
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -37,26 +37,34 @@ class NMSparseConfig:
         targets: Rules for the layers to make sparse; None takes every ``nn.Linear``.
         ignore: Rules for layers that stay dense; None takes `DEFAULT_IGNORE`. The model's output head and tied
             weights stay dense in any case.
+        soft: Whether kept weights move towards zero by the largest magnitude that is pruned in their group, which
+            ``sparse_method="s-ste"`` trains. A packed file holds the result, and no word of it.
 
     Raises:
-        ValueError: The pattern is none, or a rule list is empty or holds something other than names.
+        ValueError: The pattern is none, a rule list is empty or holds something other than names, or ``soft`` is
+            neither true nor false.
     """
 
     pattern: NMPattern
     targets: tuple[str, ...] | None
     ignore: tuple[str, ...] | None
+    soft: bool
 
     def __init__(
         self,
         pattern: str | NMPattern = "2:4",
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
+        soft: bool = False,
     ) -> None:
         object.__setattr__(self, "pattern", NMPattern.parse(pattern))
         object.__setattr__(self, "targets", _rules("targets", targets))
         object.__setattr__(self, "ignore", _rules("ignore", ignore))
         if self.targets == ():
             raise ValueError("config: targets is empty, so no layer would be sparse; leave it out to take every Linear")
+        if not isinstance(soft, bool):
+            raise ValueError(f"config: soft is true or false, got {soft!r}")
+        object.__setattr__(self, "soft", soft)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NMSparseConfig:
@@ -72,12 +80,14 @@ class NMSparseConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON and YAML hold it; fields left at None are not written."""
+        """The record as JSON and YAML hold it; fields left at their default are not written."""
         record: dict[str, Any] = {"pattern": str(self.pattern)}
         if self.targets is not None:
             record["targets"] = list(self.targets)
         if self.ignore is not None:
             record["ignore"] = list(self.ignore)
+        if self.soft:
+            record["soft"] = True
         return record
 
 

@@ -13,7 +13,7 @@ from hf_nmsparse.kernels import cpu, native, reference
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.srste import straight_through
+from hf_nmsparse.srste import soft_threshold, straight_through
 
 __all__ = ["Int8Head", "KernelLinear", "NMLinear", "PackedLinear", "sparse_layers"]
 
@@ -30,14 +30,19 @@ class NMLinear(nn.Linear):
             every forward, which is right in any training loop. `SparseStep` keeps it, once per optimizer step, which
             is cheaper. It is no buffer: DDP would broadcast it before every forward.
         fixed_mask: Whether the mask is part of the method (ASP) and survives the loading of other weights.
+        soft: Whether kept weights move towards zero by the group's threshold (S-STE).
+        pruned_scale: What pruned weights are multiplied with in the forward: 0 is N:M, 1 is dense. `SparseStep` sets
+            it where a `Schedule` asks for it.
     """
 
     pattern: NMPattern
     mask: Tensor | None
     fixed_mask: bool
+    soft: bool
+    pruned_scale: float
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, pattern: NMPattern) -> NMLinear:
+    def from_linear(cls, linear: nn.Linear, pattern: NMPattern, soft: bool = False) -> NMLinear:
         """Turns ``linear`` itself into an NMLinear.
 
         Raises:
@@ -49,11 +54,13 @@ class NMLinear(nn.Linear):
         linear.pattern = pattern
         linear.mask = None
         linear.fixed_mask = False
+        linear.soft = soft
+        linear.pruned_scale = 0.0
         return linear
 
     def to_linear(self) -> nn.Linear:
         """Turns the layer itself back into an ``nn.Linear`` that remembers its pattern."""
-        del self.mask, self.fixed_mask
+        del self.mask, self.fixed_mask, self.soft, self.pruned_scale
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
@@ -63,12 +70,41 @@ class NMLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
-        return F.linear(input, straight_through(self.weight, self.current_mask()), self.bias)
+        if self.pruned_scale == 1:
+            return F.linear(input, self.weight, self.bias)
+        mask = self.current_mask()
+        with torch.no_grad():
+            used = self.masked(self.weight, mask)
+            if self.pruned_scale:
+                used = torch.where(mask, used, self.weight * self.pruned_scale)
+        return F.linear(input, straight_through(self.weight, used), self.bias)
+
+    def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The N:M sparse weight that the layer makes of ``weight`` and its mask."""
+        return soft_threshold(weight, mask, self.pattern) if self.soft else apply_mask(weight, mask)
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Writes the mask into the weight: pruned weights become +0.0."""
-        self.weight.copy_(apply_mask(self.weight, self.current_mask()))
+        """Writes what the forward uses into the weight: pruned weights become +0.0.
+
+        Raises:
+            ValueError: The forward is not N:M sparse.
+        """
+        self.check_sparse()
+        self.weight.copy_(self.masked(self.weight, self.current_mask()))
+
+    def check_sparse(self) -> None:
+        """Refuses a layer whose forward uses pruned weights.
+
+        Raises:
+            ValueError: It does.
+        """
+        if self.pruned_scale:
+            raise ValueError(
+                f"a layer of {self.out_features}x{self.in_features} computes with its pruned weights times "
+                f"{self.pruned_scale:g}, so it is not {self.pattern} sparse: its schedule has a dense tail or has not "
+                "come to its end"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NMLinear:
         super()._apply(fn, recurse)

@@ -8,7 +8,16 @@ from torch import Tensor
 from hf_nmsparse.kernels import native
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["apply_mask", "count_flips", "count_violations", "magnitude_mask", "update_mask"]
+__all__ = [
+    "apply_mask",
+    "count_flips",
+    "count_violations",
+    "magnitude_mask",
+    "pack_bits",
+    "random_mask",
+    "unpack_bits",
+    "update_mask",
+]
 
 
 def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
@@ -114,6 +123,37 @@ _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
+
+
+def random_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """A mask that keeps N of every M weights at random, each choice as likely as any other.
+
+    It is drawn on the CPU, from torch's default generator, so that it does not depend on the device.
+    """
+    pattern.groups(weight.shape[-1])
+    return magnitude_mask(torch.rand(weight.shape, device="cpu"), pattern).to(weight.device)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Booleans as bytes, eight in each, the first in the lowest bit; zeros fill the last byte."""
+    bits = mask.flatten().to(torch.uint8)
+    bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).reshape(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The booleans of `pack_bits`.
+
+    Raises:
+        ValueError: They are fewer or more than ``shape`` holds.
+    """
+    if packed.dtype != torch.uint8 or packed.shape != (-(-shape.numel() // 8),):
+        raise ValueError(
+            f"unpack_bits: {shape.numel()} booleans take {-(-shape.numel() // 8)} bytes, got {packed.dtype} of "
+            f"{list(packed.shape)}; the file belongs to another model"
+        )
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten()[: shape.numel()].bool().reshape(shape)
 
 
 def count_violations(weight: Tensor, pattern: NMPattern) -> int:

@@ -28,8 +28,10 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "Score",
+    "SentenceStatistics",
     "TranslationScore",
     "compare",
+    "compare_statistics",
     "evaluation_record",
     "score",
     "versions",
@@ -83,6 +85,69 @@ def score(hypotheses: Sequence[str], references: References, tokenize: str = "13
         chrf_signature=str(chrf.get_signature()),
         sentences=len(hypotheses),
     )
+
+
+@dataclass(frozen=True)
+class SentenceStatistics:
+    """What corpus BLEU is made of, sentence by sentence, so that a paired test needs no text.
+
+    Attributes:
+        counts: Integers ``[sentences, 10]``: matched and all n-grams of each order, and the two lengths.
+        signature: sacreBLEU's signature.
+    """
+
+    counts: np.ndarray
+    signature: str
+
+    @classmethod
+    def of(cls, hypotheses: Sequence[str], references: References, tokenize: str = "13a") -> SentenceStatistics:
+        """The statistics of a translation.
+
+        Args:
+            hypotheses: As in `score`.
+            references: As in `score`.
+            tokenize: As in `score`.
+
+        Raises:
+            ValueError: As in `score`.
+        """
+        streams = _reference_streams(hypotheses, references)
+        bleu = _bleu(tokenize)
+        bleu.corpus_score(list(hypotheses), streams)  # the signature names the number of references
+        # effective_order has no part in the counts; without it sacreBLEU advises against scores of sentences.
+        metric = BLEU(tokenize=tokenize, effective_order=True)
+        rows = []
+        for hypothesis, *texts in zip(hypotheses, *streams, strict=True):
+            sentence = metric.sentence_score(hypothesis, [text for text in texts if text is not None])
+            rows.append([*sentence.counts, *sentence.totals, sentence.sys_len, sentence.ref_len])
+        return cls(np.array(rows, dtype=np.int64), str(bleu.get_signature()))
+
+    @property
+    def bleu(self) -> float:
+        """Corpus BLEU of all sentences."""
+        return _corpus_bleu(self.counts)
+
+    def write(self, path: Path) -> None:
+        """Writes them as JSON, without the numbers that follow from the lengths."""
+        rows = ",".join(str(row).replace(" ", "") for row in self.counts[:, [0, 1, 2, 3, 8, 9]].tolist())
+        path.write_text(f'{{"signature": "{self.signature}",\n"sentences": [{rows}]}}\n', encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> SentenceStatistics:
+        """Reads what `write` wrote.
+
+        Raises:
+            ValueError: It is no such file; the message names it.
+        """
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            rows = np.array(record["sentences"], dtype=np.int64).reshape(-1, 6)
+            signature = str(record["signature"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: holds no sentence statistics: {error}; the recipe writes them") from error
+        lengths = rows[:, 4:5]
+        totals = np.maximum(lengths - np.arange(4), 0)  # n-grams in a sentence of so many words
+        return cls(np.hstack([rows[:, :4], totals, rows[:, 4:]]), signature)
 
 
 @dataclass(frozen=True)
@@ -154,20 +219,62 @@ def compare(
     Raises:
         ValueError: As in `score`, or there are too few samples.
     """
+    system = SentenceStatistics.of(hypotheses, references, tokenize)
+    _reference_streams(baseline, references, "baseline translations")
+    return compare_statistics([system], [SentenceStatistics.of(baseline, references, tokenize)], samples, seed)
+
+
+def compare_statistics(
+    systems: Sequence[SentenceStatistics],
+    baselines: Sequence[SentenceStatistics],
+    samples: int = 1000,
+    seed: int = 12345,
+) -> Comparison:
+    """`compare` for one or several trainings of each side, such as several seeds, from their statistics.
+
+    With several, BLEU is the mean over the trainings. Each sample draws sentences, and of either side as many
+    trainings as there are, so that the interval covers the spread between trainings as well as that between
+    sentences. A few trainings tell little of that spread: the interval is too narrow rather than too wide.
+
+    Args:
+        systems: One for each training of the system.
+        baselines: One for each training of the baseline.
+        samples: As in `compare`.
+        seed: As in `compare`.
+
+    Raises:
+        ValueError: The sides score different sentences or differ in their signatures, one is empty, or there are too
+            few samples.
+    """
     if samples < 100:
         raise ValueError(f"compare: p < {SIGNIFICANT} takes at least 100 samples, got {samples!r}")
-    streams = _reference_streams(hypotheses, references)
-    _reference_streams(baseline, references, "baseline translations")
-    bleu = _bleu(tokenize)
-    points = [float(bleu.corpus_score(list(texts), streams).score) for texts in (hypotheses, baseline)]
-    statistics = [_sentence_statistics(texts, streams, tokenize) for texts in (hypotheses, baseline)]
+    sides = [list(systems), list(baselines)]
+    every = [*sides[0], *sides[1]]
+    if not sides[0] or not sides[1]:
+        raise ValueError("compare: a side has no translations; give at least one training of each")
+    sentences = len(every[0].counts)
+    for other in every[1:]:
+        like = (len(other.counts), other.signature) == (sentences, every[0].signature)
+        # With several references the length that counts is the closest one, which depends on the translation.
+        one_reference = other.signature.startswith("nrefs:1|")
+        if not like or (one_reference and not np.array_equal(other.counts[:, 9], every[0].counts[:, 9])):
+            raise ValueError(
+                f"compare: the translations are not of the same references, {sentences} sentences with "
+                f"{every[0].signature} and {len(other.counts)} with {other.signature}; score one test set alike"
+            )
     rng = np.random.default_rng(seed)
-    drawn = rng.choice(len(hypotheses), size=(samples, len(hypotheses)), replace=True)
-    differences = np.array([_corpus_bleu(statistics[0][rows]) - _corpus_bleu(statistics[1][rows]) for rows in drawn])
+    drawn = rng.choice(sentences, size=(samples, sentences), replace=True)
+    differences = np.empty(samples)
+    for sample, rows in enumerate(drawn):
+        means = []
+        for side in sides:
+            trainings = rng.integers(len(side), size=len(side)) if len(side) > 1 else [0]
+            means.append(np.mean([_corpus_bleu(side[training].counts[rows]) for training in trainings]))
+        differences[sample] = means[0] - means[1]
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return Comparison(
-        bleu=points[0],
-        bleu_baseline=points[1],
+        bleu=float(np.mean([system.bleu for system in sides[0]])),
+        bleu_baseline=float(np.mean([system.bleu for system in sides[1]])),
         interval=(
             float(np.quantile(differences, 0.025, method="lower")),
             float(np.quantile(differences, 0.975, method="higher")),
@@ -175,8 +282,8 @@ def compare(
         p=min(1.0, 2 * (int(rarer) + 1) / (samples + 1)),
         samples=samples,
         seed=seed,
-        signature=str(bleu.get_signature()),
-        sentences=len(hypotheses),
+        signature=every[0].signature,
+        sentences=sentences,
     )
 
 
@@ -184,17 +291,6 @@ def _bleu(tokenize: str) -> BLEU:
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"score: tokenize {tokenize!r} is unknown; sacreBLEU knows {', '.join(BLEU.TOKENIZERS)}")
     return BLEU(tokenize=tokenize)
-
-
-def _sentence_statistics(hypotheses: Sequence[str], streams: list[list[str | None]], tokenize: str) -> np.ndarray:
-    """What corpus BLEU sums up, ``[sentences, 10]``: matched and all n-grams of each order, and the two lengths."""
-    # effective_order has no part in the counts; without it sacreBLEU advises against scores of sentences.
-    metric = BLEU(tokenize=tokenize, effective_order=True)
-    rows = []
-    for hypothesis, *references in zip(hypotheses, *streams, strict=True):
-        sentence = metric.sentence_score(hypothesis, [text for text in references if text is not None])
-        rows.append([*sentence.counts, *sentence.totals, sentence.sys_len, sentence.ref_len])
-    return np.array(rows, dtype=np.int64)
 
 
 def _corpus_bleu(statistics: np.ndarray) -> float:
@@ -289,11 +385,14 @@ class Evaluation:
         dense_bytes: Size of the weights in a dense file of the same number type.
         packed_bytes: Size of the weights in the packed file; None for a dense model.
         pattern: N:M; None for a dense model.
+        targets: The rules that chose the sparse layers; None where every linear layer was taken.
         decay: lambda of SR-STE; None where the method has none.
+        options: What the run has beside: schedule and distillation, by the names of `SparseTrainingArguments`.
         values: Number type in the file: fp32, fp16 or bf16.
         base_model: The model it was trained from; None for training from scratch.
         train_seconds: Wall time of the training.
         flip_rate: Fraction of mask entries that a step changed at the end of the training.
+        validation_loss: Loss on the validation split at the end of the training, before checkpoints are averaged.
         against_dense: ``bleu_dense``, ``difference``, ``interval``, ``p``, ``verdict``, ``samples`` and ``seed`` of
             `compare`; None where nothing was compared.
         threads: CPU threads of torch.
@@ -314,11 +413,14 @@ class Evaluation:
     dense_bytes: int
     packed_bytes: int | None = None
     pattern: str | None = None
+    targets: list[str] | None = None
     decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     values: str | None = None
     base_model: str | None = None
     train_seconds: float | None = None
     flip_rate: float | None = None
+    validation_loss: float | None = None
     against_dense: dict[str, Any] | None = None
     threads: int = field(default_factory=torch.get_num_threads)
     versions: dict[str, str] = field(default_factory=versions)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import magnitude_mask, update_mask
-from hf_nmsparse.srste import METHODS
+from hf_nmsparse.masks import magnitude_mask, pack_bits, random_mask, unpack_bits, update_mask
+from hf_nmsparse.schedule import Schedule
+from hf_nmsparse.srste import METHODS, StepContext
 
-__all__ = ["Flips", "SparseStep"]
+__all__ = ["Flips", "LayerState", "SparseStep"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,21 @@ class Flips:
         return self.sad / self.weights
 
 
+@dataclass(frozen=True)
+class LayerState:
+    """What a layer looks like at a step.
+
+    Attributes:
+        kept: Mean magnitude of the kept weights.
+        pruned: Mean magnitude of the pruned ones.
+        changed: Share of the groups whose mask has changed since the training began; None where it is not tracked.
+    """
+
+    kept: float
+    pruned: float
+    changed: float | None
+
+
 class SparseStep:
     """Adds a method's rule before every optimizer step and renews the masks after it.
 
@@ -45,61 +62,149 @@ class SparseStep:
         optimizer = torch.optim.AdamW(model.parameters())
         step = SparseStep(model, optimizer, method="sr-ste", decay=2e-4)
 
+    A run that goes on from a checkpoint calls `load_state_dict`, or `start` with its step where the schedule is the
+    default one.
+
     Args:
         model: A model after `sparsify`.
         optimizer: It holds the sparse weights that train; a frozen one is left alone.
         method: A key of `METHODS`.
         decay: lambda of SR-STE; None takes the method's default.
+        schedule: When masks and lambda change.
+        steps: Optimizer steps of the whole run; a schedule with fractions needs them, here or in `start`.
+        track_groups: Whether to remember which groups ever changed their mask, at one byte a group and one more pass
+            over the masks each step.
 
     Raises:
-        ValueError: The method is unknown, the decay is negative or of no use to the method, nothing is sparse, or the
-            optimizer holds none of the sparse weights, then or in a step. In a step: gradients are still scaled, or
-            come from a closure.
+        ValueError: The method is unknown or fits neither decay, schedule, optimizer nor layers, nothing is sparse, or
+            the optimizer holds none of the sparse weights, then or in a step. In a step: gradients are still scaled,
+            or come from a closure, or the length of the run is not known.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: str, decay: float | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: str,
+        decay: float | None = None,
+        schedule: Schedule | None = None,
+        steps: int = 0,
+        track_groups: bool = False,
     ) -> None:
-        self.decay = check_method(method, decay)
+        self.decay, self.schedule = check_method(method, decay, schedule or Schedule())
         self.method = METHODS[method]
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
         if not self.layers:
             raise ValueError("SparseStep: the model has no N:M layer; call sparsify(model, config) first")
-        self._learning_rates(optimizer)
+        if any(layer.soft != self.method.soft for layer in self.layers.values()):
+            raise ValueError(
+                f"SparseStep: method {method!r} takes layers {'with' if self.method.soft else 'without'} a soft "
+                f"threshold; call sparsify(model, NMSparseConfig(..., soft={self.method.soft}))"
+            )
+        if self.method.needs_adam and not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            raise ValueError(
+                f"SparseStep: {method!r} reads the moments of torch's Adam or AdamW, got {type(optimizer).__name__}"
+            )
+        self._parameter_groups(optimizer)
         self._flips: dict[str, Tensor] = {}
-        self._steps = 0
+        self._counted = 0
+        self._changed: dict[str, Tensor] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self.method.fixed_mask:
-            self._fix_masks()
+        with torch.no_grad():
+            if self.method.fixed_mask:
+                self._fix_masks()
+            if track_groups:
+                self._changed = {
+                    name: layer.weight.new_zeros(layer.weight.numel() // layer.pattern.m, dtype=torch.bool)
+                    for name, layer in self.layers.items()
+                }
+        self.start(0, steps)
+
+    def start(self, step: int, steps: int) -> None:
+        """Sets where the run is: before optimizer step ``step`` of ``steps``, counted from 0."""
+        self.step, self.steps = step, steps
+        self._set_pruned_scale()
 
     def remove(self) -> None:
         """Takes the hooks off; the layers go back to masks ranked in every forward."""
         for handle in self._handles:
             handle.remove()
         for layer in self.layers.values():
-            layer.mask, layer.fixed_mask = None, False
+            layer.mask, layer.fixed_mask, layer.pruned_scale = None, False, 0.0
 
     def take_flips(self) -> dict[str, Flips]:
         """The flips of each layer since the last call, then counts from zero. Empty before the first step."""
-        steps, flips = self._steps, self._flips
-        self._steps, self._flips = 0, {}
+        steps, flips = self._counted, self._flips
+        self._counted, self._flips = 0, {}
         return {name: Flips(int(count) / steps, self.layers[name].weight.numel()) for name, count in flips.items()}
 
     @torch.no_grad()
+    def layer_states(self) -> dict[str, LayerState]:
+        """What each layer looks like now."""
+        states = {}
+        for name, layer in self.layers.items():
+            magnitude, mask = layer.weight.abs(), layer.current_mask()
+            kept = magnitude.masked_fill(~mask, 0.0).sum(dtype=torch.float64)
+            number = int(mask.sum())
+            pruned = (magnitude.sum(dtype=torch.float64) - kept) / max(mask.numel() - number, 1)
+            changed = None if self._changed is None else float(self._changed[name].float().mean())
+            states[name] = LayerState(float(kept) / number, float(pruned), changed)
+        return states
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside weights and optimizer, as tensors.
+
+        Masks are among it where they do not follow from the weights, one bit a weight.
+        """
+        state = {"step": torch.tensor(self.step)}
+        if self.method.fixed_mask or self.schedule.interval > 1:
+            state |= {f"{name}.mask": pack_bits(layer.current_mask()) for name, layer in self.layers.items()}
+        if self._changed is not None:
+            state |= {f"{name}.changed": pack_bits(changed) for name, changed in self._changed.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where `state_dict` was taken; weights and optimizer are loaded elsewhere.
+
+        Raises:
+            ValueError: The state is of other layers, another method or another schedule.
+        """
+        for key in sorted(self.state_dict().keys() ^ state.keys()):
+            raise ValueError(
+                f"SparseStep: {key!r} is in one of the saved state and this run only; resume with the model and the "
+                "arguments that the run began with"
+            )
+        for name, layer in self.layers.items():
+            if f"{name}.mask" in state:
+                layer.mask = unpack_bits(state[f"{name}.mask"], layer.weight.shape).to(layer.weight.device)
+            if self._changed is not None:
+                changed = unpack_bits(state[f"{name}.changed"], self._changed[name].shape)
+                self._changed[name] = changed.to(layer.weight.device)
+        self.start(int(state["step"]), self.steps)
+
     def _fix_masks(self) -> None:
         for layer in self.layers.values():
-            layer.mask, layer.fixed_mask = layer.current_mask(), True
+            layer.mask = layer.current_mask()
+            # Weights that keep to the pattern already keep their mask: those of a run that goes on.
+            if self.method.random_mask and not torch.equal(layer.masked(layer.weight, layer.mask), layer.weight):
+                layer.mask = random_mask(layer.weight, layer.pattern)
+            layer.fixed_mask = True
             layer.finalize()
 
-    def _learning_rates(self, optimizer: torch.optim.Optimizer) -> dict[int, Any]:
-        """The learning rate of each parameter, by identity; some engines give an optimizer other parameters later."""
-        lr = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(layer.weight) in lr for layer in self.layers.values()):
+    def _set_pruned_scale(self) -> None:
+        scale = self.schedule.pruned_scale(self.step, self.steps)
+        for layer in self.layers.values():
+            layer.pruned_scale = scale
+
+    def _parameter_groups(self, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+        """The group of each parameter, by identity; some engines give an optimizer other parameters later."""
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(layer.weight) in groups for layer in self.layers.values()):
             raise ValueError("SparseStep: the optimizer holds no sparse weight; build it from this model's parameters")
-        return lr
+        return groups
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -110,29 +215,55 @@ class SparseStep:
             raise ValueError(
                 "SparseStep: gradients are still scaled; call scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
+        if self.schedule.needs_length and not self.steps:
+            raise ValueError("SparseStep: this schedule needs the length of the run; give steps")
         if _skips(optimizer):
             return
-        lr = self._learning_rates(optimizer)
+        groups = self._parameter_groups(optimizer)
+        decay = self.schedule.decay(self.decay, self.step, self.steps)
         for layer in self.layers.values():
             weight, grad = layer.weight, layer.weight.grad
             if layer.mask is None:
                 layer.mask = magnitude_mask(weight, layer.pattern)
-            weight_lr = lr.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
-            if grad is not None and weight_lr is not None:
-                self.method.rule(weight, grad, layer.mask, float(weight_lr), self.decay)
+            group = groups.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
+            if grad is not None and group is not None:
+                context = StepContext(float(group["lr"]), decay, layer.pruned_scale)
+                if self.method.needs_adam:
+                    context = replace(context, adam_denominator=_adam_denominator(optimizer, group, weight))
+                self.method.rule(weight, grad, layer.mask, context)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if _skips(optimizer):
             return
-        self._steps += 1
+        renewed = not self.method.fixed_mask and self.schedule.renews_masks(self.step)
         for name, layer in self.layers.items():
             assert layer.mask is not None
-            if self.method.fixed_mask:
-                flips = torch.zeros((), dtype=torch.int64)
-            else:
+            flips = torch.zeros((), dtype=torch.int64)
+            if renewed:
+                before = None if self._changed is None else layer.mask.clone()
                 flips = update_mask(layer.mask, layer.weight, layer.pattern)
+                if self._changed is not None and before is not None:
+                    self._changed[name] |= (before ^ layer.mask).reshape(-1, layer.pattern.m).any(dim=1)
             self._flips[name] = self._flips[name] + flips if name in self._flips else flips
+        self._counted += 1
+        self.step += 1
+        self._set_pruned_scale()
+
+
+def _adam_denominator(optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor) -> Tensor:
+    """``sqrt(v) + eps`` as Adam will divide by it in the step that is about to come, bias-corrected."""
+    if group.get("amsgrad"):
+        raise ValueError("SparseStep: 'masked-decay' does not know the second moment of amsgrad; train without it")
+    grad, state, beta = weight.grad, optimizer.state.get(weight, {}), group["betas"][1]
+    assert grad is not None
+    if group["weight_decay"] and not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
+        grad = grad.add(weight, alpha=group["weight_decay"])
+    moment = grad.square().mul_(1 - beta)
+    if "exp_avg_sq" in state:
+        moment.add_(state["exp_avg_sq"], alpha=beta)
+    step = float(state.get("step", 0)) + 1
+    return moment.div_(1 - beta**step).sqrt_().add_(group["eps"])
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
@@ -141,21 +272,27 @@ def _skips(optimizer: torch.optim.Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def check_method(method: str, decay: float | None) -> float:
-    """Refuses an unknown method and a decay that it would not use.
+def check_method(method: str, decay: float | None, schedule: Schedule) -> tuple[float, Schedule]:
+    """Refuses an unknown method, and a decay or a schedule that it would not use.
 
     Returns:
-        The decay; the method's own where it is None, 0 where the method has none.
+        The decay; the method's own where it is None, 0 where the method has none. The schedule, with the method's own
+        fade where it has none.
 
     Raises:
         ValueError: As said.
     """
     if method not in METHODS:
         raise ValueError(f"sparse_method: got {method!r}; the methods are {', '.join(METHODS)}")
-    if decay is None:
-        return METHODS[method].default_decay or 0.0
-    if not 0 <= decay < float("inf"):
+    known = METHODS[method]
+    if decay is not None and not 0 <= decay < float("inf"):
         raise ValueError(f"sparse_decay: needs a finite number >= 0, got {decay!r}")
-    if decay and METHODS[method].default_decay is None:
+    if decay and known.default_decay is None:
         raise ValueError(f"sparse_decay: {method!r} has no decay, got {decay!r}; leave it at 0 or choose 'sr-ste'")
-    return decay
+    if schedule.ramp and known.default_decay is None:
+        raise ValueError(f"sparse_ramp: {method!r} has no decay to ramp; leave it at 0 or choose 'sr-ste'")
+    if (known.fixed_mask or known.soft) and schedule != Schedule():
+        raise ValueError(f"sparse_method: {method!r} has no schedule of masks; leave interval, head, tail and fade out")
+    if known.default_fade and not schedule.fade:
+        schedule = replace(schedule, fade=known.default_fade)
+    return (known.default_decay or 0.0) if decay is None else decay, schedule

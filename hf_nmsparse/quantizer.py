@@ -48,7 +48,7 @@ import hf_nmsparse
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
-from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.packing import (
     FORMAT_VERSION,
     VALUE_DTYPES,
@@ -87,7 +87,7 @@ _RECORD_KEYS = {
         ("quant_method", "format", "format_version", "pattern", "values"),
         ("embeddings", "targets", "ignored", "producer"),
     ),
-    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore")),
+    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore", "soft")),
 }
 
 # A second import of this file, as importlib.reload does it, replaces what the first one registered.
@@ -117,6 +117,7 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         embeddings: ``"int8"`` if token embeddings and output projection are int8 in the file; only with int8 values.
         targets: The rules that chose the sparse layers, as in `NMSparseConfig`.
         ignore: The rules that kept layers dense, as in `NMSparseConfig`; a packed file calls them ``ignored``.
+        soft: As in `NMSparseConfig`, for a checkpoint of the training alone.
         format: ``"packed"``, or ``"dense"`` for a checkpoint of the training.
         format_version: Version of the packed format.
         producer: The program that wrote the file.
@@ -137,6 +138,7 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         embeddings: str | None = None,
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
+        soft: bool = False,
         format: str = "packed",
         format_version: int = FORMAT_VERSION,
         producer: str | None = None,
@@ -144,8 +146,10 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            known = "compute, head, pattern, values, embeddings, targets, ignore, format, format_version, producer"
-            raise ValueError(f"quantization_config: unknown key {min(unknown)!r}; known keys are {known}")
+            raise ValueError(
+                f"quantization_config: unknown key {min(unknown)!r}; known keys are compute, head, pattern, values, "
+                "embeddings, targets, ignore, soft, format, format_version, producer"
+            )
         _one_of("compute", compute, COMPUTES)
         _one_of("format", format, ("packed", "dense"))
         _one_of("head", head, (None, *HEADS))
@@ -163,10 +167,10 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
             )
         if producer is not None and not isinstance(producer, str):
             raise ValueError(f"quantization_config: producer is a text, got {producer!r}")
-        sparse = NMSparseConfig(pattern, targets, ignore)
+        sparse = NMSparseConfig(pattern, targets, ignore, soft)
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own methods are an enum
         self.compute, self.head, self.format, self.format_version = compute, head, format, format_version
-        self.pattern, self.targets, self.ignore = sparse.pattern, sparse.targets, sparse.ignore
+        self.pattern, self.targets, self.ignore, self.soft = sparse.pattern, sparse.targets, sparse.ignore, sparse.soft
         self.values, self.embeddings, self.producer = values, embeddings, producer
 
     @classmethod
@@ -195,7 +199,7 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
 
     def sparse_config(self) -> NMSparseConfig:
         """Pattern and rules alone."""
-        return NMSparseConfig(self.pattern, self.targets, self.ignore)
+        return NMSparseConfig(self.pattern, self.targets, self.ignore, self.soft)
 
 
 class _Unpack(ConversionOps):
@@ -296,7 +300,7 @@ class NMSparseQuantizer(HfQuantizer):
         """Leaves nothing behind that a later `save_pretrained` would trip over."""
         if self.quantization_config.format == "dense":
             _detach(model)
-            sparsify(model, self.quantization_config.sparse_config())
+            sparsify(model, self.quantization_config.sparse_config(), trained=True)
             return model
         self._converters = []
         if self.quantization_config.compute not in ("dense", "reference"):
@@ -925,10 +929,11 @@ def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> 
             if isinstance(layer, PackedLinear | KernelLinear):
                 tensor = layer.dense_weight()
             elif isinstance(layer, NMLinear):
+                layer.check_sparse()
                 current = layer.mask
                 if current is None or current.shape != tensor.shape:  # a shard's mask does not fit gathered weights
                     current = magnitude_mask(tensor, layer.pattern)
-                tensor = apply_mask(tensor, current.to(tensor.device))
+                tensor = layer.masked(tensor, current.to(tensor.device))
             yield key, tensor
 
 

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import IO, Any
 
+import torch
 from torch import nn
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.srste import soft_scale
 
 __all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
 
 _NO_TARGET = "no target rule matches"
 
 
-def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
+def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) -> dict[str, str]:
     """Turns the linear layers that ``config`` selects into N:M layers, in place.
 
     Weights stay dense masters; the forward uses their masked copy. Keys of the state dict, ties and optimizers built
@@ -30,6 +32,8 @@ def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
     Args:
         model: Any module with ``nn.Linear`` layers.
         config: Pattern and rules.
+        trained: Whether the weights are masters of a training under ``config``. Otherwise a soft threshold scales
+            them first, so that the thresholded weights come closest to the dense ones.
 
     Returns:
         The linear layers that stay dense, by name, with the reason.
@@ -41,7 +45,10 @@ def sparsify(model: nn.Module, config: NMSparseConfig) -> dict[str, str]:
         raise ValueError("sparsify: the model is sparse already; load the dense checkpoint to change pattern or rules")
     chosen, dense = select_layers(model, config)
     for layer in chosen.values():
-        NMLinear.from_linear(layer, config.pattern)
+        sparse = NMLinear.from_linear(layer, config.pattern, config.soft)
+        if config.soft and not trained:
+            with torch.no_grad():
+                sparse.weight.mul_(soft_scale(sparse.weight, sparse.current_mask(), config.pattern))
     for name, reason in dense.items():
         model.get_submodule(name).dense_reason = reason  # type: ignore[assignment]  # for report
     hf_config: Any = getattr(model, "config", None)
@@ -98,7 +105,7 @@ def finalize(model: nn.Module) -> None:
     """Masks the weights of every N:M layer once more, in place, and verifies that each group keeps at most N.
 
     Raises:
-        ValueError: The model has no N:M layer in training form.
+        ValueError: The model has no N:M layer in training form, or the forward of one is not N:M sparse.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
     if not layers:

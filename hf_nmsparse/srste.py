@@ -1,4 +1,4 @@
-"""SR-STE: the straight-through forward and the decay rules, each one short function.
+"""SR-STE and its relatives: the straight-through forwards and the rules of each method, each one short function.
 
 Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021, arXiv 2102.04010.
 Their update is ``W <- W - lr * (grad(mask * W) + decay * (1 - mask) * W)``.
@@ -16,63 +16,136 @@ from torch import Tensor
 
 from hf_nmsparse.kernels import native
 from hf_nmsparse.masks import apply_mask
+from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["METHODS", "Method", "Rule", "straight_through"]
+__all__ = ["METHODS", "Method", "Rule", "StepContext", "soft_scale", "soft_threshold", "straight_through"]
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return apply_mask(weight, mask)
+    def forward(ctx: Any, weight: Tensor, used: Tensor) -> Tensor:
+        return used
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
-    """The masked weight, whose gradient reaches every weight, pruned ones included (STE).
+def straight_through(weight: Tensor, used: Tensor) -> Tensor:
+    """``used``, whose gradient reaches every weight unchanged, pruned ones included (STE).
 
     Args:
         weight: ``[out_features, in_features]``, the dense master.
-        mask: Booleans of the same shape; True keeps.
+        used: What the forward uses of it, a tensor of its own and of the same shape.
     """
-    masked: Tensor = _StraightThrough.apply(weight, mask)
-    return masked
+    result: Tensor = _StraightThrough.apply(weight, used)
+    return result
 
 
-Rule = Callable[[Tensor, Tensor, Tensor, float, float], None]
-"""``rule(weight, grad, mask, lr, decay)`` edits ``weight`` or ``grad`` in place right before the optimizer steps.
+def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
+    """S-STE's sparse weight: kept weights move towards zero by the largest magnitude that is pruned in their group.
+
+    So the forward is continuous where a kept and a pruned weight change places (Hu et al., "S-STE: Continuous Pruning
+    Function for Efficient 2:4 Sparse Pre-training", NeurIPS 2024). A weight that is N:M sparse already stays as it is.
+
+    Args:
+        weight: ``[..., in_features]``.
+        mask: Its magnitude mask.
+        pattern: The N:M pattern.
+    """
+    pruned = apply_mask(weight, ~mask).abs_().reshape(-1, pattern.m)
+    threshold = pruned[:, 0]
+    for member in range(1, pattern.m):  # columns: a reduction over rows of M has no room for a vector unit
+        threshold = torch.maximum(threshold, pruned[:, member])
+    shrunk = weight - weight.sign() * threshold.repeat_interleave(pattern.m).reshape(weight.shape)
+    return apply_mask(shrunk, mask)
+
+
+def soft_scale(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
+    """S-STE's scale ``<w, S(w)> / |S(w)|^2``, which brings the thresholded weight closest to the weight, 0-d.
+
+    S-STE takes it once, at the start, and multiplies the thresholded weight with it in every forward. The threshold
+    is homogeneous, ``S(b * w) = b * S(w)``, so that `sparsify` multiplies the masters with it instead, and nothing
+    has to be remembered.
+    """
+    soft = soft_threshold(weight, mask, pattern)
+    square = soft.square().sum()
+    return torch.where(square > 0, (weight * soft).sum() / square, torch.ones_like(square))
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a rule knows of the optimizer step that it runs before.
+
+    Attributes:
+        lr: Learning rate of the weight.
+        decay: lambda at this step.
+        pruned_scale: What the forward multiplied pruned weights with: 0 in an N:M forward, 1 in a dense one.
+        adam_denominator: ``sqrt(v) + eps`` of Adam at this step, bias-corrected, for methods that ask for it.
+    """
+
+    lr: float
+    decay: float = 0.0
+    pruned_scale: float = 0.0
+    adam_denominator: Tensor | None = None
+
+
+Rule = Callable[[Tensor, Tensor, Tensor, StepContext], None]
+"""``rule(weight, grad, mask, step)`` edits ``weight`` or ``grad`` in place right before the optimizer steps.
 
 It runs once a step. By then gradients are averaged over processes and accumulation steps, unscaled and clipped, so
 that ``decay`` means the same whatever these are. A rule runs without autograd.
 """
 
 
-def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:
+def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """STE: the dense gradient as it is; SR-STE with decay 0."""
 
 
-def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:
+def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments."""
     if native.can_rank(weight) and native.can_rank(grad) and mask.is_contiguous():
-        native.decay_pruned(weight, mask, grad, decay)
+        native.decay_pruned(weight, mask, grad, step.decay)
     else:
-        grad.add_(apply_mask(weight, ~mask), alpha=decay)
+        grad.add_(apply_mask(weight, ~mask), alpha=step.decay)
 
 
-def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:
+def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """Decoupled SR-STE: ``weight -= lr * decay * (1 - mask) * weight``, beside the optimizer as AdamW's decay is.
 
     Adam divides the coupled term by the gradient's RMS and not this one, so that a decay which matches SGD's effect
     is larger here by orders of magnitude: about 0.4 at a learning rate of 5e-4.
     """
-    weight.sub_(apply_mask(weight, ~mask), alpha=lr * decay)
+    weight.sub_(apply_mask(weight, ~mask), alpha=step.lr * step.decay)
 
 
-def mask_gradient(weight: Tensor, grad: Tensor, mask: Tensor, lr: float, decay: float) -> None:
+def decay_in_numerator(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
+    """Masked decay: ``weight -= lr * decay * (1 - mask) * weight / (sqrt(v) + eps)``, beside Adam's own step.
+
+    The moments are those of the loss gradient alone and the term is divided as its first moment is (Huang et al.,
+    "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025). Weight decay of AdamW
+    comes after this term. It takes a weight to zero at most: where gradients are next to nothing the quotient would
+    throw it far beyond.
+    """
+    assert step.adam_denominator is not None
+    share = (step.lr * step.decay / step.adam_denominator).clamp_(max=1.0)
+    weight.sub_(apply_mask(weight, ~mask) * share)
+
+
+def mask_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """ASP: pruned weights get no gradient, so that they stay at zero (NVIDIA's automatic sparsity)."""
     grad.masked_fill_(~mask, 0.0)  # a product would turn an infinite gradient into NaN
+
+
+def fade_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
+    """Decaying mask: pruned weights get the gradient of the forward that fades them, so none at the end.
+
+    Kao et al., "Training Recipe for N:M Structured Sparsity with Decaying Pruning Mask", 2022, arXiv 2209.07617.
+    """
+    if step.pruned_scale == 0:
+        mask_gradient(weight, grad, mask, step)
+    else:
+        grad.copy_(torch.where(mask, grad, grad * step.pruned_scale))
 
 
 @dataclass(frozen=True)
@@ -82,13 +155,21 @@ class Method:
     Attributes:
         rule: Runs on every sparse weight right before the optimizer steps.
         fixed_mask: Masks are taken once, pruned weights set to zero, and never changed. Otherwise masks follow the
-            weights after every optimizer step.
+            weights after optimizer steps.
+        random_mask: The fixed masks are drawn at random rather than ranked.
         default_decay: lambda where the user gives none; None if ``rule`` reads no ``decay``.
+        default_fade: `Schedule.fade` where the user gives none.
+        needs_adam: ``rule`` reads ``adam_denominator``.
+        soft: The forward takes the soft threshold, which is a matter of `NMSparseConfig` too.
     """
 
     rule: Rule
     fixed_mask: bool = False
+    random_mask: bool = False
     default_decay: float | None = None
+    default_fade: float = 0.0
+    needs_adam: bool = False
+    soft: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -96,7 +177,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ste": Method(no_decay),
         "sr-ste": Method(add_to_gradient, default_decay=2e-4),
         "sr-ste-decoupled": Method(shrink_weight, default_decay=0.4),
+        "masked-decay": Method(decay_in_numerator, default_decay=2e-4, needs_adam=True),
+        "s-ste": Method(no_decay, soft=True),
+        "decaying-mask": Method(fade_gradient, default_fade=0.5),
         "asp": Method(mask_gradient, fixed_mask=True),
+        "random": Method(mask_gradient, fixed_mask=True, random_mask=True),
     }
 )
-"""The training methods by the name that ``SparseTrainingArguments.sparse_method`` takes."""
+"""The training methods by the name that ``SparseTrainingArguments.sparse_method`` takes.
+
+``asp`` belongs after a dense training: its masks are those of the weights it starts from. ``random`` is a control: what
+a network of that many weights learns if nothing chooses them.
+"""

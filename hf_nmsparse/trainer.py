@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,25 @@ import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, seed_worker
+from transformers.trainer_utils import TrainOutput, seed_worker
 
 from hf_nmsparse.batching import TokenBatchSampler
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.quantizer import prepare_for_training, save_packed
+from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS
 
-__all__ = ["SparseTrainer", "SparseTrainingArguments"]
+__all__ = ["SparseTrainer", "SparseTrainingArguments", "last_whole_checkpoint"]
 
 DENSE = "dense"
+SPARSE_STEP_NAME = "sparse_step.safetensors"
 
 
 @dataclass
@@ -46,9 +49,37 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "lambda of SR-STE, added once per optimizer step; the method's default if left out."},
     )
+    sparse_ramp: float = field(
+        default=0.0, metadata={"help": "lambda grows from 0 over this fraction of the run; AST takes 0.25."}
+    )
+    sparse_interval: int = field(
+        default=1, metadata={"help": "Masks are ranked anew every so many optimizer steps; 2by4-pretrain takes 40."}
+    )
+    sparse_dense_head: float = field(default=0.0, metadata={"help": "This first fraction of the run is dense."})
+    sparse_dense_tail: float = field(
+        default=0.0, metadata={"help": "This last fraction of the run is dense, and so is the model that comes out."}
+    )
+    sparse_fade: float = field(
+        default=0.0,
+        metadata={"help": "Pruned weights fade out of the forward over this fraction; 'decaying-mask' takes 0.5."},
+    )
     sparse_log_layers: bool = field(
         default=True,
-        metadata={"help": "Log SAD and flip rate of each layer too; the console shows the totals only."},
+        metadata={"help": "Log flips and magnitudes of each layer too; the console shows the totals only."},
+    )
+    sparse_log_groups: bool = field(
+        default=False,
+        metadata={"help": "Log the share of groups whose mask ever changed: one more pass over the masks each step."},
+    )
+    distill_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a dense model of the same vocabulary, the teacher; word level."},
+    )
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher's distribution in the loss; the rest is the reference's."}
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Both distributions are softened by this before they are compared."}
     )
     sparse_values: str | None = field(
         default=None,
@@ -70,10 +101,39 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
                     f"sparse_decay: the dense method has no decay, got {self.sparse_decay!r}; leave it out"
                 )
             self.sparse_decay = 0.0
+            if self.sparse_schedule() != Schedule():
+                raise ValueError(
+                    "sparse_method: 'dense' has no schedule; leave sparse_ramp, sparse_interval, sparse_dense_head, "
+                    "sparse_dense_tail and sparse_fade out"
+                )
         else:
-            self.sparse_decay = check_method(self.sparse_method, self.sparse_decay)
+            self.sparse_decay, schedule = check_method(self.sparse_method, self.sparse_decay, self.sparse_schedule())
+            self.sparse_fade = schedule.fade
+        if not 0 < self.distill_weight <= 1:
+            raise ValueError(f"distill_weight: is above 0 and at most 1, got {self.distill_weight!r}")
+        if not 0 < self.distill_temperature < float("inf"):
+            raise ValueError(f"distill_temperature: needs a finite number above 0, got {self.distill_temperature!r}")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch: needs at least 1, got {self.tokens_per_batch!r}")
+
+    def sparse_schedule(self) -> Schedule:
+        """When masks and lambda change."""
+        return Schedule(
+            self.sparse_ramp,
+            self.sparse_interval,
+            self.sparse_dense_head,
+            self.sparse_dense_tail,
+            self.sparse_fade,
+        )
+
+    def sparse_options(self) -> dict[str, Any]:
+        """What a run has beside method, pattern and decay: schedule and distillation where they are not the default."""
+        names = ["sparse_ramp", "sparse_interval", "sparse_dense_head", "sparse_dense_tail", "sparse_fade"]
+        if self.distill_from is not None:
+            names += ["distill_from", "distill_weight", "distill_temperature"]
+        stock = {entry.name: entry.default for entry in fields(self)}
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if value != stock[name] or name.startswith("distill")}
 
 
 class SparseTrainer(Seq2SeqTrainer):
@@ -121,7 +181,10 @@ class SparseTrainer(Seq2SeqTrainer):
             and getattr(config, "is_encoder_decoder", False)
             and not getattr(config, "output_router_logits", False)
         ):
-            self.compute_loss_func = partial(token_loss, label_smoothing=args.label_smoothing_factor)
+            self.compute_loss_func = self._token_loss
+        self.teacher = self._load_teacher() if args.distill_from is not None else None
+        self._teacher_logits: Tensor | None = None
+        self.add_callback(_Start(self))
         for shown, totals in ((ProgressCallback, _TotalsProgress), (PrinterCallback, _TotalsPrinter)):
             if self.pop_callback(shown) is not None:
                 self.add_callback(totals)
@@ -137,9 +200,46 @@ class SparseTrainer(Seq2SeqTrainer):
                 self.sparse_step.remove()
             assert self.args.sparse_decay is not None
             assert self.model is not None
-            self.sparse_step = SparseStep(model or self.model, stepped, self.args.sparse_method, self.args.sparse_decay)
+            self.sparse_step = SparseStep(
+                model or self.model,
+                stepped,
+                self.args.sparse_method,
+                self.args.sparse_decay,
+                self.args.sparse_schedule(),
+                track_groups=self.args.sparse_log_groups,
+            )
             self._stepped = stepped
         return optimizer
+
+    def _load_teacher(self) -> PreTrainedModel:
+        assert self.args.distill_from is not None
+        if self.compute_loss_func != self._token_loss:
+            raise ValueError(
+                "distill_from: distils encoder-decoder models whose loss is the trainer's own; leave it out for "
+                f"{type(self.model).__name__}"
+            )
+        teacher: PreTrainedModel = AutoModelForSeq2SeqLM.from_pretrained(self.args.distill_from, dtype=torch.float32)
+        models: tuple[Any, ...] = teacher, self.model
+        sizes = [model.config.get_text_config(decoder=True).vocab_size for model in models]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"distill_from: {self.args.distill_from} has a vocabulary of {sizes[0]:,}, the model one of "
+                f"{sizes[1]:,}; they must share one"
+            )
+        teacher.eval().requires_grad_(False)
+        teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        return teacher
+
+    def _token_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """`token_loss`, and while a model with a teacher trains, the teacher's share of it."""
+        loss = token_loss(outputs, labels, num_items_in_batch, self.args.label_smoothing_factor)
+        if self._teacher_logits is None:
+            return loss
+        share = self.args.distill_weight
+        taught = distillation_loss(
+            outputs, self._teacher_logits, labels, num_items_in_batch, self.args.distill_temperature
+        )
+        return (1 - share) * loss + share * taught
 
     def compute_loss(
         self,
@@ -151,7 +251,14 @@ class SparseTrainer(Seq2SeqTrainer):
         """Trainer's loss; where it takes the labels away, the decoder's inputs are made from them first."""
         if self.compute_loss_func is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
             inputs = {**inputs, "decoder_input_ids": decoder_inputs(self.model, inputs["labels"])}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.teacher is not None and model.training:
+            with torch.no_grad():
+                seen = {key: value for key, value in inputs.items() if key != "labels"}
+                self._teacher_logits = self.teacher(**seen)["logits"]
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._teacher_logits = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader, or one of batches by token budget."""
@@ -198,7 +305,10 @@ class SparseTrainer(Seq2SeqTrainer):
         self._began, self._seconds_before = time.perf_counter(), None
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            folder = last_whole_checkpoint(self.args.output_dir)
+            if folder is None:
+                raise ValueError(f"SparseTrainer: {self.args.output_dir} holds no whole checkpoint to resume from")
+            resume_from_checkpoint = folder
         if isinstance(folder, str) and (Path(folder) / TRAINER_STATE_NAME).is_file():
             before = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
             if 0 < self.args.max_steps <= before.global_step:
@@ -226,6 +336,19 @@ class SparseTrainer(Seq2SeqTrainer):
         finally:
             self._pushing = False
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves what Trainer does, and what `SparseStep` needs to go on."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.sparse_step is not None and self.args.should_save:
+            save_file(self.sparse_step.state_dict(), Path(output_dir) / SPARSE_STEP_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads what Trainer does, and the state of `SparseStep`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint or "") / SPARSE_STEP_NAME
+        if self.sparse_step is not None and checkpoint is not None and file.is_file():
+            self.sparse_step.load_state_dict(load_file(file))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes Trainer's card, unless the output folder has one with scores, which Trainer's would lose."""
         card = Path(str(self.args.output_dir)) / "README.md"
@@ -251,7 +374,27 @@ class SparseTrainer(Seq2SeqTrainer):
                 if self.args.sparse_log_layers:
                     logs.update({f"sad/{name}": layer.sad for name, layer in flips.items()})
                     logs.update({f"flip_rate/{name}": layer.rate for name, layer in flips.items()})
+                    for name, state in self.sparse_step.layer_states().items():
+                        logs.update({f"kept/{name}": state.kept, f"pruned/{name}": state.pruned})
+                        if state.changed is not None:
+                            logs[f"changed/{name}"] = state.changed
         super().log(logs, start_time)
+
+
+def last_whole_checkpoint(output_dir: str | Path | None) -> str | None:
+    """The folder ``checkpoint-STEP`` with the highest step that was written to its end, None if there is none.
+
+    Trainer writes its state last, so that a folder whose state can be read is whole; what a kill leaves of another is
+    passed over, and written again when the run comes to its step.
+    """
+    folders = [path for path in Path(output_dir or ".").glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            continue
+        return str(folder)
+    return None
 
 
 def token_loss(
@@ -276,6 +419,34 @@ def token_loss(
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum()
     return total / num_items_in_batch
+
+
+def distillation_loss(
+    outputs: Any,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Word-level distillation (Kim and Rush, EMNLP 2016): the divergence of the student from the teacher.
+
+    The sum over target tokens of ``T^2 * KL(teacher || student)``, both softened by the temperature T (Hinton et al.
+    2015), divided as `token_loss` is.
+
+    Args:
+        outputs: The student's, with logits ``[batch, target, vocabulary]``.
+        teacher_logits: Of the same shape.
+        labels: ``[batch, target]``, -100 where there is no target.
+        num_items_in_batch: As in `token_loss`.
+        temperature: T.
+    """
+    real = labels.flatten() != -100
+    student, teacher = (
+        F.log_softmax(logits.flatten(0, -2)[real].float() / temperature, dim=-1)
+        for logits in (outputs["logits"], teacher_logits)
+    )
+    total = F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    return total / (real.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
@@ -304,6 +475,17 @@ def pair_lengths(dataset: Any) -> tuple[list[int], list[int]]:
         raise ValueError(f"tokens_per_batch: the dataset needs the columns input_ids and labels, got {sorted(columns)}")
     pairs = [(len(row["input_ids"]), len(row["labels"])) for row in dataset]
     return [source for source, _ in pairs], [target for _, target in pairs]
+
+
+class _Start(TrainerCallback):
+    """Tells `SparseStep` where the run is and how long it will be, once both are known."""
+
+    def __init__(self, trainer: SparseTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer.sparse_step is not None:
+            self.trainer.sparse_step.start(state.global_step, state.max_steps)
 
 
 class _Totals(TrainerCallback):

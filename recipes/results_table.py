@@ -7,13 +7,15 @@ python recipes/results_table.py --write    puts them into README.md, each betwee
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_nmsparse.metrics import Evaluation
+from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare_statistics
+from hf_nmsparse.plots import LoggedRun, read_run
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -39,7 +41,7 @@ def table() -> str:
     """One row for each evaluation, in the order of corpora and names, then the signatures they share."""
     rows = ["| run | pattern | method | BLEU | to dense (95%) | chrF | steps | minutes | bytes of the file |"]
     rows.append("|---|---|---|---|---|---|---|---|---|")
-    runs = {file.stem: Evaluation.read(file) for file in sorted(RESULTS.glob("*.json"))}
+    runs = {file.parent.name: Evaluation.read(file) for file in sorted(RESULTS.glob("*/evaluation.json"))}
     for name, run in runs.items():
         against = run.against_dense
         compared = ""
@@ -55,6 +57,56 @@ def table() -> str:
     return "\n".join([*rows, "", *notes(list(runs.values()))])
 
 
+def studies() -> list[Path]:
+    """The folders of the studies that have a finished run."""
+    return sorted({file.parents[1] for file in RESULTS.glob("*/*/evaluation.json")})
+
+
+def study_table() -> str:
+    """One table for each study."""
+    return "\n\n".join(study_of(folder) for folder in studies())
+
+
+def study_of(folder: Path) -> str:
+    """A row for each setting of a study: means over the seeds, beside the dense runs of the same seeds."""
+    settings: dict[str, dict[int, LoggedRun]] = {}
+    for run in [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]:
+        settings.setdefault(run.name.rpartition("-s")[0], {})[run.evaluation.seed] = run
+    dense = settings["dense"]
+    rows = table_head(["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "chrF", "flip rate", "time"])
+    for name, runs in settings.items():
+        evaluations = [run.evaluation for run in runs.values()]
+        bleu = [run.bleu for run in evaluations]
+        spread = f" ± {statistics.stdev(bleu):.2f}" if len(bleu) > 1 else ""
+        compared, verdict, time = "", "", ""
+        pairs = sorted(runs.keys() & dense.keys())
+        if name != "dense" and pairs:
+            sides = [[statistics_of(folder, runs[seed]) for seed in pairs] for runs in (runs, dense)]
+            test = compare_statistics(*sides)
+            compared = f"{test.difference:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
+            verdict = f"{test.verdict}, p {test.p:.3f}".replace("the baseline", "dense")
+            ratios = [seconds(runs[seed]) / seconds(dense[seed]) for seed in pairs]
+            time = f"{statistics.fmean(ratios):.2f}"
+        rates = [run.flip_rate for run in evaluations if run.flip_rate is not None]
+        cells = [name, next(iter(runs.values())).settings, len(runs), f"{statistics.fmean(bleu):.2f}{spread}", compared]
+        cells += [verdict, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
+        cells += [f"{statistics.fmean(rates):.5f}" if rates else "", time]
+        rows.append(table_row(cells))
+    every = [run.evaluation for runs in settings.values() for run in runs.values()]
+    return "\n".join([*rows, "", *notes(every)])
+
+
+def statistics_of(folder: Path, run: LoggedRun) -> SentenceStatistics:
+    """The sentence statistics of a run of a study."""
+    return SentenceStatistics.read(folder / run.name / "sentences.json")
+
+
+def seconds(run: LoggedRun) -> float:
+    """How long a run trained."""
+    assert run.evaluation.train_seconds is not None
+    return run.evaluation.train_seconds
+
+
 def notes(runs: list[Evaluation]) -> list[str]:
     """What the rows have in common: data, model, signatures, versions."""
     lines = []
@@ -63,7 +115,8 @@ def notes(runs: list[Evaluation]) -> list[str]:
         ("Model", {run.model for run in runs}),
         ("BLEU", {f"`{run.signature}`" for run in runs}),
         ("chrF", {f"`{run.chrf_signature}`" for run in runs}),
-        ("Seed, threads", {f"{run.seed}, {run.threads}" for run in runs}),
+        ("Seeds", {f"{run.seed}" for run in runs}),
+        ("Threads", {f"{run.threads}" for run in runs}),
         ("Versions", {", ".join(f"{name} {number}" for name, number in run.versions.items()) for run in runs}),
     ):
         lines.append(f"- {label}: {'; '.join(sorted(values))}")
@@ -259,13 +312,14 @@ TABLES = {
     name: make
     for name, make in {
         "results": table,
+        "study": study_table,
         "masks": masks_table,
         "kernels": kernels_table,
         "generate": generate_table,
         "quality": quality_table,
         "training": training_table,
     }.items()
-    if name not in FILES or any(MEASURED.glob(FILES[name]))
+    if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
 }
 
 

@@ -9,7 +9,6 @@ checkpoint when the same command is given again.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import traceback
@@ -32,12 +31,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_nmsparse import (
     NMSparseConfig,
     SparseTrainer,
     SparseTrainingArguments,
+    diagnostics,
     finalize,
     push_to_hub,
     report,
@@ -47,12 +46,15 @@ from hf_nmsparse import (
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.corpus import load_corpus
-from hf_nmsparse.metrics import Evaluation, compare, evaluation_record, score
+from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.quantizer import check_folder
+from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
+from hf_nmsparse.trainer import last_whole_checkpoint
 
 # Of the training arguments, what the card lists.
 SETTINGS = (
@@ -141,7 +143,8 @@ def main() -> None:
 
     # The linear layers of the blocks become N:M layers: their weights stay dense masters, the forward masks them.
     if args.sparse_method != "dense":
-        sparsify(model, NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore))
+        soft = METHODS[args.sparse_method].soft
+        sparsify(model, NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, soft))
 
     trainer = SparseTrainer(
         model=model,
@@ -151,7 +154,7 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
     if not trainer.is_world_process_zero():
         return
 
@@ -159,7 +162,11 @@ def main() -> None:
     if recipe.average > 1:
         mean = average_checkpoints(last_checkpoints(output, recipe.average))
         model.load_state_dict({**model.state_dict(), **mean})  # tied and computed weights are in no file
-    if args.sparse_method == "dense":
+    sparse = args.sparse_method != "dense" and not args.sparse_dense_tail
+    if not sparse:
+        for layer in [layer for layer in model.modules() if isinstance(layer, NMLinear)]:
+            layer.to_linear()
+        model.config.__dict__.pop("quantization_config", None)
         saved = output / "dense"
         model.to(VALUE_DTYPES[recipe.values]).save_pretrained(saved)
     else:
@@ -172,9 +179,11 @@ def main() -> None:
     # A fresh process loads these very files and translates; its output is what is scored and goes on the card.
     sources, references = list(corpus[recipe.split]["source"]), list(corpus[recipe.split]["target"])
     hypotheses = translate_in_fresh_process(saved, sources, recipe, output)
-    evaluation = evaluate(recipe, trainer, saved, hypotheses, references)
+    evaluation = evaluate(recipe, trainer, saved, sparse, hypotheses, references)
+    diagnostics.write_curve(trainer.state.log_history, output / "curve.json")
+    diagnostics.write_layers(trainer.state.log_history, output / "layers.parquet")
+    SentenceStatistics.of(hypotheses, references).write(output / "sentences.json")
     evaluation.write(output / "evaluation.json")
-    write_curve(trainer, output / "curve.json")
     write_card(
         saved,
         evaluation,
@@ -217,6 +226,8 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
     recipe, args = parser.parse_args_into_dataclasses(args=argv)
     if args.sparse_method == "dense" and recipe.values == "int8":
         raise ValueError("values: 'int8' is for packed models and sparse_method is 'dense'; choose fp32, fp16 or bf16")
+    if args.sparse_dense_tail and recipe.values == "int8":
+        raise ValueError("values: 'int8' is for packed models and a dense tail leaves a dense one; choose fp32 or bf16")
     return recipe, args
 
 
@@ -282,14 +293,18 @@ def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeAr
 
 
 def evaluate(
-    recipe: RecipeArguments, trainer: SparseTrainer, saved: Path, hypotheses: list[str], references: list[str]
+    recipe: RecipeArguments,
+    trainer: SparseTrainer,
+    saved: Path,
+    sparse: bool,
+    hypotheses: list[str],
+    references: list[str],
 ) -> Evaluation:
     """Scores the translations, beside those of the dense run if one is named, and says what was run."""
     args = trainer.args
     against = None
     if recipe.baseline is not None:
         against = compare(hypotheses, read_lines(hypotheses_file(Path(recipe.baseline), recipe.split)), references)
-    sparse = args.sparse_method != "dense"
     size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     spared = 0
     if sparse:
@@ -304,11 +319,14 @@ def evaluate(
         model=f"{describe(trainer.model)}, beam {recipe.beams}",
         method=args.sparse_method,
         pattern=recipe.pattern if sparse else None,
+        targets=recipe.targets if sparse else None,
         decay=args.sparse_decay or None,
+        options=args.sparse_options(),
         seed=args.seed,
         steps=trainer.state.global_step,
         train_seconds=logged["train_seconds"],
         flip_rate=logged.get("flip_rate"),
+        validation_loss=logged.get("eval_loss"),
         values=recipe.values,
         packed_bytes=size if sparse else None,
         dense_bytes=size + spared,
@@ -324,14 +342,6 @@ def describe(model: PreTrainedModel) -> str:
     else:  # T5's names
         layers = f"{config.num_layers}+{config.num_decoder_layers}"
     return f"{type(model).__name__}, {parameters:,} parameters, {layers} layers, d {config.d_model}"
-
-
-def write_curve(trainer: SparseTrainer, file: Path) -> None:
-    """Loss, SAD and flip rate of the whole model against steps, small enough to keep beside the evaluation."""
-    keys = ("step", "loss", "eval_loss", "sad", "flip_rate", "train_seconds")
-    rows = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history]
-    lines = ",\n".join(json.dumps(row) for row in rows if "loss" in row or "eval_loss" in row)
-    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def hypotheses_file(output: Path, split: str) -> Path:

@@ -23,6 +23,7 @@ from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.sparsify import sparsify
 from tests import tiny
+from tests.test_plots import write_run
 
 SENTENCES = ["The garden is big.", "A man", "", "sleeps in the garden. The garden is big.", "Der Garten", "A man"]
 LAYER = "model.encoder.layers.0.fc1"
@@ -418,3 +419,15 @@ class TestEvaluate:
         (tmp_path / "src").write_text("", encoding="utf-8")
         (tmp_path / "ref").write_text("", encoding="utf-8")
         fails(["evaluate", "--model", "m", *corpus], "src is empty", capsys)
+
+
+class TestPlot:
+    def test_pictures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = write_run(tmp_path / "run", 30.0, layers=True, method="sr-ste", pattern="2:4")
+        assert main(["plot", str(run), "--output", str(tmp_path / "plots"), "--format", "svg"]) == 0
+        files = [str(tmp_path / "plots" / name) for name in ("flips.svg", "layers-run.svg")]
+        assert capsys.readouterr().out.splitlines() == files
+        assert all(Path(file).is_file() for file in files)
+
+    def test_no_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        fails(["plot", str(tmp_path)], "holds no evaluation.json; give folders of finished runs of the recipe", capsys)

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
-    {"pattern", "masks", "srste", "packing", "kernels"},
+    {"pattern", "masks", "srste", "schedule", "packing", "kernels"},
     {"config", "layers", "sparsify", "optimizer"},
     {
         "quantizer",
@@ -22,6 +22,8 @@ BANDS = (
         "metrics",
         "pipeline",
         "cards",
+        "diagnostics",
+        "plots",
         "cli",
         "__init__",
         "__main__",

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_nmsparse.masks import apply_mask, count_flips, count_violations, magnitude_mask
+from hf_nmsparse.masks import (
+    apply_mask,
+    count_flips,
+    count_violations,
+    magnitude_mask,
+    pack_bits,
+    random_mask,
+    unpack_bits,
+)
 from hf_nmsparse.pattern import NMPattern
 
 INF = math.inf
@@ -210,3 +218,30 @@ def test_flips_by_hand() -> None:
     assert count_flips(old, torch.tensor([bits("0011"), bits("1100")])).item() == 8
     counted = count_flips(old, ~old)
     assert (counted.shape, counted.dtype) == ((), torch.int64)
+
+
+@given(st.lists(st.booleans(), max_size=70))
+def test_bits_come_back(values: list[bool]) -> None:
+    mask = torch.tensor(values, dtype=torch.bool)
+    packed = pack_bits(mask)
+    assert (packed.dtype, len(packed)) == (torch.uint8, -(-len(values) // 8))
+    assert torch.equal(unpack_bits(packed, mask.shape), mask)
+
+
+def test_bits_by_hand() -> None:
+    mask = torch.tensor([[True, False, False, True, False], [True, False, False, False, True]])
+    assert pack_bits(mask).tolist() == [0b00101001, 0b10]
+    assert torch.equal(unpack_bits(torch.tensor([0b00101001, 0b10], dtype=torch.uint8), mask.shape), mask)
+
+
+def test_bits_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"10 booleans take 2 bytes, got torch\.uint8 of"):
+        unpack_bits(torch.zeros(3, dtype=torch.uint8), torch.Size([2, 5]))
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
+        unpack_bits(torch.zeros(2, dtype=torch.int64), torch.Size([2, 5]))
+
+
+def test_random_masks_keep_n_of_m() -> None:
+    mask = random_mask(torch.zeros(64, 32), NMPattern(3, 8))
+    assert (mask.reshape(-1, 8).sum(dim=1) == 3).all()
+    assert not torch.equal(mask, random_mask(torch.zeros(64, 32), NMPattern(3, 8)))

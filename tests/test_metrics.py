@@ -18,8 +18,10 @@ from hf_nmsparse.metrics import (
     Comparison,
     Evaluation,
     Score,
+    SentenceStatistics,
     TranslationScore,
     compare,
+    compare_statistics,
     evaluation_record,
     score,
     versions,
@@ -168,6 +170,60 @@ def test_a_baseline_that_is_not_aligned() -> None:
 def test_too_few_samples() -> None:
     with pytest.raises(ValueError, match="takes at least 100 samples, got 10"):
         compare(REFERENCES, REFERENCES, REFERENCES, samples=10)
+
+
+def test_sentence_statistics_survive_their_file_and_give_bleu(tmp_path: Path) -> None:
+    texts = [*drop_words(0.3, seed=1), "", "one two"]
+    references = [*REFERENCES, "one", "one two"]
+    written = SentenceStatistics.of(texts, references)
+    written.write(tmp_path / "sentences.json")
+    read = SentenceStatistics.read(tmp_path / "sentences.json")
+    assert (read.counts.tolist(), read.signature) == (written.counts.tolist(), written.signature)
+    assert read.bleu == pytest.approx(score(texts, references).bleu)
+    # 4 matched and 4 possible n-grams, the two lengths: the last sentence is right, of two words
+    assert read.counts[-1].tolist() == [2, 1, 0, 0, 2, 1, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"sentences": [[1, 2]]}', '{"signature": "a", "sentences": [[1, 2]]}'])
+def test_what_holds_no_statistics_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sentences.json").write_text(text)
+    with pytest.raises(ValueError, match=r"sentences\.json: holds no sentence statistics"):
+        SentenceStatistics.read(tmp_path / "sentences.json")
+
+
+def test_several_trainings_of_each_side() -> None:
+    systems = [SentenceStatistics.of(drop_words(0.2, seed, 10), REFERENCES * 10) for seed in (1, 2, 3)]
+    baselines = [SentenceStatistics.of(drop_words(0.2, seed, 10), REFERENCES * 10) for seed in (4, 5)]
+    test = compare_statistics(systems, baselines)
+    assert test.bleu == pytest.approx(sum(system.bleu for system in systems) / 3)
+    assert test.bleu_baseline == pytest.approx(sum(baseline.bleu for baseline in baselines) / 2)
+    assert test.interval[0] <= test.difference <= test.interval[1]
+    clear = compare_statistics([SentenceStatistics.of(REFERENCES * 10, REFERENCES * 10)] * 2, baselines)
+    assert clear.verdict == "better than the baseline"
+
+
+def test_trainings_that_differ_widen_the_interval() -> None:
+    """Both means are the same, but one side has one good and one bad training."""
+    good, bad = (SentenceStatistics.of(drop_words(rate, 1, 25), REFERENCES * 25) for rate in (0.0, 0.6))
+    middling = SentenceStatistics.of(drop_words(0.2, 1, 25), REFERENCES * 25)
+    wide, narrow = compare_statistics([good, bad], [middling]), compare_statistics([middling, middling], [middling])
+    assert list(narrow.interval) == [0, 0]
+    assert wide.interval[0] < -5
+    assert wide.interval[1] > 5
+
+
+def test_statistics_of_other_sentences_are_not_compared() -> None:
+    first = SentenceStatistics.of(["a b"], ["a b"])
+    others = [
+        SentenceStatistics.of(["a b"] * 2, ["a b"] * 2),
+        SentenceStatistics.of(["a b"], ["a b c"]),
+        SentenceStatistics.of(["a b"], ["a b"], "char"),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="compare: the translations are not of the same references"):
+            compare_statistics([first], [other])
+    with pytest.raises(ValueError, match="a side has no translations"):
+        compare_statistics([], [first])
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,6 +15,7 @@ from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.sparsify import sparsify
 
 PATTERN = NMPattern(2, 4)
@@ -358,7 +359,7 @@ def test_nan_is_found_at_the_step_that_makes_it() -> None:
 @pytest.mark.parametrize(
     ("method", "decay", "message"),
     [
-        ("sgd", None, "got 'sgd'; the methods are ste, sr-ste, sr-ste-decoupled, asp"),
+        ("sgd", None, "got 'sgd'; the methods are ste, sr-ste, sr-ste-decoupled, masked-decay, s-ste"),
         ("dense", 0.0, "got 'dense'"),
         ("sr-ste", -1e-4, "needs a finite number >= 0, got -0.0001"),
         ("sr-ste", math.nan, "needs a finite number >= 0, got nan"),
@@ -373,7 +374,7 @@ def test_bad_arguments_are_refused(method: str, decay: float | None, message: st
     with pytest.raises(ValueError, match=message):
         SparseStep(model, optimizer, method, decay)
     with pytest.raises(ValueError, match=message):
-        check_method(method, decay)
+        check_method(method, decay, Schedule())
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,163 @@ def test_bad_arguments_are_refused(method: str, decay: float | None, message: st
     [("sr-ste", None, 2e-4), ("sr-ste", 0.0, 0.0), ("sr-ste", 0.3, 0.3), ("ste", None, 0.0), ("ste", 0.0, 0.0)],
 )
 def test_the_decay_in_use(method: str, given: float | None, used: float) -> None:
-    assert check_method(method, given) == used
+    assert check_method(method, given, Schedule()) == (used, Schedule())
+
+
+def test_a_method_brings_its_own_fade() -> None:
+    assert check_method("decaying-mask", None, Schedule()) == (0.0, Schedule(fade=0.5))
+    assert check_method("decaying-mask", None, Schedule(fade=0.25)) == (0.0, Schedule(fade=0.25))
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "message"),
+    [
+        ("ste", Schedule(ramp=0.1), "sparse_ramp: 'ste' has no decay to ramp"),
+        ("asp", Schedule(interval=2), "'asp' has no schedule of masks"),
+        ("random", Schedule(dense_head=0.1), "'random' has no schedule of masks"),
+        ("s-ste", Schedule(fade=0.1), "'s-ste' has no schedule of masks"),
+    ],
+)
+def test_a_schedule_that_a_method_would_not_follow_is_refused(method: str, schedule: Schedule, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_method(method, None, schedule)
+
+
+def test_soft_layers_and_methods_must_fit() -> None:
+    soft = nn.Sequential(nn.Linear(8, 4))
+    sparsify(soft, NMSparseConfig(PATTERN, soft=True))
+    with pytest.raises(ValueError, match=r"'sr-ste' takes layers without a soft threshold; .*soft=False"):
+        SparseStep(soft, torch.optim.SGD(soft.parameters(), lr=0.1), "sr-ste")
+    hard = network()
+    with pytest.raises(ValueError, match=r"'s-ste' takes layers with a soft threshold; .*soft=True"):
+        SparseStep(hard, torch.optim.SGD(hard.parameters(), lr=0.1), "s-ste")
+
+
+def test_masked_decay_asks_for_adam_without_amsgrad() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="'masked-decay' reads the moments of torch's Adam or AdamW, got SGD"):
+        SparseStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "masked-decay")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+    SparseStep(model, optimizer, "masked-decay")
+    loss(model, torch.ones(2, 8)).backward()
+    with pytest.raises(ValueError, match="does not know the second moment of amsgrad"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_masked_decay_divides_by_what_adam_divides_by(kind: type[torch.optim.Adam], fused: bool) -> None:
+    """A pruned weight whose gradient's first moment is 0 moves by the decay alone."""
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    coupled = 0.0 if kind is torch.optim.AdamW else 0.125
+    optimizer = kind(layer.parameters(), lr=0.5, weight_decay=coupled, fused=fused)
+    # Adam takes its coupled weight decay from the weight that the term has moved, by at most 0.5 * 0.25 * 2 / 3.
+    tolerance = 1e-6 + 0.5 * coupled * 0.25 / 3
+    SparseStep(layer, optimizer, "masked-decay", 0.25)
+    for gradient in ([1.0, 1.0, 3.0, 1.0], [1.0, 1.0, 5.0, 1.0]):
+        weight = layer.weight.detach().clone()
+        layer.weight.grad = torch.tensor([gradient])
+        pruned = torch.where(magnitude_mask(weight, PATTERN), 0.0, weight)
+        optimizer.step()
+        state, step = optimizer.state[layer.weight], float(optimizer.state[layer.weight]["step"])
+        denominator = (state["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8
+        moved = (state["exp_avg"] / (1 - 0.9**step)) + 0.25 * pruned
+        torch.testing.assert_close(layer.weight.detach(), weight - 0.5 * moved / denominator, rtol=0, atol=tolerance)
+
+
+def test_masks_are_renewed_at_intervals() -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    step = SparseStep(layer, optimizer, "ste", schedule=Schedule(interval=3))
+    masks = []
+    for _ in range(6):
+        layer.weight.grad = torch.tensor([[0.0, 0.0, -1.0, 0.0]])  # the third weight grows by 1 a step
+        optimizer.step()
+        masks.append(layer.current_mask().int().tolist())
+    assert masks == [[[1, 1, 0, 0]]] * 2 + [[[1, 0, 1, 0]]] * 4
+    assert step.take_flips()[""] == Flips(2 / 6, 4)
+
+
+def test_a_schedule_with_fractions_needs_the_length() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    SparseStep(model, optimizer, "sr-ste", schedule=Schedule(ramp=0.5))
+    loss(model, torch.ones(2, 8)).backward()
+    with pytest.raises(ValueError, match="this schedule needs the length of the run; give steps"):
+        optimizer.step()
+
+
+def test_a_dense_tail_leaves_nothing_to_finalise() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = SparseStep(model, optimizer, "ste", schedule=Schedule(dense_head=0.25, dense_tail=0.25), steps=4)
+    scales = []
+    for _ in range(4):
+        scales.append(layers_of(model)[0].pruned_scale)
+        loss(model, torch.ones(2, 8)).backward()
+        optimizer.step()
+    assert scales == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"a layer of 16x8 computes with its pruned weights times 1, so it is not 2:4"):
+        layers_of(model)[0].finalize()
+    step.remove()
+    assert layers_of(model)[0].pruned_scale == 0
+
+
+def test_groups_that_ever_changed() -> None:
+    layer = NMLinear.from_linear(nn.Linear(8, 1, bias=False), PATTERN)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0] * 2]))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    step = SparseStep(layer, optimizer, "ste", track_groups=True)
+    shares = []
+    for change in (0.0, -2.0, 2.0):  # the third weight of the second group comes and goes
+        layer.weight.grad = torch.tensor([[0.0] * 6 + [change, 0.0]])
+        optimizer.step()
+        shares.append(step.layer_states()[""].changed)
+    assert shares == [0, 0.5, 0.5]
+    state = step.layer_states()[""]
+    assert (state.kept, state.pruned) == (3.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule"),
+    [("ste", Schedule(interval=3)), ("sr-ste", Schedule(ramp=0.5, dense_head=0.25)), ("random", Schedule())],
+)
+def test_a_run_goes_on_from_its_state(method: str, schedule: Schedule) -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            optimizer.step()
+
+    start, x = network(), torch.randn(8, 8)
+    model = copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step = SparseStep(model, optimizer, method, schedule=schedule, steps=8, track_groups=True)
+    run(model, optimizer, 4)
+    # Everything that a checkpoint holds, by value.
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), step.state_dict()])
+    run(model, optimizer, 4)
+
+    resumed = network()
+    resumed.load_state_dict(saved[0])
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.1)
+    again = SparseStep(resumed, optimizer, method, schedule=schedule, steps=8, track_groups=True)
+    optimizer.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    run(resumed, optimizer, 4)
+    assert same(state_of(resumed), state_of(model))
+    assert again.layer_states() == step.layer_states()
+
+
+def test_a_state_of_another_run_is_refused() -> None:
+    model = network()
+    step = SparseStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "ste", schedule=Schedule(interval=2))
+    state = step.state_dict()
+    with pytest.raises(ValueError, match=r"'0.mask' is in one of the saved state and this run only; resume with"):
+        step.load_state_dict({key: value for key, value in state.items() if key != "0.mask"})
+    with pytest.raises(ValueError, match=r"128 booleans take 16 bytes, got torch\.uint8 of"):
+        step.load_state_dict({**state, "0.mask": torch.zeros(3, dtype=torch.uint8)})
 
 
 def test_a_dense_model_is_refused() -> None:

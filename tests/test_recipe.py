@@ -16,7 +16,8 @@ from safetensors import safe_open
 from transformers import NllbTokenizer
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.metrics import Evaluation, score
+from hf_nmsparse.diagnostics import read_layers
+from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.sparsify import select_layers
 from recipes.wmt_en_de import describe, load_model, parse, read_lines
 from tests.tiny import bart, hf, t5, tokenizer
@@ -143,6 +144,7 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
         (("--pattern", "4:2"), "N:M needs 1 <= N < M <= 32, got 4:2"),
         (("--values", "bf8"), "values: is one of fp32, fp16, bf16, int8, got 'bf8'"),
         (("--values", "int8", "--sparse_method", "dense"), "values: 'int8' is for packed models"),
+        (("--values", "int8", "--sparse_dense_tail", "0.1"), "a dense tail leaves a dense one; choose fp32 or bf16"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
     ],
 )
@@ -208,6 +210,11 @@ def test_whole_runs(tmp_path: Path) -> None:
     curve = json.loads((sparse / "curve.json").read_text())
     assert [row["step"] for row in curve if "loss" in row] == list(range(1, evaluation.steps + 1))
     assert all(row["sad"] >= 0 for row in curve if "loss" in row)
+    layers = read_layers(sparse / "layers.parquet")
+    assert {row["layer"] for row in layers} == {key.removesuffix(".weight") for key in packed}
+    assert len(layers) == 16 * evaluation.steps
+    assert SentenceStatistics.read(sparse / "sentences.json").bleu == pytest.approx(evaluation.bleu)
+    assert not (dense / "layers.parquet").exists()
     # It learns: 120 sentences of a fixed frame.
     assert evaluation.bleu > 20
 
@@ -218,6 +225,17 @@ def test_whole_runs(tmp_path: Path) -> None:
     # The time of the training is what its last step logged; the second run adds none.
     [*_, last] = (row for row in curve if "loss" in row)
     assert Evaluation.read(sparse / "evaluation.json").train_seconds == last["train_seconds"]
+
+
+def test_a_dense_tail_ends_in_a_dense_model(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    settings = {"max_steps": 4, "save_steps": 2, "average": 2, "sparse_dense_tail": 0.5}
+    launch("one_process.yaml", config, *tiny(corpus, tmp_path / "run", **settings))
+    evaluation = Evaluation.read(tmp_path / "run" / "evaluation.json")
+    assert (evaluation.pattern, evaluation.packed_bytes) == (None, None)
+    assert evaluation.options == {"sparse_dense_tail": 0.5}
+    assert "quantization_config" not in json.loads((tmp_path / "run" / "dense" / "config.json").read_text())
 
 
 def test_a_multilingual_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,13 +13,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BartConfig, BartForConditionalGeneration, M2M100Config, M2M100ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianMTModel,
+)
 
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.diagnostics import layer_rows
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.quantizer import NMSparseQuantizationConfig, save_packed
 from hf_nmsparse.sparsify import sparsify
-from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments, decoder_inputs, token_loss
+from hf_nmsparse.srste import METHODS
+from hf_nmsparse.trainer import (
+    SparseTrainer,
+    SparseTrainingArguments,
+    decoder_inputs,
+    distillation_loss,
+    last_whole_checkpoint,
+    token_loss,
+)
 from tests.tiny import collator, marian, token_pairs
 
 
@@ -179,7 +196,19 @@ def test_tensorboard_gets_them(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("settings", [{"tokens_per_batch": 80}, {"train_sampling_strategy": "random"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens_per_batch": 80},
+        {"train_sampling_strategy": "random"},
+        {"sparse_interval": 4, "sparse_ramp": 0.5, "sparse_dense_head": 0.3, "sparse_log_groups": True},
+        {"sparse_method": "decaying-mask", "sparse_decay": None},
+        {"sparse_method": "masked-decay"},
+        {"sparse_method": "s-ste", "sparse_decay": None},
+        {"sparse_method": "random", "sparse_decay": None},
+        {"distill_from": "teacher"},
+    ],
+)
 def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
     common = {
         "optim": "adamw_torch_fused",
@@ -194,8 +223,12 @@ def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
 
     def model() -> Any:
         with_dropout = marian(dropout=0.1)
-        sparsify(with_dropout, NMSparseConfig("2:4"))
+        sparsify(with_dropout, NMSparseConfig("2:4", soft=settings.get("sparse_method") == "s-ste"))
         return with_dropout
+
+    if "distill_from" in settings:
+        marian(seed=1).save_pretrained(tmp_path / "teacher")
+        common["distill_from"] = str(tmp_path / "teacher")
 
     through = train(tmp_path / "through", model=model(), **common)
     first = train(tmp_path / "stopped", model=model(), **common)
@@ -213,6 +246,22 @@ def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert logs == again
     seconds = [entry["train_seconds"] for entry in resumed.state.log_history if "loss" in entry]
     assert seconds == sorted(seconds)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    assert last_whole_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="holds no whole checkpoint to resume from"):
+        train(tmp_path, resume=True)
+    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    through = train(tmp_path, **common)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = train(tmp_path, resume=True, **common)
+    assert largest_difference(weights(through), weights(resumed)) == 0
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
 def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
@@ -247,6 +296,102 @@ def test_asp_keeps_its_masks(tmp_path: Path) -> None:
     )
     assert torch.equal(layer.weight != 0, mask)
     assert trainer.state.log_history[0]["sad"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_packs(tmp_path: Path, method: str) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4", soft=METHODS[method].soft))
+    settings: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "sparse_decay": None}
+    trainer = train(tmp_path, model=model, sparse_method=method, max_steps=12, pairs=8, **settings)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    pairs = collator(model)(list(token_pairs(4)))
+    with torch.no_grad():
+        expected = model.eval()(**pairs).logits
+        save_packed(model, tmp_path / "packed", values="fp32")
+        loaded = MarianMTModel.from_pretrained(
+            tmp_path / "packed", quantization_config=NMSparseQuantizationConfig("dense")
+        )
+        assert torch.equal(loaded(**pairs).logits, expected)
+    assert trainer.sparse_step is not None
+    assert trainer.sparse_step.step == trainer.sparse_step.steps == 12
+
+
+def test_a_soft_checkpoint_is_soft_again(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4", soft=True))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["soft"] is True
+    loaded = MarianMTModel.from_pretrained(tmp_path)
+    pairs = collator(model)(list(token_pairs(4)))
+    with torch.no_grad():
+        assert torch.equal(loaded(**pairs).logits, model.eval()(**pairs).logits)
+    save_packed(loaded, tmp_path / "packed", values="fp32")
+    packed = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert "soft" not in packed["quantization_config"]
+
+
+def test_a_dense_tail_is_not_packed(tmp_path: Path) -> None:
+    trainer = train(tmp_path, sparse_dense_tail=0.25)
+    assert isinstance(trainer.model, MarianMTModel)
+    with pytest.raises(ValueError, match="computes with its pruned weights times 1, so it is not 2:4 sparse"):
+        save_packed(trainer.model, tmp_path / "packed")
+
+
+def test_the_teacher_s_share_by_hand(tmp_path: Path) -> None:
+    """One step's loss is 0.75 of the cross-entropy and 0.25 of the divergence, softened by 2, a token."""
+    teacher = marian(seed=1, init_std=0.5)
+    teacher.save_pretrained(tmp_path / "teacher")
+    settings: dict[str, Any] = {
+        "distill_from": str(tmp_path / "teacher"),
+        "distill_weight": 0.25,
+        "distill_temperature": 2.0,
+    }
+    trainer = train(tmp_path, max_steps=1, **settings)
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    batch = collator(model)([token_pairs(32)[index] for index in range(8)])
+    with torch.no_grad():
+        logits, taught = (each(**batch).logits.flatten(0, 1) for each in (model, teacher.eval()))
+        real = batch["labels"].flatten() != -100
+        reference = F.cross_entropy(logits, batch["labels"].flatten())
+        student, target = (F.softmax(each[real] / 2, dim=-1) for each in (logits, taught))
+        divergence = 4 * (target * (target.log() - student.log())).sum() / real.sum()
+    assert losses(trainer) == pytest.approx([float(0.75 * reference + 0.25 * divergence)], abs=1e-5)
+    # What is evaluated is the model, not how it was taught.
+    score = trainer.evaluate(token_pairs(8))["eval_loss"]
+    trainer.teacher = None
+    assert trainer.evaluate(token_pairs(8))["eval_loss"] == score
+
+
+def test_distillation_loss_by_hand() -> None:
+    labels = torch.tensor([[1, 0, -100]])
+    same = torch.randn(1, 3, 2)
+    assert distillation_loss({"logits": same}, same, labels).item() == pytest.approx(0, abs=1e-7)
+    student, teacher = torch.zeros(1, 3, 2), torch.tensor([[[math.log(3.0), 0.0]] * 3])
+    # KL((3/4, 1/4) || (1/2, 1/2)) = 3/4 ln(3/2) + 1/4 ln(1/2), for two tokens
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert distillation_loss({"logits": student}, teacher, labels).item() == pytest.approx(expected)
+    assert distillation_loss({"logits": student}, teacher, labels, 8).item() == pytest.approx(expected / 4)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    marian(vocab_size=301).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has a vocabulary of 301, the model one of 300; they must share one"):
+        train(tmp_path, distill_from=str(tmp_path))
+
+
+def test_layers_are_logged_whole(tmp_path: Path) -> None:
+    trainer = train(tmp_path, sparse_log_groups=True, max_steps=2)
+    rows = [row for row in layer_rows(trainer.state.log_history) if row["step"] == 2]
+    assert len(rows) == 32
+    assert all(row["kept"] > row["pruned"] > 0 and 0 <= row["changed"] <= 1 for row in rows)
+    assert trainer.model is not None
+    layer = trainer.model.get_submodule(rows[0]["layer"])
+    assert isinstance(layer, NMLinear)
+    assert rows[0]["kept"] == pytest.approx(layer.weight[layer.current_mask()].abs().mean().item())
+    assert rows[0]["pruned"] == pytest.approx(layer.weight[~layer.current_mask()].abs().mean().item())
 
 
 def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:
@@ -314,6 +459,11 @@ def test_decoder_inputs_are_the_models_own() -> None:
         ({"sparse_method": "ste", "sparse_decay": 0.1}, "'ste' has no decay"),
         ({"sparse_method": "dense", "sparse_decay": 0.1}, "the dense method has no decay"),
         ({"tokens_per_batch": 0}, "tokens_per_batch: needs at least 1, got 0"),
+        ({"sparse_ramp": 2.0}, "schedule: ramp is a fraction of the run from 0 to 1, got 2.0"),
+        ({"sparse_method": "asp", "sparse_decay": None, "sparse_interval": 2}, "'asp' has no schedule of masks"),
+        ({"sparse_method": "dense", "sparse_decay": None, "sparse_fade": 0.1}, "'dense' has no schedule; leave"),
+        ({"distill_weight": 0.0}, "distill_weight: is above 0 and at most 1, got 0.0"),
+        ({"distill_temperature": -1.0}, "distill_temperature: needs a finite number above 0, got -1.0"),
     ],
 )
 def test_arguments_are_checked(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -338,6 +488,22 @@ def test_defaults_of_the_methods(tmp_path: Path) -> None:
         for method in ("sr-ste", "sr-ste-decoupled", "ste", "asp", "dense")
     }
     assert decays == {"sr-ste": 2e-4, "sr-ste-decoupled": 0.4, "ste": 0.0, "asp": 0.0, "dense": 0.0}
+
+
+def test_options_are_what_differs(tmp_path: Path) -> None:
+    assert arguments(tmp_path).sparse_options() == {}
+    assert arguments(tmp_path, sparse_ramp=0.25, sparse_interval=40).sparse_options() == {
+        "sparse_ramp": 0.25,
+        "sparse_interval": 40,
+    }
+    assert arguments(tmp_path, sparse_method="decaying-mask", sparse_decay=None).sparse_options() == {
+        "sparse_fade": 0.5
+    }
+    assert arguments(tmp_path, distill_from="a/b").sparse_options() == {
+        "distill_from": "a/b",
+        "distill_weight": 0.5,
+        "distill_temperature": 1.0,
+    }
 
 
 TWO_PROCESSES = """

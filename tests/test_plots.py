@@ -1,0 +1,89 @@
+"""Pictures of made-up runs: which are drawn, and that they hold what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_nmsparse.diagnostics import write_curve, write_layers
+from hf_nmsparse.metrics import Score, evaluation_record
+from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
+
+FACTS: dict[str, Any] = {"corpus": "c", "split": "test", "model": "m", "steps": 20, "dense_bytes": 10}
+TAUGHT = {"sparse_dense_head": 0.1, "distill_from": "dense", "distill_weight": 0.5, "distill_temperature": 2.0}
+
+
+def write_run(folder: Path, bleu: float, seed: int = 1, layers: bool = False, **facts: Any) -> Path:
+    """The files that the recipe leaves."""
+    log: list[dict[str, Any]] = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.5}]
+    if facts["method"] != "dense":
+        log[0] |= {"sad": 8.0, "flip_rate": 0.1, "flip_rate/model.fc1": 0.1}
+        log[1] |= {"sad": 4.0, "flip_rate": 0.05, "flip_rate/model.fc1": 0.05}
+    folder.mkdir(parents=True)
+    evaluation_record(Score(bleu, 50.0, "sig", "chrf", 10), seed=seed, **{**FACTS, **facts}).write(
+        folder / "evaluation.json"
+    )
+    write_curve(log, folder / "curve.json")
+    if layers:
+        write_layers(log, folder / "layers.parquet")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[LoggedRun]:
+    return [
+        read_run(write_run(tmp_path / name, bleu, **facts))
+        for name, bleu, facts in (
+            ("dense-s1", 36.0, {"method": "dense"}),
+            ("a-s1", 35.0, {"method": "sr-ste", "pattern": "2:4", "decay": 1e-4}),
+            ("a-s2", 35.5, {"method": "sr-ste", "pattern": "2:4", "decay": 1e-4, "seed": 2}),
+            ("b-s1", 34.0, {"method": "sr-ste", "pattern": "2:4", "decay": 1e-3, "layers": True}),
+            ("c-s1", 30.0, {"method": "sr-ste", "pattern": "1:4", "decay": 1e-4, "options": {"sparse_ramp": 0.25}}),
+            ("ste-s1", 34.5, {"method": "ste", "pattern": "2:4", "targets": ["fc1", "fc2"]}),
+            ("kd-s1", 35.5, {"method": "ste", "pattern": "2:4", "options": TAUGHT}),
+        )
+    ]
+
+
+def test_the_words_for_a_run(runs: list[LoggedRun]) -> None:
+    assert [run.settings for run in runs] == [
+        "dense",
+        "2:4, sr-ste, λ 0.0001",
+        "2:4, sr-ste, λ 0.0001",
+        "2:4, sr-ste, λ 0.001",
+        "1:4, sr-ste, λ 0.0001, ramp 0.25",
+        "2:4, ste, fc1+fc2",
+        "2:4, ste, dense head 0.1, distilled 0.5, T 2",
+    ]
+    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5]
+
+
+def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_path: Path) -> None:
+    files = plot_runs(runs, tmp_path / "plots", "svg")
+    assert [file.name for file in files] == ["flips.svg", "sparsity.svg", "decay.svg", "layers-b-s1.svg"]
+    again = plot_runs(runs, tmp_path / "again", "svg")
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
+    # text is drawn as paths, with the text itself in comments
+    flips = files[0].read_text(encoding="utf-8")
+    assert "<!-- 2:4, sr-ste, λ 0.0001 (2 seeds) -->" in flips
+    assert "<!-- dense -->" not in flips
+    assert "<!-- dense -->" in files[2].read_text(encoding="utf-8")
+    assert "<!-- fc1 -->" in files[3].read_text(encoding="utf-8")
+
+
+def test_one_run_has_its_flips(runs: list[LoggedRun], tmp_path: Path) -> None:
+    [file] = plot_runs(runs[1:2], tmp_path / "plots")
+    assert file.name == "flips.png"
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_refused(runs: list[LoggedRun], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="plot: nothing to draw; give at least one sparse run"):
+        plot_runs(runs[:1], tmp_path)
+    with pytest.raises(ValueError, match="plot: format is one of png, svg, got 'pdf'"):
+        plot_runs(runs, tmp_path, "pdf")
+    (tmp_path / "a-s1" / "curve.json").unlink()
+    with pytest.raises(ValueError, match=r"a-s1 holds no curve\.json; give folders of finished runs"):
+        read_run(tmp_path / "a-s1")

@@ -1,0 +1,187 @@
+"""The study runner: its grid, what it skips, what it runs again, and a whole study that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_nmsparse.metrics import Evaluation
+from recipes import results_table
+from recipes.study import Runner, Study, main, only_one
+from recipes.wmt_en_de import parse
+from tests.test_recipe import tiny, write_corpus
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+
+
+def write_study(folder: Path, **record: Any) -> Path:
+    (folder / "base.yaml").write_text("corpus: c\n")
+    file = folder / "grid.yaml"
+    file.write_text(yaml.safe_dump({"base": "base.yaml", **record}, sort_keys=False))
+    return file
+
+
+RUNS = {"dense": {"sparse_method": "dense"}, "asp": {"sparse_method": "asp", "after": "dense"}}
+
+
+def runner(folder: Path, **record: Any) -> Runner:
+    study = Study.read(write_study(folder, **{"runs": RUNS, **record}))
+    return Runner(study, folder / "outputs", folder / "results", jobs=1, extra=[])
+
+
+def finish(runner: Runner, name: str, model: bool = True, **facts: Any) -> None:
+    """Leaves what a finished run leaves, as far as the runner looks at it."""
+    for folder in (runner.outputs / name, runner.results / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").write_text(json.dumps({"train_seconds": 60.0, **facts}))
+    if model:
+        (runner.outputs / name / "dense").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_studies_here_are_made_of_valid_runs(file: Path, tmp_path: Path) -> None:
+    study = Study.read(file)
+    whole = Runner(study, tmp_path, tmp_path / "results", 1, ["--use_cpu", "true"])
+    for run in whole.runs.values():
+        for other in run.needs:
+            finish(whole, other)
+        arguments = whole.command(run)
+        _, args = parse(arguments[arguments.index(str(study.base)) :])
+        assert args.output_dir == str(tmp_path / run.name)
+        assert run.name.endswith(f"-s{args.seed}")
+
+
+def test_the_first_seed_of_all_comes_first(tmp_path: Path) -> None:
+    grid = Study.read(write_study(tmp_path, runs={**RUNS, "one": {"seeds": [1]}}, seeds=[1, 2])).grid()
+    assert [run.name for run in grid] == ["dense-s1", "asp-s1", "one-s1", "dense-s2", "asp-s2"]
+    assert [run.needs for run in grid] == [set(), {"dense-s1"}, set(), set(), {"dense-s2"}]
+    assert grid[4].settings == {"sparse_method": "asp", "seed": 2}
+
+
+def test_shared_settings_give_way(tmp_path: Path) -> None:
+    [run] = Study.read(write_study(tmp_path, settings={"a": 1, "b": 2}, runs={"x": {"b": 3}})).grid()
+    assert run.settings == {"a": 1, "b": 3, "seed": 1}
+
+
+def test_what_is_done_is_skipped(tmp_path: Path) -> None:
+    study = runner(tmp_path)
+    assert [run.name for run in study.pending([])] == ["dense-s1", "asp-s1"]
+    finish(study, "dense-s1")
+    assert [run.name for run in study.pending([])] == ["asp-s1"]
+    assert study.pending(["dense"]) == []
+    assert [run.name for run in study.pending(["asp-s1"])] == ["asp-s1"]
+    finish(study, "asp-s1")
+    assert study.pending([]) == []
+
+
+def test_a_model_that_is_gone_is_trained_again(tmp_path: Path) -> None:
+    study = runner(tmp_path)
+    finish(study, "dense-s1", model=False)
+    assert [run.name for run in study.pending([])] == ["dense-s1", "asp-s1"]
+    finish(study, "asp-s1")
+    assert study.pending([]) == []
+
+
+def test_a_run_reads_the_models_it_needs(tmp_path: Path) -> None:
+    study = runner(tmp_path, runs={**RUNS, "kd": {"teacher": "dense", "targets": ["fc1", "fc2"]}})
+    finish(study, "dense-s1")
+    model = str(tmp_path / "outputs" / "dense-s1" / "dense")
+    asp, kd = (" ".join(study.command(study.runs[name])) for name in ("asp-s1", "kd-s1"))
+    assert f"--model {model}" in asp
+    assert f"--distill_from {model}" in kd
+    assert "--targets fc1 fc2" in kd
+    assert "--seed 1" in kd
+
+
+def test_the_time_left(tmp_path: Path) -> None:
+    study = runner(tmp_path, runs={"a": {}, "b": {}, "c": {}})
+    assert study.seconds_left(study.pending([])) is None
+    finish(study, "a-s1", train_seconds=100.0)
+    finish(study, "b-s1", train_seconds=50.0)
+    assert study.seconds_left(study.pending([])) == 75
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"runs": {"a": {"after": "b"}}}, "run 'a' needs 'b', which is no run"),
+        ({"runs": {"a": {"after": "b"}, "b": {"seeds": [2]}}}, "run 'a-s1' needs 'b-s1'; give both the same seeds"),
+        ({"runs": {}, "seed": 1}, "holds the keys base, runs, seeds, settings"),
+        ({"runs": {}, "base": "none.yaml"}, "none.yaml is missing"),
+    ],
+)
+def test_studies_that_are_refused(
+    tmp_path: Path, record: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_study(tmp_path, **record)
+    assert main([str(file), "--outputs", str(tmp_path / "o"), "--results", str(tmp_path / "r")]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("study: ")
+    assert printed.count("\n") == 1
+
+
+def test_unknown_runs_and_a_second_runner_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(write_study(tmp_path, runs=RUNS)), "--outputs", str(tmp_path / "o"), "--results", str(tmp_path)]
+    assert main([*arguments, "--only", "stee"]) == 2
+    assert "'stee' is no run; the runs are dense, asp" in capsys.readouterr().err
+    with only_one(tmp_path / "o" / "grid"):
+        assert main(arguments) == 2
+    assert "another process runs the study" in capsys.readouterr().err
+
+
+def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, then two runs that need its model; the runner is killed in the first, and a run in the middle."""
+    corpus = write_corpus(tmp_path / "corpus")
+    words = tiny(corpus, tmp_path / "unused", max_steps=20, save_steps=5, average=2)
+    settings = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    (tmp_path / "base.yaml").write_text("".join(f"{key}: '{value}'\n" for key, value in settings.items()))
+    runs = {**RUNS, "taught": {"sparse_method": "sr-ste", "teacher": "dense"}}
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"base": "base.yaml", "runs": runs}))
+    command = [sys.executable, str(ROOT / "recipes" / "study.py"), str(file), "--jobs", "2"]
+    command += ["--outputs", str(tmp_path / "outputs"), "--results", str(tmp_path / "results")]
+    outputs, results = tmp_path / "outputs" / "grid", tmp_path / "results" / "grid"
+
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(outputs.glob("dense-s1/checkpoint-5/trainer_state.json")):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 143
+    assert not (results / "dense-s1").exists()
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    logs = "".join(log.read_text()[-2000:] for log in outputs.glob("*/log.txt"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert "grid: 3 runs, 3 to do, 2 at a time" in done.stdout
+    evaluations = {folder.name: Evaluation.read(folder / "evaluation.json") for folder in results.iterdir()}
+    assert {name: run.steps for name, run in evaluations.items()} == {"dense-s1": 20, "asp-s1": 20, "taught-s1": 20}
+    assert evaluations["asp-s1"].base_model == str(outputs / "dense-s1" / "dense")
+    assert evaluations["taught-s1"].options["distill_from"] == str(outputs / "dense-s1" / "dense")
+    for name in ("asp-s1", "taught-s1"):
+        assert {file.name for file in (results / name).iterdir()} == {
+            "evaluation.json",
+            "curve.json",
+            "sentences.json",
+            "layers.parquet",
+        }
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "3 runs, 0 to do" in again.stdout
+
+    table = results_table.study_of(results)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| asp", "| dense", "| taught"]
+    assert "2:4, asp" in table
+    assert "2:4, sr-ste, λ 0.0002, distilled 0.5" in table
