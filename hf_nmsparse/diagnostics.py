@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import pyarrow
+from pyarrow import parquet
 
 __all__ = ["LAYER_MEASURES", "layer_rows", "read_curve", "read_layers", "write_curve", "write_layers"]
 
@@ -65,7 +66,7 @@ def write_layers(log: Log, file: Path) -> None:
     """Writes `layer_rows` as Parquet; no file where no layer was logged."""
     rows = layer_rows(log)
     if rows:
-        Dataset.from_list(rows).to_parquet(file)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 def read_layers(file: Path) -> list[dict[str, Any]]:
@@ -75,8 +76,8 @@ def read_layers(file: Path) -> list[dict[str, Any]]:
         ValueError: The file is no such table.
     """
     try:
-        rows: list[dict[str, Any]] = Dataset.from_parquet(str(file), keep_in_memory=True).to_list()
-    except Exception as error:  # whatever the readers of Parquet raise
+        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file}: cannot be read as Parquet: {error}") from error
     if not rows or not {"step", "layer", *LAYER_MEASURES} <= rows[0].keys():
         raise ValueError(f"{file}: a table of layers has step, layer and {', '.join(LAYER_MEASURES)}")

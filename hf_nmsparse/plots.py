@@ -151,15 +151,21 @@ def _flips(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
 
 
 def _sparsity(axes: Axes, runs: Sequence[LoggedRun]) -> None:
-    lines: dict[str, list[LoggedRun]] = {}
+    lines: dict[str, dict[str, list[LoggedRun]]] = {}
     for run in runs:
-        lines.setdefault(run.evaluation.method, []).append(run)
-    for method, group in lines.items():
-        _mean_line(axes, group, lambda run: run.sparsity, method)
-        for pattern in {str(run.evaluation.pattern) for run in group if run.evaluation.pattern}:
-            of_pattern = [run for run in group if run.evaluation.pattern == pattern]
-            place = of_pattern[0].sparsity, statistics.fmean(run.evaluation.bleu for run in of_pattern)
-            axes.annotate(pattern, place, textcoords="offset points", xytext=(5, 5), fontsize="small")
+        label = run.settings.removeprefix(f"{run.evaluation.pattern}, ")
+        lines.setdefault(label, {}).setdefault(run.evaluation.pattern or "dense", []).append(run)
+    for label, patterns in lines.items():
+        # Patterns that prune as much, such as 2:4 and 4:8, have a point each.
+        points = sorted(
+            (group[0].sparsity, statistics.fmean(run.evaluation.bleu for run in group), pattern, group)
+            for pattern, group in patterns.items()
+        )
+        [line] = axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=label)
+        for sparsity, mean, pattern, group in points:
+            _repetitions(axes, sparsity, group, line.get_color())
+            if pattern != "dense":
+                axes.annotate(pattern, (sparsity, mean), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axes.set(xlabel="fraction of the weights pruned", ylabel=f"BLEU on {runs[0].evaluation.split}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -167,8 +173,14 @@ def _sparsity(axes: Axes, runs: Sequence[LoggedRun]) -> None:
 
 def _decay(axes: Axes, swept: Iterable[list[LoggedRun]], dense: Sequence[LoggedRun]) -> None:
     for group in swept:
+        places: dict[float, list[LoggedRun]] = {}
+        for run in sorted(group, key=lambda run: run.evaluation.decay or 0.0):
+            places.setdefault(run.evaluation.decay or 0.0, []).append(run)
+        means = [statistics.fmean(run.evaluation.bleu for run in runs) for runs in places.values()]
         label = f"{group[0].evaluation.pattern} {group[0].evaluation.method}"
-        _mean_line(axes, group, lambda run: run.evaluation.decay or 0.0, label)
+        [line] = axes.plot(list(places), means, marker="o", label=label)
+        for place, runs in places.items():
+            _repetitions(axes, place, runs, line.get_color())
     if dense:
         level = statistics.fmean(run.evaluation.bleu for run in dense)
         axes.axhline(level, linestyle="--", color="gray", label=_with_seeds("dense", dense))
@@ -189,15 +201,11 @@ def _layers(axes: Axes, run: LoggedRun) -> None:
     axes.figure.colorbar(image, ax=axes, label="flip rate")
 
 
-def _mean_line(axes: Axes, runs: Sequence[LoggedRun], place: Callable[[LoggedRun], float], label: str) -> None:
-    """The mean over repetitions at each place, and the repetitions as points."""
-    scores: dict[float, list[float]] = {}
-    for run in runs:
-        scores.setdefault(place(run), []).append(run.evaluation.bleu)
-    places = sorted(scores)
-    [line] = axes.plot(places, [statistics.fmean(scores[x]) for x in places], marker="o", label=label)
-    for x in places:
-        axes.plot([x] * len(scores[x]), scores[x], linestyle="", marker=".", alpha=0.5, color=line.get_color())
+def _repetitions(axes: Axes, place: float, runs: Sequence[LoggedRun], color: Any) -> None:
+    """The runs whose mean is drawn at ``place``, as points."""
+    if len(runs) > 1:
+        scores = [run.evaluation.bleu for run in runs]
+        axes.plot([place] * len(runs), scores, linestyle="", marker=".", alpha=0.5, color=color)
 
 
 def _swept(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:

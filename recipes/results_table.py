@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def study_of(folder: Path) -> str:
     for run in [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]:
         settings.setdefault(run.name.rpartition("-s")[0], {})[run.evaluation.seed] = run
     dense = settings["dense"]
-    rows = table_head(["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "chrF", "flip rate", "time"])
+    rows = table_head(
+        ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "chrF", "flip rate", "step time"]
+    )
     for name, runs in settings.items():
         evaluations = [run.evaluation for run in runs.values()]
         bleu = [run.bleu for run in evaluations]
@@ -102,9 +105,9 @@ def statistics_of(folder: Path, run: LoggedRun) -> SentenceStatistics:
 
 
 def seconds(run: LoggedRun) -> float:
-    """How long a run trained."""
-    assert run.evaluation.train_seconds is not None
-    return run.evaluation.train_seconds
+    """How long a step of the run took: the median over its logs, which another job for a while does not move."""
+    logs = [(row["step"], row["train_seconds"]) for row in run.curve if "train_seconds" in row]
+    return statistics.median((after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(logs))
 
 
 def notes(runs: list[Evaluation]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -76,6 +76,9 @@ class RecipeArguments:
 
     corpus: str = field(metadata={"help": "Hub dataset, local folder or 'homeassistant'; see hf_nmsparse.corpus."})
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset: de-en."})
+    more_train: list[str] | None = field(
+        default=None, metadata={"help": "Further corpora, likewise, whose training pairs are added."}
+    )
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
     target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
@@ -127,6 +130,11 @@ def main() -> None:
     for split in ("train", recipe.split):
         if split not in corpus:
             raise ValueError(f"corpus {recipe.corpus}: no split {split!r}; it has {', '.join(corpus)}")
+    for name in recipe.more_train or ():
+        more = load_corpus(name, recipe.source_lang, recipe.target_lang)
+        if "train" not in more:
+            raise ValueError(f"more_train: {name} has no split 'train'; it has {', '.join(more)}")
+        corpus["train"] = concatenate_datasets([corpus["train"], more["train"]])
     if recipe.max_train_pairs is not None:
         corpus["train"] = corpus["train"].select(range(min(recipe.max_train_pairs, len(corpus["train"]))))
     with args.main_process_first(desc="tokenizer"):
@@ -314,7 +322,7 @@ def evaluate(
     return evaluation_record(
         score(hypotheses, references),
         against,
-        corpus=Path(recipe.corpus).name if Path(recipe.corpus).is_dir() else recipe.corpus,
+        corpus=" + ".join(map(corpus_name, [recipe.corpus, *(recipe.more_train or ())])),
         split=recipe.split,
         model=f"{describe(trainer.model)}, beam {recipe.beams}",
         method=args.sparse_method,
@@ -332,6 +340,11 @@ def evaluate(
         dense_bytes=size + spared,
         base_model=recipe.model,
     )
+
+
+def corpus_name(corpus: str) -> str:
+    """How a record names a corpus: a folder by its own name."""
+    return Path(corpus).name if Path(corpus).is_dir() else corpus
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -228,11 +228,16 @@ def test_whole_runs(tmp_path: Path) -> None:
 
 
 def test_a_dense_tail_ends_in_a_dense_model(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
+    """On two corpora together."""
+    corpus, more = write_corpus(tmp_path / "corpus"), write_corpus(tmp_path / "more")
     config = str(ROOT / "recipes" / "configs" / "demo.yaml")
     settings = {"max_steps": 4, "save_steps": 2, "average": 2, "sparse_dense_tail": 0.5}
-    launch("one_process.yaml", config, *tiny(corpus, tmp_path / "run", **settings))
+    printed = launch("one_process.yaml", config, *tiny(corpus, tmp_path / "run", **settings), "--more_train", str(more))
     evaluation = Evaluation.read(tmp_path / "run" / "evaluation.json")
+    assert evaluation.corpus == "corpus + more"
+    one = launch("one_process.yaml", config, *tiny(corpus, tmp_path / "one", **settings))
+    batches = [int(re.findall(r"(\d+) batches an epoch", text)[0]) for text in (one, printed)]
+    assert batches[1] == 2 * batches[0]
     assert (evaluation.pattern, evaluation.packed_bytes) == (None, None)
     assert evaluation.options == {"sparse_dense_tail": 0.5}
     assert "quantization_config" not in json.loads((tmp_path / "run" / "dense" / "config.json").read_text())
