@@ -125,13 +125,15 @@ _BITS = {
 }
 
 
-def random_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+def random_mask(weight: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
     """A mask that keeps N of every M weights at random, each choice as likely as any other.
 
-    It is drawn on the CPU, from torch's default generator, so that it does not depend on the device.
+    Args:
+        weight: Gives shape and device.
+        pattern: The N:M pattern.
+        generator: On the CPU, so that the mask does not depend on the device.
     """
-    pattern.groups(weight.shape[-1])
-    return magnitude_mask(torch.rand(weight.shape, device="cpu"), pattern).to(weight.device)
+    return magnitude_mask(torch.rand(weight.shape, generator=generator, device="cpu"), pattern).to(weight.device)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -186,11 +186,13 @@ class SparseStep:
         self.start(int(state["step"]), self.steps)
 
     def _fix_masks(self) -> None:
+        # From the seed itself, so that all processes draw alike whatever they have drawn before.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
         for layer in self.layers.values():
             layer.mask = layer.current_mask()
             # Weights that keep to the pattern already keep their mask: those of a run that goes on.
             if self.method.random_mask and not torch.equal(layer.masked(layer.weight, layer.mask), layer.weight):
-                layer.mask = random_mask(layer.weight, layer.pattern)
+                layer.mask = random_mask(layer.weight, layer.pattern, generator)
             layer.fixed_mask = True
             layer.finalize()
 

@@ -172,14 +172,20 @@ def test_decaying_mask() -> None:
 
 
 def test_random_masks_are_drawn_and_kept() -> None:
-    torch.manual_seed(0)
     masks = []
-    for _ in range(40):
+    for seed in range(40):
+        torch.manual_seed(seed)
+        torch.rand(seed)  # what was drawn before does not matter
         linear = layer()
         SparseStep(linear, torch.optim.SGD(linear.parameters(), lr=LR), "random")
         assert linear.mask is not None
         assert torch.equal(linear.weight, apply_mask(torch.tensor(WEIGHT), linear.mask))
         masks.append(linear.mask)
+    torch.manual_seed(39)
+    again = layer()
+    SparseStep(again, torch.optim.SGD(again.parameters(), lr=LR), "random")
+    assert again.mask is not None
+    assert torch.equal(again.mask, masks[-1])
     kept = torch.cat(masks)
     assert (kept.sum(dim=1) == 2).all()
     # 80 groups: each of the four places is kept in half of them, give or take 5 standard deviations.
