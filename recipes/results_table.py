@@ -1,7 +1,8 @@
 """Makes the README's tables from the files in recipes/results and benchmarks/results.
 
 python recipes/results_table.py            prints them
-python recipes/results_table.py --write    puts them into README.md, each between its two markers
+python recipes/results_table.py --write    puts them into README.md, each between its two markers, and draws the
+                                           pictures of the studies
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare_statistics
-from hf_nmsparse.plots import LoggedRun, read_run
+from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -343,6 +344,9 @@ def main() -> None:
         if not found or not ended:
             raise SystemExit(f"results_table: README.md needs the two lines {begin} and {end}")
         README.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
+    if sys.argv[1:] == ["--write"]:
+        for folder in studies():
+            plot_runs([read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))], folder / "plots")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 A study is one YAML file: the settings that all runs share, and for each run what is different. A run that is done is
 skipped, a run that was stopped goes on from its last checkpoint, so the same command finishes a study that was killed
 at any moment. Each run is `recipes/wmt_en_de.py` under accelerate, on one CPU thread each or, one after the other, on
-the GPU in bf16. When it ends, its evaluation, curve, sentence statistics and course of the layers go to
-recipes/results/STUDY/RUN.
+the GPU in bf16. When it ends, its evaluation, curve and sentence statistics go to recipes/results/STUDY/RUN, and the
+course of its layers if the study asks for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import torch
 import yaml
 
 HERE = Path(__file__).parent
-RESULT_FILES = ("evaluation.json", "curve.json", "sentences.json", "layers.parquet")
 POLL_SECONDS = 2.0
 
 
@@ -66,6 +65,7 @@ class Study:
         settings: Keys and values that win over it, for all runs.
         seeds: Seeds of the runs that name none themselves.
         runs: For each name the settings that differ, with ``seeds``, ``after`` and ``teacher`` among them.
+        layers: Names of runs, with their seed, that keep the course of their layers: it is larger than all else.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1,)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, file: Path) -> Study:
@@ -84,13 +85,20 @@ class Study:
         if not file.is_file():
             raise ValueError(f"study: no such file {file}; see recipes/studies")
         record = yaml.safe_load(file.read_text(encoding="utf-8"))
-        known = {"base", "settings", "seeds", "runs"}
+        known = {"base", "settings", "seeds", "runs", "layers"}
         if not isinstance(record, dict) or set(record) - known or not {"base", "runs"} <= set(record):
             raise ValueError(f"study: {file} holds the keys {', '.join(sorted(known))}; base and runs are needed")
         base = file.parent / record["base"]
         if not base.is_file():
             raise ValueError(f"study: {file}: base {base} is missing")
-        return cls(file.stem, base, record.get("settings") or {}, tuple(record.get("seeds") or (1,)), record["runs"])
+        return cls(
+            file.stem,
+            base,
+            record.get("settings") or {},
+            tuple(record.get("seeds") or (1,)),
+            record["runs"],
+            tuple(record.get("layers") or ()),
+        )
 
     def grid(self) -> list[Run]:
         """All runs: the first seed of each before the second of any, otherwise in the order of the file.
@@ -109,6 +117,8 @@ class Study:
                 others = [None if other is None else f"{other}-s{seed}" for other in (after, teacher)]
                 runs.append((index, Run(f"{name}-s{seed}", {**self.settings, **settings, "seed": seed}, *others)))
         names = {run.name for _, run in runs}
+        for name in set(self.layers) - names:
+            raise ValueError(f"study: layers names {name!r}, which is no run with its seed, such as {min(names)!r}")
         for _, run in runs:
             for other in run.needs - names:
                 raise ValueError(f"study: run {run.name!r} needs {other!r}; give both the same seeds")
@@ -190,7 +200,8 @@ class Runner:
         """Copies what is kept of a run, the evaluation last."""
         folder = self.results / name
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (*RESULT_FILES[1:], RESULT_FILES[0]):
+        layers = ["layers.parquet"] if name in self.study.layers else []
+        for file in [*layers, "curve.json", "sentences.json", "evaluation.json"]:
             source = self.outputs / name / file
             if source.is_file():
                 beside = folder / f".{file}"
