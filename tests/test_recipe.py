@@ -238,7 +238,7 @@ def test_a_dense_tail_ends_in_a_dense_model(tmp_path: Path) -> None:
     assert evaluation.corpus == "corpus + more"
     one = launch("one_process.yaml", config, *tiny(corpus, tmp_path / "one", **settings))
     batches = [int(re.findall(r"(\d+) batches an epoch", text)[0]) for text in (one, printed)]
-    assert batches[1] == 2 * batches[0]
+    assert 1.5 * batches[0] < batches[1] <= 2 * batches[0]  # sentences of like length fill batches better
     assert (evaluation.pattern, evaluation.packed_bytes) == (None, None)
     assert evaluation.options == {"sparse_dense_tail": 0.5}
     assert "quantization_config" not in json.loads((tmp_path / "run" / "dense" / "config.json").read_text())
