@@ -484,8 +484,11 @@ class _Start(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.trainer.sparse_step is not None:
-            self.trainer.sparse_step.start(state.global_step, state.max_steps)
+        sparse_step = self.trainer.sparse_step
+        if sparse_step is not None:
+            # A checkpoint's own count leaves out the steps that a loss scaler skipped.
+            resumed = bool(state.global_step and sparse_step.step)
+            sparse_step.start(sparse_step.step if resumed else state.global_step, state.max_steps)
 
 
 class _Totals(TrainerCallback):
