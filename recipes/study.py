@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -134,9 +134,13 @@ class Runner:
         results: Folder of the results.
         jobs: Runs at a time.
         extra: Keys and values of the recipe that win over the study's.
+        lock: Open file of `only_one`, which the runs keep locked where the runner is killed and they are not.
     """
 
-    def __init__(self, study: Study, outputs: Path, results: Path, jobs: int, extra: list[str]) -> None:
+    def __init__(
+        self, study: Study, outputs: Path, results: Path, jobs: int, extra: list[str], lock: IO[str] | None = None
+    ) -> None:
+        self.inherited = () if lock is None else (lock.fileno(),)
         self.study, self.outputs, self.results, self.jobs, self.extra = study, outputs, results, jobs, extra
         self.runs = {run.name: run for run in study.grid()}
         self.active: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
@@ -191,7 +195,12 @@ class Runner:
             environment["OMP_NUM_THREADS"] = "1"
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
-                self.command(run), stdout=log, stderr=log, start_new_session=True, env=environment
+                self.command(run),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
+                pass_fds=self.inherited,
             )
         self.active[run.name] = process, time.monotonic()
         print(f"{run.name}: started, its output goes to {folder / 'log.txt'}", flush=True)
@@ -262,13 +271,15 @@ class Runner:
                 time.sleep(POLL_SECONDS)
         finally:
             for process, _ in self.active.values():
-                os.killpg(process.pid, signal.SIGTERM)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait()
         return 1 if self.failed else 0
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Refuses a second runner on the same outputs.
+def only_one(folder: Path) -> Iterator[IO[str]]:
+    """Refuses a second runner on the same outputs, and one beside runs that a killed runner left.
 
     Raises:
         ValueError: Another process runs this study.
@@ -279,7 +290,7 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"study: another process runs the study in {folder}; wait for it or stop it") from error
-        yield
+        yield lock
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -294,13 +305,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         study = Study.read(options.study)
         jobs = options.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-        runner = Runner(study, options.outputs / study.name, options.results / study.name, jobs, extra)
+        names = {*study.runs, *(run.name for run in study.grid())}
         for name in options.only:
-            if name not in runner.runs and name not in study.runs:
+            if name not in names:
                 raise ValueError(f"study: {name!r} is no run; the runs are {', '.join(study.runs)}")
-        with only_one(runner.outputs):
+        outputs, results = options.outputs / study.name, options.results / study.name
+        with only_one(outputs) as lock:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            return runner.run(options.only)
+            return Runner(study, outputs, results, jobs, extra, lock).run(options.only)
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:
         print(f"study: {error}" if not str(error).startswith("study") else error, file=sys.stderr)
         return 2

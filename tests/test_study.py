@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -141,7 +142,7 @@ def test_unknown_runs_and_a_second_runner_are_refused(tmp_path: Path, capsys: py
 
 
 def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense, then two runs that need its model; the runner is killed in the first, and a run in the middle."""
+    """Dense, then two runs that need its model. The runner is killed without a chance, then told to stop."""
     corpus = write_corpus(tmp_path / "corpus")
     words = tiny(corpus, tmp_path / "unused", max_steps=20, save_steps=5, average=2)
     settings = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
@@ -153,14 +154,29 @@ def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     command += ["--outputs", str(tmp_path / "outputs"), "--results", str(tmp_path / "results")]
     outputs, results = tmp_path / "outputs" / "grid", tmp_path / "results" / "grid"
 
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(outputs.glob("dense-s1/checkpoint-5/trainer_state.json")):
-        assert first.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 143
+    def started(file: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (outputs / "dense-s1" / file).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    first = started("tokenizer")
+    orphans = psutil.Process(first.pid).children(recursive=True)
+    for process in [psutil.Process(first.pid), *orphans]:
+        process.suspend()
+    first.kill()
+    first.wait()
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (refused.returncode, refused.stderr.count("another process runs the study")) == (2, 1)
+    for process in orphans:
+        process.kill()
+    psutil.wait_procs(orphans, timeout=60)
+    second = started("checkpoint-5")
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(60) == 143
     assert not (results / "dense-s1").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
