@@ -74,7 +74,7 @@ def study_of(folder: Path) -> str:
     settings: dict[str, dict[int, LoggedRun]] = {}
     for run in [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]:
         settings.setdefault(run.name.rpartition("-s")[0], {})[run.evaluation.seed] = run
-    dense = settings["dense"]
+    dense = settings.get("dense", {})
     rows = table_head(
         ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "chrF", "flip rate", "step time"]
     )
@@ -334,8 +334,9 @@ def markers(name: str) -> tuple[str, str]:
 
 def main() -> None:
     """Prints the tables or writes them into the README."""
+    write = sys.argv[1:] == ["--write"]
     for name, make in TABLES.items():
-        if sys.argv[1:] != ["--write"]:
+        if not write:
             print(make(), end="\n\n")
             continue
         begin, end = markers(name)
@@ -344,7 +345,7 @@ def main() -> None:
         if not found or not ended:
             raise SystemExit(f"results_table: README.md needs the two lines {begin} and {end}")
         README.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
-    if sys.argv[1:] == ["--write"]:
+    if write:
         for folder in studies():
             plot_runs([read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))], folder / "plots")
 

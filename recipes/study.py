@@ -88,6 +88,10 @@ class Study:
         known = {"base", "settings", "seeds", "runs", "layers"}
         if not isinstance(record, dict) or set(record) - known or not {"base", "runs"} <= set(record):
             raise ValueError(f"study: {file} holds the keys {', '.join(sorted(known))}; base and runs are needed")
+        if not isinstance(record["runs"], dict) or any(
+            not isinstance(run, dict | None) for run in record["runs"].values()
+        ):
+            raise ValueError(f"study: {file}: runs holds a name for each run, and keys and values of the recipe below")
         base = file.parent / record["base"]
         if not base.is_file():
             raise ValueError(f"study: {file}: base {base} is missing")
@@ -303,6 +307,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
     options, extra = parser.parse_known_args(argv)
     try:
+        if options.jobs is not None and options.jobs < 1:
+            raise ValueError(f"study: --jobs needs a number of at least 1, got {options.jobs}")
         study = Study.read(options.study)
         jobs = options.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
         names = {*study.runs, *(run.name for run in study.grid())}

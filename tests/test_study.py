@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def test_the_time_left(tmp_path: Path) -> None:
         ({"runs": {"a": {"after": "b"}, "b": {"seeds": [2]}}}, "run 'a-s1' needs 'b-s1'; give both the same seeds"),
         ({"runs": {"a": {}}, "layers": ["a"]}, "layers names 'a', which is no run with its seed, such as 'a-s1'"),
         ({"runs": {}, "seed": 1}, "holds the keys base, layers, runs, seeds, settings"),
+        ({"runs": ["a"]}, "runs holds a name for each run, and keys and values of the recipe below"),
+        ({"runs": {"a": "ste"}}, "runs holds a name for each run"),
         ({"runs": {}, "base": "none.yaml"}, "none.yaml is missing"),
     ],
 )
@@ -136,6 +139,8 @@ def test_unknown_runs_and_a_second_runner_are_refused(tmp_path: Path, capsys: py
     arguments = [str(write_study(tmp_path, runs=RUNS)), "--outputs", str(tmp_path / "o"), "--results", str(tmp_path)]
     assert main([*arguments, "--only", "stee"]) == 2
     assert "'stee' is no run; the runs are dense, asp" in capsys.readouterr().err
+    assert main([*arguments, "--jobs", "0"]) == 2
+    assert "--jobs needs a number of at least 1, got 0" in capsys.readouterr().err
     with only_one(tmp_path / "o" / "grid"):
         assert main(arguments) == 2
     assert "another process runs the study" in capsys.readouterr().err
@@ -198,3 +203,5 @@ def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| asp", "| dense", "| taught"]
     assert "2:4, asp" in table
     assert "2:4, sr-ste, λ 0.0002, distilled 0.5" in table
+    shutil.rmtree(results / "dense-s1")  # a study whose dense runs are still to come
+    assert "| 2:4, asp | 1 |" in results_table.study_of(results)
