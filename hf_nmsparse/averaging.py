@@ -8,7 +8,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["average_checkpoints", "last_checkpoints"]
+__all__ = ["average_checkpoints", "checkpoints", "last_checkpoints"]
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders ``checkpoint-STEP`` in ``output_dir``, in the order of their steps."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
 
 
 def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
@@ -17,8 +23,7 @@ def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
     Raises:
         ValueError: There are fewer.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    folders.sort(key=lambda path: int(path.name.split("-")[-1]))
+    folders = checkpoints(output_dir)
     if len(folders) < count:
         raise ValueError(
             f"averaging: {output_dir} holds {len(folders)} checkpoints, {count} are wanted; raise save_total_limit"

@@ -388,7 +388,7 @@ class Evaluation:
         targets: The rules that chose the sparse layers; None where every linear layer was taken.
         decay: lambda of SR-STE; None where the method has none.
         options: What the run has beside: schedule and distillation, by the names of `SparseTrainingArguments`.
-        values: Number type in the file: fp32, fp16 or bf16.
+        values: Number type in the file: fp32, fp16, bf16 or int8.
         base_model: The model it was trained from; None for training from scratch.
         train_seconds: Wall time of the training.
         flip_rate: Fraction of mask entries that a step changed at the end of the training.

@@ -126,6 +126,9 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
         layers = name.startswith("layers-")
         figure, axes = pyplot.subplots(figsize=(9, 8 if layers else 4.5), layout="constrained")
         draw(axes)
+        if not layers:
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
         file = output / f"{name}.{format}"
         # Without the date and with fixed ids the same runs give the same file.
         with pyplot.rc_context({"svg.hashsalt": name}):
@@ -146,8 +149,6 @@ def _flips(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
             steps = sorted(points)
             axes.plot(steps, [statistics.fmean(points[step]) for step in steps], label=_with_seeds(label, runs))
     axes.set(xlabel="optimizer step", ylabel="flip rate: fraction of the mask that a step changes", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def _sparsity(axes: Axes, runs: Sequence[LoggedRun]) -> None:
@@ -167,8 +168,6 @@ def _sparsity(axes: Axes, runs: Sequence[LoggedRun]) -> None:
             if pattern != "dense":
                 axes.annotate(pattern, (sparsity, mean), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axes.set(xlabel="fraction of the weights pruned", ylabel=f"BLEU on {runs[0].evaluation.split}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def _decay(axes: Axes, swept: Iterable[list[LoggedRun]], dense: Sequence[LoggedRun]) -> None:
@@ -185,8 +184,6 @@ def _decay(axes: Axes, swept: Iterable[list[LoggedRun]], dense: Sequence[LoggedR
         level = statistics.fmean(run.evaluation.bleu for run in dense)
         axes.axhline(level, linestyle="--", color="gray", label=_with_seeds("dense", dense))
     axes.set(xlabel="λ", ylabel="BLEU", xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def _layers(axes: Axes, run: LoggedRun) -> None:

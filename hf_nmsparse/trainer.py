@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, seed_worker
 
+from hf_nmsparse.averaging import checkpoints
 from hf_nmsparse.batching import TokenBatchSampler
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
@@ -83,7 +84,7 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
     )
     sparse_values: str | None = field(
         default=None,
-        metadata={"help": "Number type of the packed file that push_to_hub sends: fp32, fp16 or bf16."},
+        metadata={"help": "Number type of the packed file that push_to_hub sends: fp32, fp16, bf16 or int8."},
     )
     tokens_per_batch: int | None = field(
         default=None,
@@ -387,8 +388,7 @@ def last_whole_checkpoint(output_dir: str | Path | None) -> str | None:
     Trainer writes its state last, so that a folder whose state can be read is whole; what a kill leaves of another is
     passed over, and written again when the run comes to its step.
     """
-    folders = [path for path in Path(output_dir or ".").glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    for folder in reversed(checkpoints(output_dir or ".")):
         try:
             TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         except (OSError, ValueError, TypeError):
