@@ -26,7 +26,7 @@ from transformers import MarianMTModel
 from benchmarks import timing
 from hf_nmsparse import NMSparseConfig, SparseStep, sparsify
 from hf_nmsparse.kernels import native
-from hf_nmsparse.trainer import token_loss
+from hf_nmsparse.losses import token_loss
 from recipes import results_table
 
 BATCH, LENGTH = 16, 32

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from transformers.trainer_utils import TrainOutput, seed_worker
 from hf_nmsparse.averaging import checkpoints
 from hf_nmsparse.batching import TokenBatchSampler
 from hf_nmsparse.layers import sparse_layers
+from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.quantizer import prepare_for_training, save_packed
 from hf_nmsparse.schedule import Schedule
@@ -395,58 +395,6 @@ def last_whole_checkpoint(output_dir: str | Path | None) -> str | None:
             continue
         return str(folder)
     return None
-
-
-def token_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy summed over the target tokens, divided by those of the whole optimizer step.
-
-    Args:
-        outputs: Model outputs with logits ``[batch, target, vocabulary]``.
-        labels: ``[batch, target]``, -100 where there is no target.
-        num_items_in_batch: Target tokens over all accumulation steps and processes; those of ``labels`` if None.
-        label_smoothing: Weight of the uniform distribution over the vocabulary.
-    """
-    logits = outputs["logits"]
-    total = F.cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels.flatten(),
-        ignore_index=-100,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = labels.ne(-100).sum()
-    return total / num_items_in_batch
-
-
-def distillation_loss(
-    outputs: Any,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Word-level distillation (Kim and Rush, EMNLP 2016): the divergence of the student from the teacher.
-
-    The sum over target tokens of ``T^2 * KL(teacher || student)``, both softened by the temperature T (Hinton et al.
-    2015), divided as `token_loss` is.
-
-    Args:
-        outputs: The student's, with logits ``[batch, target, vocabulary]``.
-        teacher_logits: Of the same shape.
-        labels: ``[batch, target]``, -100 where there is no target.
-        num_items_in_batch: As in `token_loss`.
-        temperature: T.
-    """
-    real = labels.flatten() != -100
-    student, teacher = (
-        F.log_softmax(logits.flatten(0, -2)[real].float() / temperature, dim=-1)
-        for logits in (outputs["logits"], teacher_logits)
-    )
-    total = F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
-    return total / (real.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
     {"pattern", "masks", "srste", "schedule", "packing", "kernels"},
-    {"config", "layers", "sparsify", "optimizer"},
+    {"config", "layers", "losses", "sparsify", "optimizer"},
     {
         "quantizer",
         "trainer",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -32,9 +31,7 @@ from hf_nmsparse.trainer import (
     SparseTrainer,
     SparseTrainingArguments,
     decoder_inputs,
-    distillation_loss,
     last_whole_checkpoint,
-    token_loss,
 )
 from tests.tiny import collator, marian, token_pairs
 
@@ -365,17 +362,6 @@ def test_the_teacher_s_share_by_hand(tmp_path: Path) -> None:
     assert trainer.evaluate(token_pairs(8))["eval_loss"] == score
 
 
-def test_distillation_loss_by_hand() -> None:
-    labels = torch.tensor([[1, 0, -100]])
-    same = torch.randn(1, 3, 2)
-    assert distillation_loss({"logits": same}, same, labels).item() == pytest.approx(0, abs=1e-7)
-    student, teacher = torch.zeros(1, 3, 2), torch.tensor([[[math.log(3.0), 0.0]] * 3])
-    # KL((3/4, 1/4) || (1/2, 1/2)) = 3/4 ln(3/2) + 1/4 ln(1/2), for two tokens
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert distillation_loss({"logits": student}, teacher, labels).item() == pytest.approx(expected)
-    assert distillation_loss({"logits": student}, teacher, labels, 8).item() == pytest.approx(expected / 4)
-
-
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     marian(vocab_size=301).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has a vocabulary of 301, the model one of 300; they must share one"):
@@ -417,14 +403,6 @@ def test_eval_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
         outputs = model(**batch)
     expected = F.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_token_loss_by_hand() -> None:
-    logits = torch.zeros(1, 3, 4)
-    labels = torch.tensor([[1, 2, -100]])
-    log4 = torch.log(torch.tensor(4.0)).item()
-    assert token_loss({"logits": logits}, labels).item() == pytest.approx(log4)
-    assert token_loss({"logits": logits}, labels, num_items_in_batch=8).item() == pytest.approx(log4 / 4)
 
 
 def test_decoder_inputs_are_the_models_own() -> None:

@@ -1,0 +1,106 @@
+"""Losses: by hand, and the smoothed cross-entropy against torch's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_nmsparse import losses
+from hf_nmsparse.losses import distillation_loss, smoothed_cross_entropy, token_loss
+
+
+def torchs(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+
+
+def case(rows: int = 13, vocabulary: int = 7, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    labels[::4] = -100
+    return (3 * torch.randn(rows, vocabulary, generator=generator)).to(dtype).requires_grad_(), labels
+
+
+def test_token_loss_by_hand() -> None:
+    logits = torch.zeros(1, 3, 4)
+    labels = torch.tensor([[1, 2, -100]])
+    log4 = torch.log(torch.tensor(4.0)).item()
+    assert token_loss({"logits": logits}, labels).item() == pytest.approx(log4)
+    assert token_loss({"logits": logits}, labels, num_items_in_batch=8).item() == pytest.approx(log4 / 4)
+
+
+def test_smoothing_by_hand() -> None:
+    # ln(1 + 3) - (0.8 * ln 3 + 0.2 * (ln 1 + ln 3) / 2); probabilities 1/4 and 3/4 against 0.1 and 0.9
+    logits = torch.tensor([[0.0, math.log(3.0)]], requires_grad=True)
+    loss = smoothed_cross_entropy(logits, torch.tensor([1]), 0.2)
+    assert loss.item() == pytest.approx(math.log(4) - 0.9 * math.log(3))
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [pytest.approx([0.25 - 0.1, 0.75 - 0.9])]
+
+
+@pytest.mark.parametrize("block", [1, 20, 10**6])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothed_cross_entropy_is_torchs(smoothing: float, block: int) -> None:
+    (ours, labels), (theirs, _) = case(), case()
+    with mock.patch.object(losses, "_CPU_BLOCK", block):
+        loss = smoothed_cross_entropy(ours, labels, smoothing)
+        (loss / 5).backward()
+    expected = torchs(theirs, labels, smoothing)
+    (expected / 5).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    logits, labels = case(dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda given: smoothed_cross_entropy(given, labels, 0.1), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_widened(dtype: torch.dtype) -> None:
+    ours, labels = case(dtype=dtype)
+    theirs = ours.detach().clone().requires_grad_()
+    loss, expected = smoothed_cross_entropy(ours, labels, 0.1), torchs(theirs.float(), labels, 0.1)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    assert ours.grad is not None
+    assert ours.grad.dtype == dtype
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_word_that_is_ruled_out_and_rows_without_a_target() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [math.inf, 0.0, 0.0]], requires_grad=True)
+    loss = smoothed_cross_entropy(logits, torch.tensor([1, -100]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_no_target_at_all_is_no_loss() -> None:
+    logits, _ = case()
+    loss = smoothed_cross_entropy(logits, torch.full((13,), -100), 0.1)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_distillation_loss_by_hand() -> None:
+    labels = torch.tensor([[1, 0, -100]])
+    same = torch.randn(1, 3, 2)
+    assert distillation_loss({"logits": same}, same, labels).item() == pytest.approx(0, abs=1e-7)
+    student, teacher = torch.zeros(1, 3, 2), torch.tensor([[[math.log(3.0), 0.0]] * 3])
+    # KL((3/4, 1/4) || (1/2, 1/2)) = 3/4 ln(3/2) + 1/4 ln(1/2), for two tokens
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    found: list[Any] = [distillation_loss({"logits": student}, teacher, labels, *items) for items in ((), (8,))]
+    assert found[0].item() == pytest.approx(expected)
+    assert found[1].item() == pytest.approx(expected / 4)
