@@ -15,7 +15,7 @@ NO_TARGET = -100
 """The label where there is no target, as transformers writes it."""
 
 # Numbers of a block that stays in a core's cache between one pass and the next; on a GPU a block only bounds memory.
-_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**27
+_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**27
 
 
 class _SmoothedCrossEntropy(torch.autograd.Function):
@@ -47,10 +47,13 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         gradient, rows = torch.empty_like(logits), _rows(logits)
         blocks = (tensor.split(rows) for tensor in (logits, gradient, targets, normalizer[:, None], factor))
         for given, taken, chosen, shift, scale in zip(*blocks, strict=True):
-            share = (given.to(_wide(logits)) - shift).exp_().sub_(smoothing / vocabulary)
+            same = taken.dtype == normalizer.dtype
+            share = torch.sub(given, shift, out=taken) if same else given.to(normalizer.dtype) - shift
+            share.exp_().sub_(smoothing / vocabulary)
             share.scatter_add_(1, chosen, share.new_full(chosen.shape, smoothing - 1))
-            # Selected, not multiplied: what stands in a row without a target may be infinite.
-            taken.copy_(share.mul_(scale).masked_fill_(scale == 0, 0.0))
+            share.mul_(scale)
+            if not same:
+                taken.copy_(share)
         return gradient, None, None
 
 
