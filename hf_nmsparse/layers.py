@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nmsparse.kernels import cpu, native, reference
-from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.srste import soft_threshold, straight_through
+from hf_nmsparse.srste import masked_linear, sparse_weight
 
 __all__ = ["Int8Head", "KernelLinear", "NMLinear", "PackedLinear", "sparse_layers"]
 
@@ -73,15 +73,11 @@ class NMLinear(nn.Linear):
         if self.pruned_scale == 1:
             return F.linear(input, self.weight, self.bias)
         mask = self.current_mask()
-        with torch.no_grad():
-            used = self.masked(self.weight, mask)
-            if self.pruned_scale:
-                used = torch.where(mask, used, self.weight * self.pruned_scale)
-        return F.linear(input, straight_through(self.weight, used), self.bias)
+        return masked_linear(input, self.weight, self.bias, mask, self.pattern, self.soft, self.pruned_scale)
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The N:M sparse weight that the layer makes of ``weight`` and its mask."""
-        return soft_threshold(weight, mask, self.pattern) if self.soft else apply_mask(weight, mask)
+        return sparse_weight(weight, mask, self.pattern, self.soft)
 
     @torch.no_grad()
     def finalize(self) -> None:

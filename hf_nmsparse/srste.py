@@ -12,13 +12,24 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_nmsparse.kernels import native
 from hf_nmsparse.masks import apply_mask
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["METHODS", "Method", "Rule", "StepContext", "soft_scale", "soft_threshold", "straight_through"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Rule",
+    "StepContext",
+    "masked_linear",
+    "soft_scale",
+    "soft_threshold",
+    "sparse_weight",
+    "straight_through",
+]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -40,6 +51,93 @@ def straight_through(weight: Tensor, used: Tensor) -> Tensor:
     """
     result: Tensor = _StraightThrough.apply(weight, used)
     return result
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        pattern: NMPattern,
+        soft: bool,
+        pruned_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        ctx.rule, ctx.biased = (pattern, soft, pruned_scale), bias is not None
+        used = sparse_weight(weight, mask, pattern, soft, pruned_scale).to(x.dtype)
+        return F.linear(x, used, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask = ctx.saved_tensors
+        [upstream] = grads
+        wanted = ctx.needs_input_grad
+        to_input = to_weight = to_bias = None
+        if wanted[0]:
+            with torch.no_grad():
+                used = sparse_weight(weight, mask, *ctx.rule)
+            to_input = upstream @ straight_through(weight, used).to(upstream.dtype)
+        if wanted[1]:
+            rows = upstream.reshape(-1, upstream.shape[-1])
+            to_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if ctx.biased and wanted[2]:
+            to_bias = upstream.reshape(-1, upstream.shape[-1]).sum(dim=0).to(weight.dtype)
+        return to_input, to_weight, to_bias, None, None, None, None
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    pattern: NMPattern,
+    soft: bool = False,
+    pruned_scale: float = 0.0,
+) -> Tensor:
+    """``x @ used.T + bias`` for the `sparse_weight` of ``weight``, whose gradient is straight through.
+
+    The sparse weight is made anew in the backward, so that between the two nothing is kept of it: as a saved copy of
+    every layer it would be the largest part of what sparsity costs in memory. Under autocast the product is in the
+    number type of autocast, made from the master as it is.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``, the dense master.
+        bias: ``[out_features]`` or None.
+        mask: Booleans of the shape of ``weight``.
+        pattern: The N:M pattern.
+        soft: As in `sparse_weight`.
+        pruned_scale: As in `sparse_weight`.
+
+    Returns:
+        ``[..., out_features]``.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    elif x.dtype != weight.dtype:
+        raise ValueError(f"NMLinear: the weight is {weight.dtype}, got an input of {x.dtype}; cast one of them")
+    result: Tensor = _MaskedLinear.apply(x, weight, bias, mask, pattern, soft, pruned_scale)
+    return result
+
+
+def sparse_weight(
+    weight: Tensor, mask: Tensor, pattern: NMPattern, soft: bool = False, pruned_scale: float = 0.0
+) -> Tensor:
+    """What a forward uses of a weight, a tensor of its own.
+
+    Args:
+        weight: ``[..., in_features]``, the dense master.
+        mask: Booleans of the same shape.
+        pattern: The N:M pattern.
+        soft: Whether kept weights go through `soft_threshold`.
+        pruned_scale: What pruned weights are multiplied with: 0 leaves the pattern.
+    """
+    used = soft_threshold(weight, mask, pattern) if soft else apply_mask(weight, mask)
+    return torch.where(mask, used, weight * pruned_scale) if pruned_scale else used
 
 
 def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:

@@ -268,6 +268,31 @@ def training_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def trainer_table() -> str:
+    """What the trainer adds to a step, and what each method does."""
+    return trainer_of(read(MEASURED / "trainer.json"))
+
+
+def trainer_of(record: dict[str, Any]) -> str:
+    """Time of a step of each training, over the bare loop's and over the dense training's, with intervals."""
+    rows = table_head(["training", "ms a step", "to the bare loop (95%)", "to dense (95%)"])
+    for row in record["rows"]:
+        bare = row["name"].startswith("bare")
+        name = row["name"] if bare else f"SparseTrainer, {row['name']}"
+        changes = [
+            "" if empty else "{:+.1%} ({:+.1%} to {:+.1%})".format(*row[key])
+            for key, empty in (("to_bare", row["name"] == "bare loop"), ("to_dense", bare or row["name"] == "dense"))
+        ]
+        rows.append(table_row([name, f"{row['median_ms']:,.0f}", *changes]))
+    rows += [
+        "",
+        f"{record['model']}, {record['batch']} a batch, {record['threads']} thread, {record['optimizer']}, label "
+        f"smoothing, clipping; medians of {record['rounds']} interleaved steps, intervals by bootstrap over the "
+        f"rounds. {machine(record)}",
+    ]
+    return "\n".join(rows)
+
+
 def quality_table() -> str:
     """What each way to compute costs in BLEU."""
     record = read(MEASURED / "quality.json")
@@ -311,7 +336,9 @@ def machine(record: dict[str, Any]) -> str:
 
 
 # A table is there once its benchmark has been run.
-FILES = {name: f"{name}.json" for name in ("masks", "generate", "quality", "training")} | {"kernels": "kernels_*.json"}
+FILES = {name: f"{name}.json" for name in ("masks", "generate", "quality", "training", "trainer")} | {
+    "kernels": "kernels_*.json"
+}
 TABLES = {
     name: make
     for name, make in {
@@ -322,6 +349,7 @@ TABLES = {
         "generate": generate_table,
         "quality": quality_table,
         "training": training_table,
+        "trainer": trainer_table,
     }.items()
     if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
 }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import generate, kernels, timing, training
+from benchmarks import generate, kernels, timing, trainer, training
 from hf_nmsparse.kernels import native
+from hf_nmsparse.srste import METHODS
 from recipes import results_table
 
 pytestmark = pytest.mark.skipif(native.status().unit is None, reason=native.status().reason)
@@ -100,6 +102,33 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert low <= step["overhead"] <= high
     assert row["steps"]["dense"]["overhead"] == 0
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training step", "threads", "to dense"])
+
+
+def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "trainer.json"
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark", "--tiny", "--rounds", "2", "--note", "a test", "--output", str(file)]
+    )
+    trainer.main()
+    rows = {row["name"]: row for row in results_table.read(file)["rows"]}
+    assert rows.keys() == {
+        *("bare loop", "bare loop, again", "bare loop, torch's loss"),
+        *("dense", *METHODS, "sr-ste, distilled"),
+    }
+    assert rows["bare loop"]["to_bare"] == rows["dense"]["to_dense"] == [0, 0, 0]
+    assert all(row["median_ms"] > 0 and row["to_bare"][1] <= row["to_bare"][2] for row in rows.values())
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "ms a step"])
+
+
+def test_a_training_that_fails_says_so_in_its_step() -> None:
+    def fails(wait: Callable[[], None]) -> None:
+        wait()
+        raise ValueError("the second step")
+
+    training = trainer.Training(fails)
+    training()
+    with pytest.raises(ValueError, match="the second step"):
+        training()
 
 
 def test_a_step_without_the_library_does_not_call_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,33 @@ def test_the_gradient_is_the_dense_one_at_the_masked_weight() -> None:
     assert (layer.weight.grad != 0).all()
 
 
+def test_nothing_of_the_sparse_weight_is_kept_for_the_backward() -> None:
+    layer, x = sparse_layer(), torch.randn(5, 8)
+    cache_masks(layer)
+    saved = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.add(tensor.data_ptr()), lambda _: x):
+        layer(x)
+    assert layer.mask is not None
+    assert saved == {tensor.data_ptr() for tensor in (x, layer.weight, layer.mask)}
+
+
+def test_the_layer_is_differentiable_twice() -> None:
+    layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), PATTERN)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[4.0, -1.0, 2.0, -3.0]]))  # used: 4, 0, 0, -3
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
+    # y = 4 - 24 = -20; y^2 has the gradient 2 y w in x, whose sum 2 y (w1 + ... + w4) has 2 (x + ...) in w.
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    assert gradient.tolist() == [-160, 0, 0, 120]
+    (second,) = torch.autograd.grad(gradient.sum(), layer.weight)
+    assert second.tolist() == [[2 * -20 + 2 * 1 * value for value in (1, 2, 4, 8)]]
+
+
+def test_an_input_of_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the weight is torch.float32, got an input of torch.bfloat16; cast one"):
+        sparse_layer()(torch.ones(8, dtype=torch.bfloat16))
+
+
 def test_finalize_writes_the_mask_into_the_weight() -> None:
     layer = sparse_layer()
     expected, weight = masked(layer), layer.weight
