@@ -21,6 +21,7 @@ from datasets import Sequence as ListOf
 from sacrebleu.metrics import BLEU, CHRF
 
 import hf_nmsparse
+from hf_nmsparse.files import replaced
 from hf_nmsparse.kernels import native
 from hf_nmsparse.pattern import NMPattern
 
@@ -474,7 +475,8 @@ class Evaluation:
         """Writes the record as JSON with sorted keys, one a line; folders are made as needed."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        with replaced(path) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
 def evaluation_record(result: Score, against_dense: Comparison | None = None, **run: Any) -> Evaluation:

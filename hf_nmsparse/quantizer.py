@@ -46,6 +46,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_nmsparse
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.files import model_folder
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
 from hf_nmsparse.masks import magnitude_mask
@@ -354,7 +355,7 @@ def save_packed(
     """Writes ``model`` as a packed checkpoint, and leaves the model itself as it is.
 
     Layers in training are masked once more, in the number type of their master, and only then cast. The same model
-    always gives the same bytes.
+    always gives the same bytes. A model that the directory holds is replaced whole, by `files.model_folder`.
 
     Args:
         model: A model after `sparsify`, or one loaded from a packed checkpoint.
@@ -392,7 +393,7 @@ def save_packed(
     )
     state_dict = kwargs.pop("state_dict", None) or model.state_dict()
     tensors = _packed_state_dict(model, state_dict, twin.config.quantization_config)
-    twin.save_pretrained(path, state_dict=tensors, **kwargs)
+    _write(twin, path, tensors, "save_packed", kwargs)
 
 
 def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> None:
@@ -412,7 +413,7 @@ def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> Non
     if hasattr(twin.config, "quantization_config"):
         del twin.config.quantization_config
     tensors = dict(_dense_tensors(model, kwargs.pop("state_dict", None) or model.state_dict()))
-    twin.save_pretrained(path, state_dict=tensors, **kwargs)
+    _write(twin, path, tensors, "export_dense", kwargs)
 
 
 def push_to_hub(
@@ -889,6 +890,16 @@ def _empty_packed(layer: nn.Linear, pattern: NMPattern, int8: bool) -> PackedLin
     return PackedLinear(
         layer.in_features, layer.out_features, pattern, layer.bias is not None, "meta", layer.weight.dtype, int8
     ).train(layer.training)
+
+
+def _write(
+    twin: PreTrainedModel, path: str | Path, tensors: dict[str, Tensor], where: str, kwargs: dict[str, Any]
+) -> None:
+    """Saves ``tensors`` as the model ``twin``, whole or not at all."""
+    if kwargs.get("push_to_hub"):
+        raise ValueError(f"{where}: it writes files; push the folder with push_to_hub(path, repo_id) then")
+    with model_folder(path) as folder:
+        twin.save_pretrained(folder, state_dict=tensors, **kwargs)
 
 
 def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:

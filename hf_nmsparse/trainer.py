@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -11,16 +16,18 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_worker
 
 from hf_nmsparse.averaging import checkpoints
 from hf_nmsparse.batching import TokenBatchSampler
+from hf_nmsparse.files import flush
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
@@ -28,10 +35,13 @@ from hf_nmsparse.quantizer import prepare_for_training, save_packed
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS
 
-__all__ = ["SparseTrainer", "SparseTrainingArguments", "last_whole_checkpoint"]
+__all__ = ["Preempted", "SparseTrainer", "SparseTrainingArguments", "last_whole_checkpoint"]
 
 DENSE = "dense"
 SPARSE_STEP_NAME = "sparse_step.safetensors"
+
+# What torch.save says where the disk does not take a file; it raises a RuntimeError as for anything else.
+_TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 @dataclass
@@ -114,6 +124,8 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"distill_weight: is above 0 and at most 1, got {self.distill_weight!r}")
         if not 0 < self.distill_temperature < float("inf"):
             raise ValueError(f"distill_temperature: needs a finite number above 0, got {self.distill_temperature!r}")
+        if self.enable_jit_checkpoint:
+            raise ValueError("enable_jit_checkpoint: SparseTrainer saves on SIGTERM by itself; leave it out")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch: needs at least 1, got {self.tokens_per_batch!r}")
 
@@ -186,6 +198,8 @@ class SparseTrainer(Seq2SeqTrainer):
         self.teacher = self._load_teacher() if args.distill_from is not None else None
         self._teacher_logits: Tensor | None = None
         self.add_callback(_Start(self))
+        self.preemption = Preemption()
+        self.add_callback(self.preemption)
         for shown, totals in ((ProgressCallback, _TotalsProgress), (PrinterCallback, _TotalsPrinter)):
             if self.pop_callback(shown) is not None:
                 self.add_callback(totals)
@@ -302,6 +316,13 @@ class SparseTrainer(Seq2SeqTrainer):
         """Trains as Trainer does; a run that has reached ``max_steps`` before is loaded and not trained on.
 
         Trainer would take one step more than ``max_steps`` after resuming in the middle of an epoch.
+
+        SIGTERM, by which clusters announce that they take a machine back, ends the training after the step that is
+        being taken, with a checkpoint.
+
+        Raises:
+            Preempted: That has happened.
+            ValueError: The loss is not finite, or a checkpoint could not be written; the last one is as it was.
         """
         self._began, self._seconds_before = time.perf_counter(), None
         folder = resume_from_checkpoint
@@ -316,7 +337,44 @@ class SparseTrainer(Seq2SeqTrainer):
                 self._load_from_checkpoint(folder)
                 self.state = before
                 return TrainOutput(before.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.preemption.listening():
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.preemption.stopped:
+            raise Preempted(f"stopped by SIGTERM, saved at step {self.state.global_step}; the same command goes on")
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's step, which ends the run where the loss is not finite: no later step would mend the weights.
+
+        Under fp16 the loss scaler skips such a step.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.scaler is None and not torch.isfinite(loss):
+            raise ValueError(
+                f"training: the loss of step {self.state.global_step + 1} is {float(loss)}; {self._last_good()}; lower "
+                "learning_rate, or look for what is wrong with the data"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes Trainer's checkpoint and waits until it is on the disk."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                flush(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # it takes space and is of no use
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"checkpoint: {folder} could not be written: {reason}; {self._last_good()}; free space, then run again"
+            ) from error
+
+    def _last_good(self) -> str:
+        folder = last_whole_checkpoint(self.args.output_dir)
+        return "there is no checkpoint yet" if folder is None else f"the last checkpoint is {folder}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the dense masters as Trainer does; for a push, the packed model."""
@@ -423,6 +481,58 @@ def pair_lengths(dataset: Any) -> tuple[list[int], list[int]]:
         raise ValueError(f"tokens_per_batch: the dataset needs the columns input_ids and labels, got {sorted(columns)}")
     pairs = [(len(row["input_ids"]), len(row["labels"])) for row in dataset]
     return [source for source, _ in pairs], [target for _, target in pairs]
+
+
+class Preempted(SystemExit):
+    """The training was ended by SIGTERM after it had saved; uncaught, it ends the process with status 143."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Preemption(TrainerCallback):
+    """Ends a training at SIGTERM: after the step that is being taken, with a checkpoint.
+
+    Attributes:
+        stopped: Whether it has.
+    """
+
+    EVERY = 10
+    """Steps between two looks at the other processes, which need not have had the signal in the same step."""
+
+    def __init__(self) -> None:
+        self.asked = self.stopped = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signal while it lasts; Python leaves that to the main thread."""
+        self.asked = self.stopped = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        asked = self.asked
+        if args.world_size > 1:
+            if state.global_step % self.EVERY:
+                return
+            votes = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(votes)
+            asked = bool(votes)
+        if asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 class _Start(TrainerCallback):

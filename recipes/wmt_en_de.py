@@ -46,6 +46,7 @@ from hf_nmsparse import (
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.corpus import load_corpus
+from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
 from hf_nmsparse.packing import VALUE_DTYPES
@@ -54,7 +55,7 @@ from hf_nmsparse.pipeline import translate
 from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
-from hf_nmsparse.trainer import last_whole_checkpoint
+from hf_nmsparse.trainer import Preempted, last_whole_checkpoint
 
 # Of the training arguments, what the card lists.
 SETTINGS = (
@@ -124,6 +125,7 @@ def main() -> None:
     recipe, args = parse(sys.argv[1:])
     set_seed(args.seed)
     output = Path(args.output_dir)
+    check_writable(output)
 
     # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
     corpus = load_corpus(recipe.corpus, recipe.source_lang, recipe.target_lang, recipe.corpus_config)
@@ -176,7 +178,8 @@ def main() -> None:
             layer.to_linear()
         model.config.__dict__.pop("quantization_config", None)
         saved = output / "dense"
-        model.to(VALUE_DTYPES[recipe.values]).save_pretrained(saved)
+        with model_folder(saved) as folder:
+            model.to(VALUE_DTYPES[recipe.values]).save_pretrained(folder)
     else:
         finalize(model)
         report(model)
@@ -250,7 +253,8 @@ def load_tokenizer(recipe: RecipeArguments, train: Dataset, output: Path) -> Pre
     folder = output / "tokenizer"
     if not folder.is_dir():
         texts = (text for column in ("source", "target") for text in train[column])
-        train_tokenizer(texts, recipe.vocab_size, recipe.max_length).save_pretrained(folder)
+        with replaced(folder) as beside:
+            train_tokenizer(texts, recipe.vocab_size, recipe.max_length).save_pretrained(beside)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -371,6 +375,9 @@ def run() -> None:
     """Runs `main`; what a user can mend is one line, anything else a traceback."""
     try:
         main()
+    except Preempted as stop:
+        print(f"wmt_en_de: {stop}", file=sys.stderr)
+        raise
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name
         if raised_in not in ("hf_nmsparse", "recipes"):

@@ -18,6 +18,7 @@ BANDS = (
         "batching",
         "averaging",
         "corpus",
+        "files",
         "tokenizer",
         "metrics",
         "pipeline",

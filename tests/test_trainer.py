@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,
     MarianMTModel,
+    TrainerCallback,
 )
 
 from hf_nmsparse.config import NMSparseConfig
@@ -28,6 +31,7 @@ from hf_nmsparse.quantizer import NMSparseQuantizationConfig, save_packed
 from hf_nmsparse.sparsify import sparsify
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.trainer import (
+    Preempted,
     SparseTrainer,
     SparseTrainingArguments,
     decoder_inputs,
@@ -55,13 +59,22 @@ def arguments(folder: Path, **settings: Any) -> SparseTrainingArguments:
     return SparseTrainingArguments(**{**defaults, **settings})
 
 
-def train(folder: Path, resume: bool = False, model: Any = None, pairs: int = 32, **settings: Any) -> SparseTrainer:
+def train(
+    folder: Path,
+    resume: bool = False,
+    model: Any = None,
+    pairs: int = 32,
+    callbacks: list[TrainerCallback] | None = None,
+    **settings: Any,
+) -> SparseTrainer:
     args = arguments(folder, **settings)
     if model is None:
         model = marian()
         if args.sparse_method != "dense":
             sparsify(model, NMSparseConfig("2:4"))
-    trainer = SparseTrainer(model=model, args=args, train_dataset=token_pairs(pairs), data_collator=collator(model))
+    trainer = SparseTrainer(
+        model=model, args=args, train_dataset=token_pairs(pairs), data_collator=collator(model), callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 
@@ -243,6 +256,88 @@ def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert logs == again
     seconds = [entry["train_seconds"] for entry in resumed.state.log_history if "loss" in entry]
     assert seconds == sorted(seconds)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5}
+
+    def model() -> Any:
+        with_dropout = marian(dropout=0.1)
+        sparsify(with_dropout, NMSparseConfig("2:4"))
+        return with_dropout
+
+    through = train(tmp_path / "through", model=model(), **common)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    class Terminated(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:  # in the third step
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Preempted, match=r"stopped by SIGTERM, saved at step 3; the same command goes on") as raised:
+        train(stopped, model=model(), callbacks=[Terminated()], **common)
+    assert raised.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert last_whole_checkpoint(stopped) == str(stopped / "checkpoint-3")
+    resumed = train(stopped, resume=True, model=model(), **common)
+    assert resumed.state.global_step == 6
+    assert largest_difference(weights(through), weights(resumed)) == 0
+
+
+def test_sigterm_in_the_last_step_ends_nothing(tmp_path: Path) -> None:
+    class Terminated(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(tmp_path, max_steps=2, callbacks=[Terminated()]).state.global_step == 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) -> None:
+    class Spoiled(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                model.final_logits_bias.fill_(math.nan)
+
+    last = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match=rf"training: the loss of step 4 is nan; the last checkpoint is {last}; lower"):
+        train(tmp_path, callbacks=[Spoiled()], save_strategy="steps", save_steps=2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are a matter of Unix")
+@pytest.mark.parametrize("bytes_left", [1_000, 60_000, 300_000])
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path, bytes_left: int) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+
+    try:
+        with pytest.raises(
+            ValueError, match=r"checkpoint-4 could not be written: .*; the last checkpoint is .*-2; free"
+        ):
+            train(
+                tmp_path,
+                callbacks=[Full()],
+                optim="adamw_torch_fused",
+                save_strategy="steps",
+                save_steps=2,
+                max_steps=4,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_transformers_own_way_with_sigterm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="enable_jit_checkpoint: SparseTrainer saves on SIGTERM by itself; leave it"):
+        arguments(tmp_path, enable_jit_checkpoint=True)
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:

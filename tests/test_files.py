@@ -1,0 +1,167 @@
+"""Files are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_nmsparse import NMSparseConfig, save_packed, sparsify
+from hf_nmsparse.files import check_writable, model_folder, replaced
+from hf_nmsparse.quantizer import check_folder
+from tests.tiny import marian
+
+
+class Killed(BaseException):
+    """Instead of a signal: what comes after does not happen."""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_is_replaced_in_one_move(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text("old")
+    with replaced(file) as beside:
+        beside.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    assert names(tmp_path) == {"record.json"}
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text("old")
+    with suppress(Killed), replaced(file) as beside:
+        beside.write_text("ne")
+        raise Killed
+    assert file.read_text() == "old"
+    assert names(tmp_path) == {"record.json"}
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with replaced(tmp_path / "tokenizer") as beside:
+        beside.mkdir()
+        (beside / "a").write_text("1")
+        assert not (tmp_path / "tokenizer").exists()
+    assert names(tmp_path / "tokenizer") == {"a"}
+    with suppress(Killed), replaced(tmp_path / "other") as beside:
+        beside.mkdir()
+        raise Killed
+    assert names(tmp_path) == {"tokenizer"}
+
+
+def test_a_model_takes_the_place_of_another(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "model.safetensors.index.json", "README.md"):
+        (tmp_path / name).write_text("old")
+    with model_folder(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "model-00001-of-00001.safetensors").write_text("new")
+        assert (tmp_path / "config.json").read_text() == "old"
+    assert names(tmp_path) == {"config.json", "model-00001-of-00001.safetensors", "README.md"}
+    assert (tmp_path / "config.json").read_text() == "new"
+    assert (tmp_path / "README.md").read_text() == "old"
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("old")
+    with suppress(Killed), model_folder(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+        raise Killed
+    assert names(tmp_path) == {"config.json"}
+    assert (tmp_path / "config.json").read_text() == "old"
+
+
+def test_a_process_that_writes_nothing_leaves_everything(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("old")
+    with model_folder(tmp_path):
+        pass
+    assert names(tmp_path) == {"config.json"}
+
+
+def test_killed_at_any_move_no_mixture_has_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 0
+
+    def counted(act: Any) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return act(*args, **kwargs)
+
+        return counting
+
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    found = []
+    for moves in range(7):  # the configuration and two old files go, three new ones come
+        folder = tmp_path / str(moves)
+        folder.mkdir()
+        for name in ("config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"):
+            (folder / name).write_text("old")
+        left = moves
+        with suppress(Killed), model_folder(folder) as beside:
+            for name in ("config.json", "generation_config.json", "model.safetensors"):
+                (beside / name).write_text("new")
+        texts = {file.read_text() for file in folder.iterdir()}
+        found.append("/".join(sorted(texts)) if (folder / "config.json").exists() else "none")
+    assert found == ["old", *["none"] * 5, "new"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".saving-1" / "model.safetensors").write_text("half")
+    with model_folder(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+    assert names(tmp_path) == {"config.json"}
+
+
+def test_a_killed_save_is_whole_or_refused(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    save_packed(model, tmp_path)
+    before = check_folder(tmp_path)
+    script = f"""
+import sys
+from hf_nmsparse import NMSparseConfig, save_packed, sparsify
+from tests.tiny import marian
+model = marian(seed=1)
+sparsify(model, NMSparseConfig("2:4"))
+print("ready", flush=True)
+for _ in range(1000):
+    save_packed(model, {str(tmp_path)!r})
+"""
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.5)
+        process.kill()
+    if (tmp_path / "config.json").exists():
+        assert check_folder(tmp_path) == before
+    else:
+        with pytest.raises(ValueError, match=r"config.json"):
+            check_folder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_told_of_at_once(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"output_dir: nothing can be written to .*/file/below: Not a directory; choose"
+    ):
+        check_writable(tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="the superuser writes anywhere")
+def test_a_read_only_folder_is_told_of_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match=r"Permission denied; choose another folder"):
+        check_writable(tmp_path)
