@@ -293,6 +293,21 @@ def trainer_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def faults_table() -> str:
+    """What came of trainings that were killed."""
+    return faults_of(read(MEASURED / "faults.json"))
+
+
+def faults_of(record: dict[str, Any]) -> str:
+    """Kills by the moment they fell in, and how many of the trainings ended as an undisturbed one."""
+    rows = table_head(["killed in", "kills", "bit-identical after the resume"])
+    for moment in dict.fromkeys(row["moment"] for row in record["rows"]):
+        ends = [row["identical"] for row in record["rows"] if row["moment"] == moment]
+        rows.append(table_row([moment, len(ends), sum(ends)]))
+    ends = [row["identical"] for row in record["rows"]]
+    return "\n".join([*rows, table_row(["all", len(ends), sum(ends)]), "", machine(record)])
+
+
 def quality_table() -> str:
     """What each way to compute costs in BLEU."""
     record = read(MEASURED / "quality.json")
@@ -336,7 +351,7 @@ def machine(record: dict[str, Any]) -> str:
 
 
 # A table is there once its benchmark has been run.
-FILES = {name: f"{name}.json" for name in ("masks", "generate", "quality", "training", "trainer")} | {
+FILES = {name: f"{name}.json" for name in ("masks", "generate", "quality", "training", "trainer", "faults")} | {
     "kernels": "kernels_*.json"
 }
 TABLES = {
@@ -350,6 +365,7 @@ TABLES = {
         "quality": quality_table,
         "training": training_table,
         "trainer": trainer_table,
+        "faults": faults_table,
     }.items()
     if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
 }

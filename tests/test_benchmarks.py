@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +120,17 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["bare loop"]["to_bare"] == rows["dense"]["to_dense"] == [0, 0, 0]
     assert all(row["median_ms"] > 0 and row["to_bare"][1] <= row["to_bare"][2] for row in rows.values())
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "ms a step"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="trainings are killed in processes that were forked")
+def test_faults(tmp_path: Path) -> None:
+    file = tmp_path / "faults.json"  # in a process of its own: forking wants one thread
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--kills", "3", "--note", "a test"]
+    subprocess.run([*command, "--output", str(file)], check=True, cwd=Path(__file__).parents[1])
+    rows = results_table.read(file)["rows"]
+    assert [row["moment"] for row in rows] == ["training", "checkpoint", "packing"]
+    assert all(row["identical"] for row in rows)
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["killed in", "kills"])
 
 
 def test_a_training_that_fails_says_so_in_its_step() -> None:
