@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -55,6 +54,36 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
             if not same:
                 taken.copy_(share)
         return gradient, None, None
+
+
+class _Divergence(torch.autograd.Function):
+    """The sum over rows of KL(teacher || student), without the gradient of the teacher."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
+        normalizers, losses = [], []
+        for block in zip(*(logits.split(_rows(logits)) for logits in (student, teacher)), strict=True):
+            own, taught = (logits.to(_wide(logits)) / temperature for logits in block)
+            both = torch.stack([own.logsumexp(dim=1), taught.logsumexp(dim=1)])
+            shares = (taught - both[1, :, None]).exp_()
+            losses.append((shares * (taught - own)).sum(dim=1) + both[0] - both[1])
+            normalizers.append(both)
+        ctx.save_for_backward(student, teacher, real, *torch.cat(normalizers, dim=1))
+        ctx.temperature = temperature
+        return torch.cat(losses).masked_fill(~real, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        student, teacher, real, *normalizers = ctx.saved_tensors
+        factor = (real * upstream / ctx.temperature)[:, None]
+        gradient, rows = torch.empty_like(student), _rows(student)
+        columns = [student, teacher, gradient, *(normalizer[:, None] for normalizer in normalizers), factor]
+        for given, taught, taken, own, other, scale in zip(*(tensor.split(rows) for tensor in columns), strict=True):
+            share = (given.to(own.dtype) / ctx.temperature).sub_(own).exp_()
+            share -= (taught.to(own.dtype) / ctx.temperature).sub_(other).exp_()
+            taken.copy_(share.mul_(scale))
+        return gradient, None, None, None
 
 
 def _wide(logits: Tensor) -> torch.dtype:
@@ -122,10 +151,7 @@ def distillation_loss(
         num_items_in_batch: As in `token_loss`.
         temperature: T.
     """
+    student, teacher = (logits.flatten(0, -2) for logits in (outputs["logits"], teacher_logits))
     real = labels.flatten() != NO_TARGET
-    student, teacher = (
-        F.log_softmax(logits.flatten(0, -2)[real].float() / temperature, dim=-1)
-        for logits in (outputs["logits"], teacher_logits)
-    )
-    total = F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
-    return total / (real.sum() if num_items_in_batch is None else num_items_in_batch)
+    divergence: Tensor = _Divergence.apply(student, teacher, real, temperature)
+    return divergence * temperature**2 / (real.sum() if num_items_in_batch is None else num_items_in_batch)

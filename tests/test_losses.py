@@ -104,3 +104,28 @@ def test_distillation_loss_by_hand() -> None:
     found: list[Any] = [distillation_loss({"logits": student}, teacher, labels, *items) for items in ((), (8,))]
     assert found[0].item() == pytest.approx(expected)
     assert found[1].item() == pytest.approx(expected / 4)
+
+
+@pytest.mark.parametrize("block", [1, 20, 10**6])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_loss_is_torchs(temperature: float, block: int) -> None:
+    (ours, labels), (theirs, _) = case(), case()
+    teacher = torch.randn(13, 7, generator=torch.Generator().manual_seed(1))
+    with mock.patch.object(losses, "_CPU_BLOCK", block):
+        loss = distillation_loss({"logits": ours[None]}, teacher[None], labels[None], 5, temperature)
+        loss.backward()
+    student, target = (F.log_softmax(logits[labels != -100] / temperature, dim=1) for logits in (theirs, teacher))
+    expected = F.kl_div(student, target, reduction="sum", log_target=True) * temperature**2 / 5
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_the_distillation_is_that_of_the_loss() -> None:
+    logits, labels = case(dtype=torch.float64)
+    teacher = torch.randn(13, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def of(given: Tensor) -> Tensor:
+        return distillation_loss({"logits": given[None]}, teacher[None], labels[None], 3, 2.0)
+
+    assert torch.autograd.gradcheck(of, logits)
