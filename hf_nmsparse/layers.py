@@ -15,7 +15,7 @@ from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import masked_linear, sparse_weight
 
-__all__ = ["Int8Head", "KernelLinear", "NMLinear", "PackedLinear", "sparse_layers"]
+__all__ = ["Int8Head", "KernelLinear", "NMLinear", "PackedLinear", "is_sharded", "local", "sparse_layers"]
 
 
 class NMLinear(nn.Linear):
@@ -33,6 +33,8 @@ class NMLinear(nn.Linear):
         soft: Whether kept weights move towards zero by the group's threshold (S-STE).
         pruned_scale: What pruned weights are multiplied with in the forward: 0 is N:M, 1 is dense. `SparseStep` sets
             it where a `Schedule` asks for it.
+        master_dtype: Number type of the master, where the forward may see a copy in another and would have to rank
+            that; None where it is the master itself.
     """
 
     pattern: NMPattern
@@ -40,6 +42,7 @@ class NMLinear(nn.Linear):
     fixed_mask: bool
     soft: bool
     pruned_scale: float
+    master_dtype: torch.dtype | None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, pattern: NMPattern, soft: bool = False) -> NMLinear:
@@ -56,11 +59,12 @@ class NMLinear(nn.Linear):
         linear.fixed_mask = False
         linear.soft = soft
         linear.pruned_scale = 0.0
+        linear.master_dtype = None
         return linear
 
     def to_linear(self) -> nn.Linear:
         """Turns the layer itself back into an ``nn.Linear`` that remembers its pattern."""
-        del self.mask, self.fixed_mask, self.soft, self.pruned_scale
+        del self.mask, self.fixed_mask, self.soft, self.pruned_scale, self.master_dtype
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
@@ -72,6 +76,11 @@ class NMLinear(nn.Linear):
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
         if self.pruned_scale == 1:
             return F.linear(input, self.weight, self.bias)
+        if self.master_dtype not in (None, self.weight.dtype):
+            raise ValueError(
+                f"NMLinear: masks are ranked on the master in {self.master_dtype}, got a copy in {self.weight.dtype}; "
+                "give FSDP2 no param_dtype and train under autocast"
+            )
         mask = self.current_mask()
         return masked_linear(input, self.weight, self.bias, mask, self.pattern, self.soft, self.pruned_scale)
 
@@ -87,7 +96,9 @@ class NMLinear(nn.Linear):
             ValueError: The forward is not N:M sparse.
         """
         self.check_sparse()
-        self.weight.copy_(self.masked(self.weight, self.current_mask()))
+        weight = local(self.weight)
+        mask = magnitude_mask(weight, self.pattern) if self.mask is None else self.mask
+        weight.copy_(self.masked(weight, mask))
 
     def check_sparse(self) -> None:
         """Refuses a layer whose forward uses pruned weights.
@@ -408,6 +419,20 @@ def _int8_rows(weight: Tensor) -> Tensor:
         raise ValueError(f"kernels: int8 takes up to {cpu.WIDEST_INT8} inputs, got {weight.shape[1]}; keep it dense")
     values, scale = quantize_rows(weight)
     return native.repack("dense_int8", weight.shape[1], values, scale=scale)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that lies on this process: all of it, unless FSDP2 has sharded it.
+
+    FSDP2 shards weights by rows, so that no group of M crosses a boundary.
+    """
+    part: Any = tensor
+    return part.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "to_local")
 
 
 def sparse_layers(model: nn.Module) -> dict[str, NMPattern]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.layers import NMLinear, is_sharded, local
 from hf_nmsparse.masks import magnitude_mask, pack_bits, random_mask, unpack_bits, update_mask
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS, StepContext
@@ -65,6 +65,9 @@ class SparseStep:
     A run that goes on from a checkpoint calls `load_state_dict`, or `start` with its step where the schedule is the
     default one.
 
+    Weights that FSDP2 has sharded by rows keep their groups whole on one process: each ranks and decays its own rows,
+    and only the counts of `take_flips` and `layer_states`, which all processes call together, are summed over them.
+
     Args:
         model: A model after `sparsify`.
         optimizer: It holds the sparse weights that train; a frozen one is left alone.
@@ -78,7 +81,8 @@ class SparseStep:
     Raises:
         ValueError: The method is unknown or fits neither decay, schedule, optimizer nor layers, nothing is sparse, or
             the optimizer holds none of the sparse weights, then or in a step. In a step: gradients are still scaled,
-            or come from a closure, or the length of the run is not known.
+            or come from a closure, or the length of the run is not known. Weights are sharded and masks have to be
+            kept from step to step.
     """
 
     def __init__(
@@ -106,6 +110,15 @@ class SparseStep:
                 f"SparseStep: {method!r} reads the moments of torch's Adam or AdamW, got {type(optimizer).__name__}"
             )
         self._parameter_groups(optimizer)
+        self._shards: dict[str, Tensor] = {}  # masks of sharded weights, for the length of a step
+        for layer in self.layers.values():
+            if is_sharded(layer.weight):
+                if self.method.fixed_mask or self.schedule.interval > 1 or track_groups:
+                    raise ValueError(
+                        f"SparseStep: method {method!r}, interval {self.schedule.interval} and track_groups "
+                        f"{track_groups} keep masks, which sharded weights do not; train under DDP"
+                    )
+                layer.master_dtype = layer.weight.dtype
         self._flips: dict[str, Tensor] = {}
         self._counted = 0
         self._changed: dict[str, Tensor] | None = None
@@ -133,25 +146,31 @@ class SparseStep:
         for handle in self._handles:
             handle.remove()
         for layer in self.layers.values():
-            layer.mask, layer.fixed_mask, layer.pruned_scale = None, False, 0.0
+            layer.mask, layer.fixed_mask, layer.pruned_scale, layer.master_dtype = None, False, 0.0, None
 
     def take_flips(self) -> dict[str, Flips]:
         """The flips of each layer since the last call, then counts from zero. Empty before the first step."""
         steps, flips = self._counted, self._flips
         self._counted, self._flips = 0, {}
-        return {name: Flips(int(count) / steps, self.layers[name].weight.numel()) for name, count in flips.items()}
+        weights = {name: self.layers[name].weight for name in flips}
+        return {
+            name: Flips(int(_over_shards(count, weights[name])) / steps, weights[name].numel())
+            for name, count in flips.items()
+        }
 
     @torch.no_grad()
     def layer_states(self) -> dict[str, LayerState]:
         """What each layer looks like now."""
         states = {}
         for name, layer in self.layers.items():
-            magnitude, mask = layer.weight.abs(), layer.current_mask()
-            kept = magnitude.masked_fill(~mask, 0.0).sum(dtype=torch.float64)
-            number = int(mask.sum())
-            pruned = (magnitude.sum(dtype=torch.float64) - kept) / max(mask.numel() - number, 1)
+            weight = local(layer.weight)
+            magnitude = weight.abs()
+            mask = magnitude_mask(weight, layer.pattern) if layer.mask is None else layer.mask
+            sums = [magnitude.masked_fill(~mask, 0.0).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)]
+            kept, all_weights, number = _over_shards(torch.stack([*sums, mask.sum()]), layer.weight).tolist()
+            pruned = (all_weights - kept) / max(layer.weight.numel() - number, 1)
             changed = None if self._changed is None else float(self._changed[name].float().mean())
-            states[name] = LayerState(float(kept) / number, float(pruned), changed)
+            states[name] = LayerState(kept / number, pruned, changed)
         return states
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -223,16 +242,18 @@ class SparseStep:
             return
         groups = self._parameter_groups(optimizer)
         decay = self.schedule.decay(self.decay, self.step, self.steps)
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             weight, grad = layer.weight, layer.weight.grad
-            if layer.mask is None:
-                layer.mask = magnitude_mask(weight, layer.pattern)
+            if is_sharded(weight):
+                mask = self._shards[name] = magnitude_mask(local(weight), layer.pattern)
+            else:
+                mask = layer.mask = layer.current_mask()
             group = groups.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
             if grad is not None and group is not None:
                 context = StepContext(float(group["lr"]), decay, layer.pruned_scale)
                 if self.method.needs_adam:
-                    context = replace(context, adam_denominator=_adam_denominator(optimizer, group, weight))
-                self.method.rule(weight, grad, layer.mask, context)
+                    context = replace(context, adam_denominator=local(_adam_denominator(optimizer, group, weight)))
+                self.method.rule(local(weight), local(grad), mask, context)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -240,17 +261,29 @@ class SparseStep:
             return
         renewed = not self.method.fixed_mask and self.schedule.renews_masks(self.step)
         for name, layer in self.layers.items():
-            assert layer.mask is not None
+            mask = self._shards.pop(name) if is_sharded(layer.weight) else layer.mask
+            assert mask is not None
             flips = torch.zeros((), dtype=torch.int64)
             if renewed:
-                before = None if self._changed is None else layer.mask.clone()
-                flips = update_mask(layer.mask, layer.weight, layer.pattern)
+                before = None if self._changed is None else mask.clone()
+                flips = update_mask(mask, local(layer.weight), layer.pattern)
                 if self._changed is not None and before is not None:
-                    self._changed[name] |= (before ^ layer.mask).reshape(-1, layer.pattern.m).any(dim=1)
+                    self._changed[name] |= (before ^ mask).reshape(-1, layer.pattern.m).any(dim=1)
             self._flips[name] = self._flips[name] + flips if name in self._flips else flips
         self._counted += 1
         self.step += 1
         self._set_pruned_scale()
+
+
+def _over_shards(counts: Tensor, weight: Tensor) -> Tensor:
+    """The sum of ``counts`` over the processes that hold parts of ``weight``; its copies count once."""
+    if not is_sharded(weight):
+        return counts
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(weight, DTensor)
+    sums = [Partial() if placement.is_shard() else Replicate() for placement in weight.placements]
+    return DTensor.from_local(counts.to(local(weight).device), weight.device_mesh, sums).full_tensor()
 
 
 def _adam_denominator(optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor) -> Tensor:

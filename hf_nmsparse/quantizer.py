@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -917,10 +918,16 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
                 layer.in_features, layer.out_features, layer.bias is not None, "meta", dtype or layer.dtype
             )
         elif isinstance(layer, Int8Head):
-            memo[id(layer)] = stock = nn.Linear(layer.in_features, layer.out_features, False, "meta")
-            stock.weight = memo[id(layer.weight)]
-            stock.bias = None if layer.bias is None else memo[id(layer.bias)]
-    twin = copy.deepcopy(model, memo)
+            memo[id(layer)] = head = nn.Linear(layer.in_features, layer.out_features, False, "meta")
+            head.weight = memo[id(layer.weight)]
+            head.bias = None if layer.bias is None else memo[id(layer.bias)]
+    if isinstance(model, FSDPModule):  # which refuses to be copied
+        stock: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        with torch.device("meta"):
+            twin: PreTrainedModel = stock(copy.deepcopy(model.config)).to(dtype or model.dtype)
+        twin.generation_config = copy.deepcopy(model.generation_config)
+    else:
+        twin = copy.deepcopy(model, memo)
     for loaded in ("hf_quantizer", "hf_device_map"):
         twin.__dict__.pop(loaded, None)
     return twin
@@ -929,6 +936,9 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
 def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
     layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
+    # What is tied in the model need not be so in weights that were gathered from shards.
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    state_dict = {key: state_dict.get(tied.get(key, key), tensor) for key, tensor in state_dict.items()}
     for key, tensor in state_dict.items():
         prefix, _, leaf = key.rpartition(".")
         layer = layers.get(prefix)

@@ -1,0 +1,137 @@
+"""FSDP2 on two processes: weights, flips and the packed file are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import MarianMTModel
+
+from hf_nmsparse import NMSparseConfig, SparseStep, finalize, save_packed, sparsify
+from hf_nmsparse.losses import token_loss
+from hf_nmsparse.schedule import Schedule
+from tests.tiny import collator, marian, token_pairs
+
+STEPS = 20
+
+
+def train(rank: int | None, method: str, folder: Path) -> dict[str, Any]:
+    """20 steps on two halves of each batch: of both, or with a rank, of its own under FSDP2."""
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4", soft=method == "s-ste"))
+    if rank is not None:
+        for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+            fully_shard(layer)
+        fully_shard(model)
+    # The bias of a key has no gradient but rounding errors, which Adam would blow up without this epsilon.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-5, weight_decay=0.0)
+    ramp = Schedule(ramp=0.5) if method == "sr-ste" else None
+    step = SparseStep(model, optimizer, method, schedule=ramp, steps=STEPS)
+    pairs, pad = token_pairs(STEPS * 8), collator(model)
+    flips = []
+    for index in range(STEPS):
+        rows = [pairs[8 * index + row] for row in range(8)]
+        for half in range(2) if rank is None else [rank]:
+            batch = pad(rows[4 * half : 4 * half + 4])
+            loss = token_loss(model(**batch), batch["labels"])
+            (loss / 2 if rank is None else loss).backward()  # FSDP2 takes the mean over processes
+        optimizer.step()
+        optimizer.zero_grad()
+        flips.append({name: count.sad for name, count in step.take_flips().items()})
+    states = {name: [state.kept, state.pruned] for name, state in step.layer_states().items()}
+    finalize(model)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not rank:
+        save_packed(model, folder, values="fp32", state_dict=weights or dict(model.state_dict()))
+    return {"weights": weights, "flips": flips, "states": states}
+
+
+def main(rank: int, method: str, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    found = train(rank, method, folder / "packed")
+    if rank == 0:
+        torch.save(found.pop("weights"), folder / "weights.pt")
+        (folder / "found.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FSDP2 runs on gloo under Unix")
+@pytest.mark.parametrize("method", ["sr-ste", "masked-decay"])
+def test_two_shards_are_one_model(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.test_sharded", method, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = train(None, method, tmp_path / "one")
+    found = json.loads((tmp_path / "found.json").read_text())
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
+    assert found["flips"] == expected["flips"]
+    assert sum(sum(counts.values()) for counts in expected["flips"]) > 100
+    assert found["states"].keys() == expected["states"].keys()
+    for name, state in expected["states"].items():
+        assert found["states"][name] == pytest.approx(state, abs=1e-6)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("packed", "one")]
+    assert sizes[0] == sizes[1]
+    reloaded = MarianMTModel.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    again = MarianMTModel.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    tokens = torch.tensor([[5, 6, 7, 1]])
+    logits = [model(input_ids=tokens, decoder_input_ids=tokens).logits for model in (reloaded, again)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Any:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded_layer() -> tuple[nn.Linear, torch.optim.Optimizer]:
+    layer = nn.Linear(8, 4)
+    sparsify(layer, NMSparseConfig("2:4"))
+    fully_shard(layer)
+    return layer, torch.optim.SGD(layer.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("asp", {}), ("random", {}), ("sr-ste", {"schedule": Schedule(interval=2)}), ("ste", {"track_groups": True})],
+)
+def test_what_keeps_masks_is_refused(one_process: None, method: str, settings: dict[str, Any]) -> None:
+    layer, optimizer = sharded_layer()
+    with pytest.raises(ValueError, match="keep masks, which sharded weights do not; train under DDP"):
+        SparseStep(layer, optimizer, method, **settings)
+
+
+def test_a_copy_in_sixteen_bits_is_not_ranked(one_process: None) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    layer = nn.Linear(8, 4)
+    sparsify(layer, NMSparseConfig("2:4"))
+    fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    SparseStep(layer, torch.optim.SGD(layer.parameters(), lr=0.1), "sr-ste")
+    with pytest.raises(ValueError, match=r"ranked on the master in torch.float32, got a copy in torch.bfloat16; give"):
+        layer(torch.ones(8))
+
+
+if __name__ == "__main__":
+    main(int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2]))
