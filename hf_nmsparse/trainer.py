@@ -58,7 +58,10 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
     )
     sparse_decay: float | None = field(
         default=None,
-        metadata={"help": "lambda of SR-STE, added once per optimizer step; the method's default if left out."},
+        metadata={
+            "help": "lambda of SR-STE, added once per optimizer step; the method's default if left out. That of sr-ste "
+            "is 2e-4: of 6e-6, 6e-5, 2e-4 and 1.6e-3 it has the lowest validation loss on Multi30k."
+        },
     )
     sparse_ramp: float = field(
         default=0.0, metadata={"help": "lambda grows from 0 over this fraction of the run; AST takes 0.25."}

@@ -12,7 +12,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +81,17 @@ def study_of(folder: Path) -> str:
         evaluations = [run.evaluation for run in runs.values()]
         bleu = [run.bleu for run in evaluations]
         spread = f" ± {statistics.stdev(bleu):.2f}" if len(bleu) > 1 else ""
-        compared, verdict, time = "", "", ""
+        compared, verdict = "", ""
         pairs = sorted(runs.keys() & dense.keys())
         if name != "dense" and pairs:
             sides = [[statistics_of(folder, runs[seed]) for seed in pairs] for runs in (runs, dense)]
             test = compare_statistics(*sides)
             compared = f"{test.difference:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
             verdict = f"{test.verdict}, p {test.p:.3f}".replace("the baseline", "dense")
-            ratios = [seconds(runs[seed]) / seconds(dense[seed]) for seed in pairs]
-            time = f"{statistics.fmean(ratios):.2f}"
         rates = [run.flip_rate for run in evaluations if run.flip_rate is not None]
         cells = [name, next(iter(runs.values())).settings, len(runs), f"{statistics.fmean(bleu):.2f}{spread}", compared]
         cells += [verdict, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
-        cells += [f"{statistics.fmean(rates):.5f}" if rates else "", time]
+        cells += [f"{statistics.fmean(rates):.5f}" if rates else "", step_time(evaluations[0])]
         rows.append(table_row(cells))
     every = [run.evaluation for runs in settings.values() for run in runs.values()]
     return "\n".join([*rows, "", *notes(every)])
@@ -105,10 +102,17 @@ def statistics_of(folder: Path, run: LoggedRun) -> SentenceStatistics:
     return SentenceStatistics.read(folder / run.name / "sentences.json")
 
 
-def seconds(run: LoggedRun) -> float:
-    """How long a step of the run took: the median over its logs, which another job for a while does not move."""
-    logs = [(row["step"], row["train_seconds"]) for row in run.curve if "train_seconds" in row]
-    return statistics.median((after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(logs))
+def step_time(run: Evaluation) -> str:
+    """A step of the method at 2:4 relative to a dense one, as benchmarks/trainer.py measured it; empty if it did not.
+
+    Runs of a study take turns on a machine that has other work too, so that their own times are not compared.
+    """
+    file = MEASURED / "trainer.json"
+    if not file.is_file() or run.method == "dense" or run.pattern != "2:4" or run.targets:
+        return ""
+    steps = {row["name"]: 1 + row["to_dense"][0] for row in read(file)["rows"]}
+    name = f"{run.method}, distilled" if "distill_from" in (run.options or {}) else run.method
+    return f"{steps[name]:.2f}" if name in steps else ""
 
 
 def notes(runs: list[Evaluation]) -> list[str]:
