@@ -77,11 +77,12 @@ class TokenBatchSampler(Sampler[list[int]]):
 def _fill(order: np.ndarray, source: np.ndarray, target: np.ndarray, budget: int) -> list[np.ndarray]:
     """Cuts ``order`` into consecutive batches, each as large as the budget allows."""
     batches, start, longest_source, longest_target = [], 0, 0, 0
-    for index in range(len(order)):
-        longest_source = max(longest_source, int(source[index]))
-        longest_target = max(longest_target, int(target[index]))
+    # Numbers of Python: single elements of an array take several times as long.
+    for index, (source_length, target_length) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
+        longest_source = max(longest_source, source_length)
+        longest_target = max(longest_target, target_length)
         if (index + 1 - start) * (longest_source + longest_target) > budget:
             batches.append(order[start:index])
-            start, longest_source, longest_target = index, int(source[index]), int(target[index])
+            start, longest_source, longest_target = index, source_length, target_length
     batches.append(order[start:])
     return batches

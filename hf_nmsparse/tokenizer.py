@@ -60,7 +60,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
     )
 
 
-def tokenise(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, source_prefix: str = "") -> Dataset:
+def tokenise(
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    source_prefix: str = "",
+    processes: int | None = None,
+) -> Dataset:
     """Turns the columns ``source`` and ``target`` into tokens, cached on disk beside the corpus.
 
     Args:
@@ -68,6 +74,7 @@ def tokenise(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         tokenizer: For multilingual ones, with its source and target language set.
         max_length: Pairs with a side of more tokens are left out; how many is logged.
         source_prefix: Put before every source text.
+        processes: Processes that share the work; this one alone if None. Another number does not find the cache.
 
     Returns:
         The columns ``input_ids``, ``labels``, ``source_length`` and ``target_length``.
@@ -92,7 +99,9 @@ def tokenise(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
     )
     parts = (pairs._fingerprint, vocabulary, repr(tokenizer.init_kwargs), str(max_length), source_prefix)
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    tokens = pairs.map(encode, batched=True, remove_columns=pairs.column_names, new_fingerprint=fingerprint)
+    tokens = pairs.map(
+        encode, batched=True, remove_columns=pairs.column_names, new_fingerprint=fingerprint, num_proc=processes
+    )
     if not len(tokens):
         raise ValueError(f"tokens: each of the {len(pairs)} pairs has more than {max_length} tokens; raise max_length")
     if len(tokens) < len(pairs):

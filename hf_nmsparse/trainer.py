@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -108,6 +111,12 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+        if deepspeed and self.sparse_method != DENSE:
+            raise ValueError(
+                f"deepspeed: its engine steps inside of backward, where the rule of {self.sparse_method!r} does not "
+                "see the gradients; train under DDP, or under FSDP2 with SparseStep"
+            )
         super().__post_init__()
         if self.sparse_method == DENSE:
             if self.sparse_decay:
@@ -471,18 +480,28 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
 
 
-def pair_lengths(dataset: Any) -> tuple[list[int], list[int]]:
+def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]:
     """Tokens of the source and target sentences of a tokenised dataset, from its length columns if it has them.
 
     Raises:
-        ValueError: The dataset has neither the length columns nor ``input_ids`` and ``labels``.
+        ValueError: The dataset is a stream, or has neither the length columns nor ``input_ids`` and ``labels``.
     """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "tokens_per_batch: a streamed dataset does not know its lengths; leave it out and give "
+            "per_device_train_batch_size and max_steps"
+        )
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if {"source_length", "target_length"} <= set(columns):
-        return dataset["source_length"], dataset["target_length"]
-    if not {"input_ids", "labels"} <= set(columns):
+    known = {"source_length", "target_length"} <= set(columns)
+    if known and isinstance(dataset, Dataset):  # millions of numbers, which row by row would take minutes
+        read = dataset.select_columns(["source_length", "target_length"]).with_format("numpy")[:]
+        return read["source_length"], read["target_length"]
+    if not known and not {"input_ids", "labels"} <= set(columns):
         raise ValueError(f"tokens_per_batch: the dataset needs the columns input_ids and labels, got {sorted(columns)}")
-    pairs = [(len(row["input_ids"]), len(row["labels"])) for row in dataset]
+    pairs = [
+        (row["source_length"], row["target_length"]) if known else (len(row["input_ids"]), len(row["labels"]))
+        for row in dataset
+    ]
     return [source for source, _ in pairs], [target for _, target in pairs]
 
 

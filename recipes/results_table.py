@@ -312,6 +312,26 @@ def faults_of(record: dict[str, Any]) -> str:
     return "\n".join([*rows, table_row(["all", len(ends), sum(ends)]), "", machine(record)])
 
 
+def startup_table() -> str:
+    """How long a large corpus takes to the first batch, and its memory."""
+    return startup_of(read(MEASURED / "startup.json"))
+
+
+def startup_of(record: dict[str, Any]) -> str:
+    """Seconds to the end of each part of a start, and the peak of memory."""
+    parts = [name for name in record["rows"][0] if name not in ("pairs", "start") and "MiB" not in name]
+    rows = table_head(["pairs", "start", *(f"{part}, s" for part in parts), "MiB before", "MiB at the peak"])
+    for row in record["rows"]:
+        seconds = [f"{row[part]:,.1f}" for part in parts]
+        rows.append(table_row([f"{row['pairs']:,}", row["start"], *seconds, row["MiB before"], row["MiB at the peak"]]))
+    rows += [
+        "",
+        f"{record['corpus']}, repeated; {record['batch']} a batch; seconds since the start; texts to tokens in "
+        f"{record['processes']} process(es). {machine(record)}",
+    ]
+    return "\n".join(rows)
+
+
 def quality_table() -> str:
     """What each way to compute costs in BLEU."""
     record = read(MEASURED / "quality.json")
@@ -355,9 +375,9 @@ def machine(record: dict[str, Any]) -> str:
 
 
 # A table is there once its benchmark has been run.
-FILES = {name: f"{name}.json" for name in ("masks", "generate", "quality", "training", "trainer", "faults")} | {
-    "kernels": "kernels_*.json"
-}
+FILES = {
+    name: f"{name}.json" for name in ("masks", "generate", "quality", "training", "trainer", "faults", "startup")
+} | {"kernels": "kernels_*.json"}
 TABLES = {
     name: make
     for name, make in {
@@ -370,6 +390,7 @@ TABLES = {
         "training": training_table,
         "trainer": trainer_table,
         "faults": faults_table,
+        "startup": startup_table,
     }.items()
     if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
 }

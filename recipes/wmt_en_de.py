@@ -83,6 +83,7 @@ class RecipeArguments:
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
     target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    token_processes: int | None = field(default=None, metadata={"help": "Processes that turn the texts into tokens."})
     max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are left out."})
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; from scratch if left out."})
@@ -146,7 +147,7 @@ def main() -> None:
     translate(model, tokenizer, [""], src_lang=recipe.source_code, tgt_lang=recipe.target_code)
     with args.main_process_first(desc="tokens"):
         tokens = {
-            split: tokenise(corpus[split], tokenizer, recipe.max_length, recipe.source_prefix)
+            split: tokenise(corpus[split], tokenizer, recipe.max_length, recipe.source_prefix, recipe.token_processes)
             for split in ("train", "validation")
             if split in corpus
         }

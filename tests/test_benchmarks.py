@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, kernels, timing, trainer, training
+from benchmarks import generate, kernels, startup, timing, trainer, training
 from hf_nmsparse.kernels import native
 from hf_nmsparse.srste import METHODS
 from recipes import results_table
@@ -120,6 +120,22 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["bare loop"]["to_bare"] == rows["dense"]["to_dense"] == [0, 0, 0]
     assert all(row["median_ms"] > 0 and row["to_bare"][1] <= row["to_bare"][2] for row in rows.values())
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "ms a step"])
+
+
+def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").mkdir()
+    for side, word in (("en", "house"), ("de", "Haus")):
+        (tmp_path / "text" / f"train.{side}").write_text("".join(f"{word} {word} {n}\n" for n in range(300)))
+    startup.write_corpus(tmp_path / "text", 2_000, tmp_path / "corpus")
+    lines = (tmp_path / "corpus" / "train.jsonl").read_text().splitlines()
+    assert len(set(lines)) == 2_000
+    assert json.loads(lines[300]) == {"translation": {"en": "1 house house 0", "de": "1 Haus Haus 0"}}
+    monkeypatch.setattr(startup, "BATCHES", 3)
+    found = startup.start(tmp_path / "corpus", None)
+    assert 0 < found["corpus"] < found["tokens"] < found["first batch"] <= found["3 batches"]
+    rows = [{"pairs": 2_000, "start": "first", **found}]
+    record = {**timing.machine(), "corpus": "text", "batch": "few", "processes": 1, "note": "a test", "rows": rows}
+    assert_table(results_table.startup_of(record), ["pairs", "first batch, s", "MiB at the peak"])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trainings are killed in processes that were forked")

@@ -89,3 +89,10 @@ def test_the_second_run_reads_the_cache(tokenizer: PreTrainedTokenizerFast, tmp_
     assert first.cache_files
     assert first.cache_files == again.cache_files
     assert tokenise(pairs, tokenizer, max_length=49).cache_files != first.cache_files
+
+
+def test_processes_share_the_work(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = {"source": [f"The garden {n}" for n in range(50)], "target": [f"Der Garten {n}" for n in range(50)]}
+    pairs = Dataset.from_dict(texts)
+    alone, shared = (tokenise(pairs, tokenizer, max_length=50, processes=number) for number in (None, 2))
+    assert alone[:] == shared[:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -36,6 +38,7 @@ from hf_nmsparse.trainer import (
     SparseTrainingArguments,
     decoder_inputs,
     last_whole_checkpoint,
+    pair_lengths,
 )
 from tests.tiny import collator, marian, token_pairs
 
@@ -335,6 +338,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path, byte
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="deepspeed: its engine steps inside of backward, where the rule of 'sr-ste'"):
+        arguments(tmp_path, deepspeed="zero2.json")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="train under DDP, or under FSDP2 with SparseStep"):
+        arguments(tmp_path)
+
+
 def test_transformers_own_way_with_sigterm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="enable_jit_checkpoint: SparseTrainer saves on SIGTERM by itself; leave it"):
         arguments(tmp_path, enable_jit_checkpoint=True)
@@ -498,6 +509,31 @@ def test_eval_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
         outputs = model(**batch)
     expected = F.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_lengths_come_from_their_columns_or_the_tokens() -> None:
+    rows = [{"input_ids": [5, 1], "labels": [6, 7, 1], "source_length": 2, "target_length": 3}] * 2
+    with_lengths = Dataset.from_list(rows)
+    tokens_alone = with_lengths.remove_columns(["source_length", "target_length"])
+    for dataset in (with_lengths, with_lengths.select([1, 0]), tokens_alone, rows):
+        assert [list(side) for side in pair_lengths(dataset)] == [[2, 2], [3, 3]]
+    with pytest.raises(ValueError, match=r"needs the columns input_ids and labels, got \['labels'\]"):
+        pair_lengths(tokens_alone.remove_columns(["input_ids"]))
+
+
+def test_a_stream_trains_by_sentences(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    pairs = token_pairs(32)
+    twin = train(tmp_path / "map", model=copy.deepcopy(model))
+    args = arguments(tmp_path / "stream")
+    trainer = SparseTrainer(
+        model=model, args=args, train_dataset=pairs.to_iterable_dataset(), data_collator=collator(model)
+    )
+    trainer.train()
+    assert largest_difference(weights(twin), weights(trainer)) == 0
+    with pytest.raises(ValueError, match="a streamed dataset does not know its lengths; leave it out and give"):
+        pair_lengths(pairs.to_iterable_dataset())
 
 
 def test_decoder_inputs_are_the_models_own() -> None:
