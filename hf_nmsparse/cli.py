@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
     command.set_defaults(run=_export)
 
+    command = commands.add_parser("convert", help="write a sparse-24-bitmask checkpoint as dense files")
+    command.add_argument("source", metavar="SRC", help="its folder")
+    command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.set_defaults(run=_convert)
+
     command = commands.add_parser("translate", help="translate text, one line out for each line in")
     _add_model_arguments(command)
     command.add_argument(
@@ -218,6 +223,14 @@ def _export(args: argparse.Namespace) -> None:
     export_dense(model, args.target)
     _copy_files_beside(args.source, args.target)
     print(f"{args.target}: dense")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from hf_nmsparse.bitmask import convert_bitmask
+
+    _check_target(args.target)
+    count = convert_bitmask(args.source, args.target)
+    print(f"{args.target}: dense, {count} weights are 2:4 sparse")
 
 
 def _translate(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ BANDS = (
         "quantizer",
         "trainer",
         "batching",
+        "bitmask",
         "averaging",
         "corpus",
         "files",

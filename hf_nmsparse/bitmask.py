@@ -1,0 +1,131 @@
+"""Reads what compressed-tensors wrote as ``sparse-24-bitmask``, which nothing else reads any more, into dense files.
+
+For a 2:4 weight ``P.weight`` of R rows and C columns such a checkpoint holds ``P.compressed``, the kept values in the
+order of the row, ``[R, C / 2]``; ``P.bitmask``, a bit for each weight, the first in the lowest, uint8
+``[R, ceil(C / 8)]``; and ``P.shape``, R and C. compressed-tensors 0.15 deleted the format; transformers loads its files
+without an error and with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_nmsparse.files import model_folder
+from hf_nmsparse.packing import PackedFormatError
+
+__all__ = ["convert_bitmask", "dense_from_bitmask"]
+
+_FORMAT = "sparse-24-bitmask"
+_INDEX = "model.safetensors.index.json"
+_PARTS = (".compressed", ".bitmask", ".shape")
+
+
+def convert_bitmask(source: str | Path, target: str | Path) -> int:
+    """Writes a ``sparse-24-bitmask`` checkpoint as a stock dense one, zeros in their places.
+
+    ``nmsparse pack --pattern 2:4`` packs the result where it is a translation model.
+
+    Args:
+        source: Its folder.
+        target: The new folder, which gets tokenizer and all other files too.
+
+    Returns:
+        How many weights were sparse.
+
+    Raises:
+        PackedFormatError: The folder holds no such checkpoint, or one whose values are quantized as well, or a weight
+            breaks the format.
+    """
+    source, target = Path(source), Path(target)
+    config = _read(source / "config.json")
+    record = config.pop("quantization_config", None) or config.pop("compression_config", None) or {}
+    found, where = (record.get("sparsity_config") or record).get("format"), source / "config.json"
+    if found != _FORMAT:
+        raise PackedFormatError(f"{where}: the format is {found!r}, not {_FORMAT!r}; load it as it is")
+    if record.get("config_groups"):
+        raise PackedFormatError(f"{where}: values are quantized too, which is not read; get a checkpoint without")
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise PackedFormatError(f"{source}: no .safetensors file; the weights are missing")
+    sparse, total, places = 0, 0, dict[str, str]()
+    with model_folder(target) as folder:
+        for file in files:
+            try:
+                tensors = load_file(file)
+            except SafetensorError as error:
+                raise PackedFormatError(f"{file}: {error}; it was not written to its end") from error
+            count = len(tensors)
+            dense = _dense_tensors(tensors, file.name)
+            sparse += (count - len(dense)) // 2
+            save_file(dense, folder / file.name, metadata={"format": "pt"})
+            places |= dict.fromkeys(dense, file.name)
+            total += sum(tensor.nbytes for tensor in dense.values())
+        for file in source.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", _INDEX):
+                shutil.copyfile(file, folder / file.name)
+        if (source / _INDEX).is_file():
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return sparse
+
+
+def _dense_tensors(tensors: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    dense = {key: tensor for key, tensor in tensors.items() if not key.endswith(_PARTS)}
+    for prefix in {key.rpartition(".")[0] for key in tensors if key.endswith(_PARTS)}:
+        for part in _PARTS:
+            if prefix + part not in tensors:
+                raise PackedFormatError(f"{file}: {prefix + part} is missing beside its other parts; get it again")
+        values, bitmask, shape = (tensors[prefix + part] for part in _PARTS)
+        dense[f"{prefix}.weight"] = dense_from_bitmask(values, bitmask, shape, f"{file}: {prefix}")
+    return dense
+
+
+def dense_from_bitmask(values: Tensor, bitmask: Tensor, shape: Tensor, name: str = "weight") -> Tensor:
+    """The dense weight ``[R, C]``, +0.0 where nothing was kept.
+
+    Args:
+        values: ``[R, C / 2]``, or flat.
+        bitmask: uint8 ``[R, ceil(C / 8)]``.
+        shape: R and C.
+        name: What errors call the weight.
+
+    Raises:
+        PackedFormatError: The parts do not fit each other, or a group of four does not keep two.
+    """
+    size = shape.flatten().tolist()
+    if len(size) != 2 or min(size) < 0 or size[1] % 4:
+        raise PackedFormatError(f"{name}.shape: rows and columns in groups of four are needed, got {size}")
+    rows, columns = size
+    if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != (rows, -(-columns // 8)):
+        raise PackedFormatError(
+            f"{name}.bitmask: uint8 {[rows, -(-columns // 8)]} is needed, got {bitmask.dtype} {list(bitmask.shape)}"
+        )
+    bits = bitmask[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    mask = bits.flatten(1)[:, :columns].bool()
+    if (mask.reshape(-1, 4).sum(dim=1) != 2).any() or bits.flatten(1)[:, columns:].any():
+        raise PackedFormatError(f"{name}.bitmask: every group of four keeps two, and the padding is 0")
+    if not values.is_floating_point() or values.numel() * 2 != rows * columns:
+        raise PackedFormatError(
+            f"{name}.compressed: {rows * columns // 2} floating-point values are needed, got {values.dtype} "
+            f"{list(values.shape)}"
+        )
+    return values.new_zeros((rows, columns)).masked_scatter(mask, values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PackedFormatError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise PackedFormatError(f"{file}: a configuration is one JSON object, got {type(record).__name__}")
+    return record
