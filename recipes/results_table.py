@@ -332,6 +332,26 @@ def startup_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def scaling_table() -> str:
+    """What a second process brings."""
+    return scaling_of(read(MEASURED / "scaling.json"))
+
+
+def scaling_of(record: dict[str, Any]) -> str:
+    """Time of a step by the number of processes, and the tokens a second relative to one."""
+    rows = table_head(["processes", "ms a step", "tokens a second"])
+    alone = record["rows"][0]
+    for row in record["rows"]:
+        speed = row["processes"] * alone["step_ms"] / row["step_ms"] / alone["processes"]
+        rows.append(table_row([row["processes"], f"{row['step_ms']:,.0f}", f"{speed:.2f}x"]))
+    rows += [
+        "",
+        f"{record['method']}, DDP on gloo, one thread and {record['batch']} a process; medians of {record['rounds']} "
+        f"trainings in turns, {record['steps']} steps each. {machine(record)}",
+    ]
+    return "\n".join(rows)
+
+
 def quality_table() -> str:
     """What each way to compute costs in BLEU."""
     record = read(MEASURED / "quality.json")
@@ -375,9 +395,8 @@ def machine(record: dict[str, Any]) -> str:
 
 
 # A table is there once its benchmark has been run.
-FILES = {
-    name: f"{name}.json" for name in ("masks", "generate", "quality", "training", "trainer", "faults", "startup")
-} | {"kernels": "kernels_*.json"}
+ONE_FILE = ("masks", "generate", "quality", "training", "trainer", "faults", "startup", "scaling")
+FILES = {name: f"{name}.json" for name in ONE_FILE} | {"kernels": "kernels_*.json"}
 TABLES = {
     name: make
     for name, make in {
@@ -391,6 +410,7 @@ TABLES = {
         "trainer": trainer_table,
         "faults": faults_table,
         "startup": startup_table,
+        "scaling": scaling_table,
     }.items()
     if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
 }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, kernels, startup, timing, trainer, training
+from benchmarks import generate, kernels, scaling, startup, timing, trainer, training
 from hf_nmsparse.kernels import native
 from hf_nmsparse.srste import METHODS
 from recipes import results_table
@@ -136,6 +136,17 @@ def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"pairs": 2_000, "start": "first", **found}]
     record = {**timing.machine(), "corpus": "text", "batch": "few", "processes": 1, "note": "a test", "rows": rows}
     assert_table(results_table.startup_of(record), ["pairs", "first batch, s", "MiB at the peak"])
+
+
+def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "scaling.json"
+    arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--note", "a test", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    scaling.main()
+    rows = results_table.read(file)["rows"]
+    assert [row["processes"] for row in rows] == [1, 2]
+    assert all(row["step_ms"] > 0 for row in rows)
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["processes", "tokens a second"])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trainings are killed in processes that were forked")
