@@ -5,7 +5,7 @@
 A training of a small model with dropout saves a checkpoint every second step, then packs the model. Each trial waits
 for one of its moments (a step, a checkpoint being written, the packing), sleeps for a random part of its length, and
 sends SIGKILL. What is left must be a whole packed model or none, and the same training, started again in the same
-folder, must end with the same weights, bit for bit, and the same packed file. It takes about ten minutes and writes
+folder, must end with the same weights, bit for bit, and the same packed file. It takes a few minutes and writes
 benchmarks/results/faults.json and a table beside it.
 """
 

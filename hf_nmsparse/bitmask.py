@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_nmsparse.files import model_folder
+from hf_nmsparse.masks import unpack_bits
 from hf_nmsparse.packing import PackedFormatError
 
 __all__ = ["convert_bitmask", "dense_from_bitmask"]
@@ -109,9 +110,9 @@ def dense_from_bitmask(values: Tensor, bitmask: Tensor, shape: Tensor, name: str
         raise PackedFormatError(
             f"{name}.bitmask: uint8 {[rows, -(-columns // 8)]} is needed, got {bitmask.dtype} {list(bitmask.shape)}"
         )
-    bits = bitmask[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
-    mask = bits.flatten(1)[:, :columns].bool()
-    if (mask.reshape(-1, 4).sum(dim=1) != 2).any() or bits.flatten(1)[:, columns:].any():
+    bits = unpack_bits(bitmask.flatten(), torch.Size((rows, 8 * bitmask.shape[1])))
+    mask = bits[:, :columns]
+    if (mask.reshape(-1, 4).sum(dim=1) != 2).any() or bits[:, columns:].any():
         raise PackedFormatError(f"{name}.bitmask: every group of four keeps two, and the padding is 0")
     if not values.is_floating_point() or values.numel() * 2 != rows * columns:
         raise PackedFormatError(

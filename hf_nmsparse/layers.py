@@ -69,8 +69,8 @@ class NMLinear(nn.Linear):
         return self
 
     def current_mask(self) -> Tensor:
-        """The mask that the next forward uses, ``[out_features, in_features]``."""
-        return magnitude_mask(self.weight, self.pattern) if self.mask is None else self.mask
+        """The mask that the next forward uses, of the rows that lie on this process, ``[rows, in_features]``."""
+        return magnitude_mask(local(self.weight), self.pattern) if self.mask is None else self.mask
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
@@ -97,8 +97,7 @@ class NMLinear(nn.Linear):
         """
         self.check_sparse()
         weight = local(self.weight)
-        mask = magnitude_mask(weight, self.pattern) if self.mask is None else self.mask
-        weight.copy_(self.masked(weight, mask))
+        weight.copy_(self.masked(weight, self.current_mask()))
 
     def check_sparse(self) -> None:
         """Refuses a layer whose forward uses pruned weights.

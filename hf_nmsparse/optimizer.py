@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.layers import NMLinear, is_sharded, local
-from hf_nmsparse.masks import magnitude_mask, pack_bits, random_mask, unpack_bits, update_mask
+from hf_nmsparse.masks import pack_bits, random_mask, unpack_bits, update_mask
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS, StepContext
 
@@ -163,9 +163,7 @@ class SparseStep:
         """What each layer looks like now."""
         states = {}
         for name, layer in self.layers.items():
-            weight = local(layer.weight)
-            magnitude = weight.abs()
-            mask = magnitude_mask(weight, layer.pattern) if layer.mask is None else layer.mask
+            magnitude, mask = local(layer.weight).abs(), layer.current_mask()
             sums = [magnitude.masked_fill(~mask, 0.0).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)]
             kept, all_weights, number = _over_shards(torch.stack([*sums, mask.sum()]), layer.weight).tolist()
             pruned = (all_weights - kept) / max(layer.weight.numel() - number, 1)
@@ -244,10 +242,11 @@ class SparseStep:
         decay = self.schedule.decay(self.decay, self.step, self.steps)
         for name, layer in self.layers.items():
             weight, grad = layer.weight, layer.weight.grad
+            mask = layer.current_mask()
             if is_sharded(weight):
-                mask = self._shards[name] = magnitude_mask(local(weight), layer.pattern)
+                self._shards[name] = mask
             else:
-                mask = layer.mask = layer.current_mask()
+                layer.mask = mask
             group = groups.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
             if grad is not None and group is not None:
                 context = StepContext(float(group["lr"]), decay, layer.pruned_scale)

@@ -376,7 +376,8 @@ class SparseTrainer(Seq2SeqTrainer):
             if self.args.should_save:
                 flush(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
+            other = isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_CANNOT_WRITE)
+            if other or _is_whole(folder):  # a whole checkpoint stays: a push or the deletion of old ones has failed
                 raise
             shutil.rmtree(folder, ignore_errors=True)  # it takes space and is of no use
             reason = str(error).strip().splitlines()[0]
@@ -458,13 +459,15 @@ def last_whole_checkpoint(output_dir: str | Path | None) -> str | None:
     Trainer writes its state last, so that a folder whose state can be read is whole; what a kill leaves of another is
     passed over, and written again when the run comes to its step.
     """
-    for folder in reversed(checkpoints(output_dir or ".")):
-        try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        except (OSError, ValueError, TypeError):
-            continue
-        return str(folder)
-    return None
+    return next((str(folder) for folder in reversed(checkpoints(output_dir or ".")) if _is_whole(folder)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

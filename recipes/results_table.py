@@ -213,11 +213,6 @@ def auto_of(row: dict[str, Any], precision: str) -> str:
     return "" if choice is None else f"{choice['format']} {choice['to_dense']:.2f}"
 
 
-def generate_table() -> str:
-    """End to end: how fast whole models translate."""
-    return generate_of(read(MEASURED / "generate.json"))
-
-
 def generate_of(record: dict[str, Any]) -> str:
     """Tokens a second of each candidate, and the speed-up over transformers in fp32."""
     heads = [f"{decoding(row)}, {row['threads']} thr." for row in record["rows"]]
@@ -250,11 +245,6 @@ def decoding(row: dict[str, Any]) -> str:
     return f"{'greedy' if row['beams'] == 1 else 'beam ' + str(row['beams'])}, batch {row['batch']}"
 
 
-def training_table() -> str:
-    """What sparsity costs in a training step."""
-    return training_of(read(MEASURED / "training.json"))
-
-
 def training_of(record: dict[str, Any]) -> str:
     """Time of a step of each candidate, and the overhead over the dense one with its interval."""
     rows = table_head(["training step", "threads", "ms", "to dense", "95%"])
@@ -270,11 +260,6 @@ def training_of(record: dict[str, Any]) -> str:
         f"shows the noise. {machine(record)}",
     ]
     return "\n".join(rows)
-
-
-def trainer_table() -> str:
-    """What the trainer adds to a step, and what each method does."""
-    return trainer_of(read(MEASURED / "trainer.json"))
 
 
 def trainer_of(record: dict[str, Any]) -> str:
@@ -297,11 +282,6 @@ def trainer_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def faults_table() -> str:
-    """What came of trainings that were killed."""
-    return faults_of(read(MEASURED / "faults.json"))
-
-
 def faults_of(record: dict[str, Any]) -> str:
     """Kills by the moment they fell in, and how many of the trainings ended as an undisturbed one."""
     rows = table_head(["killed in", "kills", "bit-identical after the resume"])
@@ -310,11 +290,6 @@ def faults_of(record: dict[str, Any]) -> str:
         rows.append(table_row([moment, len(ends), sum(ends)]))
     ends = [row["identical"] for row in record["rows"]]
     return "\n".join([*rows, table_row(["all", len(ends), sum(ends)]), "", machine(record)])
-
-
-def startup_table() -> str:
-    """How long a large corpus takes to the first batch, and its memory."""
-    return startup_of(read(MEASURED / "startup.json"))
 
 
 def startup_of(record: dict[str, Any]) -> str:
@@ -332,11 +307,6 @@ def startup_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def scaling_table() -> str:
-    """What a second process brings."""
-    return scaling_of(read(MEASURED / "scaling.json"))
-
-
 def scaling_of(record: dict[str, Any]) -> str:
     """Time of a step by the number of processes, and the tokens a second relative to one."""
     rows = table_head(["processes", "ms a step", "tokens a second"])
@@ -350,6 +320,11 @@ def scaling_of(record: dict[str, Any]) -> str:
         f"trainings in turns, {record['steps']} steps each. {machine(record)}",
     ]
     return "\n".join(rows)
+
+
+def measured_table(name: str) -> str:
+    """The table of a benchmark's file."""
+    return OF[name](read(MEASURED / f"{name}.json"))
 
 
 def quality_table() -> str:
@@ -395,23 +370,28 @@ def machine(record: dict[str, Any]) -> str:
 
 
 # A table is there once its benchmark has been run.
-ONE_FILE = ("masks", "generate", "quality", "training", "trainer", "faults", "startup", "scaling")
-FILES = {name: f"{name}.json" for name in ONE_FILE} | {"kernels": "kernels_*.json"}
+OF = {
+    "generate": generate_of,
+    "training": training_of,
+    "trainer": trainer_of,
+    "faults": faults_of,
+    "startup": startup_of,
+    "scaling": scaling_of,
+}
+"""Tables that show one file of a benchmark, which has the table's name."""
+
+FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")} | {"kernels": "kernels_*.json"}
+MAKERS: dict[str, Callable[[], str]] = {
+    "results": table,
+    "study": study_table,
+    "masks": masks_table,
+    "kernels": kernels_table,
+    "quality": quality_table,
+    **{name: partial(measured_table, name) for name in OF},
+}
 TABLES = {
     name: make
-    for name, make in {
-        "results": table,
-        "study": study_table,
-        "masks": masks_table,
-        "kernels": kernels_table,
-        "generate": generate_table,
-        "quality": quality_table,
-        "training": training_table,
-        "trainer": trainer_table,
-        "faults": faults_table,
-        "startup": startup_table,
-        "scaling": scaling_table,
-    }.items()
+    for name, make in MAKERS.items()
     if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
 }
 

@@ -338,6 +338,16 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path, byte
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+def test_a_failure_after_the_writing_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**kwargs: Any) -> None:
+        raise OSError("an old checkpoint is busy")
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", fail)
+    with pytest.raises(OSError, match="an old checkpoint is busy"):
+        train(tmp_path, save_strategy="steps", save_steps=2)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="deepspeed: its engine steps inside of backward, where the rule of 'sr-ste'"):
         arguments(tmp_path, deepspeed="zero2.json")
