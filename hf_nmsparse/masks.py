@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import cuda, native
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -25,8 +25,8 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
 
     Exactly N are kept in every group: of equal magnitudes the lower index wins, so that a mask is a function of the
     weights alone on every device. Groups are ranked by counting, for each weight, the pairs it loses; half of the
-    M^2 comparisons decide both members of a pair. fp32 weights on the CPU go through the native library, where it is
-    there, in one pass and to the same mask.
+    M^2 comparisons decide both members of a pair. fp32 weights on the CPU go through the native library and those on a
+    GPU through Triton, where they are there, in one pass and to the same mask.
 
     Args:
         weight: ``[..., in_features]``, floating point. Rank the fp32 master, never a 16-bit copy: the copy has ties
@@ -44,11 +44,16 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         mask = torch.empty(weight.shape, dtype=torch.bool, device="cpu")
         native.rank(weight, mask, pattern)
         return mask
+    if cuda.can_rank(weight):
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        if torch.isnan(cuda.rank(weight, mask, pattern)):
+            raise _nan_error(weight)
+        return mask
     magnitude = weight.detach().abs()
     # Magnitudes cannot cancel, so that their sum is NaN only where one of them is. A compiled graph cannot branch on
     # it: there the next ranking outside of the graph, in SparseStep or finalize, finds the NaN.
     if not torch.compiler.is_compiling() and torch.isnan(magnitude.sum()):
-        raise ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
+        raise _nan_error(weight)
     magnitude = magnitude.reshape(-1, pattern.m).t()  # [M, groups], a view
     if pattern.m > 8:
         # A column of wide groups touches a cache line per weight, M times over; one copy costs less.
@@ -61,13 +66,16 @@ def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:
     """Writes the magnitude mask of ``weight`` over ``mask``.
 
     Returns:
-        SAD: how many entries changed, as `count_flips` gives it.
+        SAD: how many entries changed, a 0-d tensor. From a GPU it is NaN where a weight is, so that training need not
+        wait for it.
 
     Raises:
-        ValueError: As `magnitude_mask`.
+        ValueError: As `magnitude_mask`, but for a NaN on a GPU.
     """
     if native.can_rank(weight) and mask.is_contiguous():
         return torch.tensor(native.rank(weight, mask, pattern))
+    if cuda.can_rank(weight) and mask.is_contiguous():
+        return cuda.rank(weight, mask, pattern)
     new = magnitude_mask(weight, pattern)
     flips = count_flips(mask, new)
     mask.copy_(new)
@@ -102,19 +110,27 @@ def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
     return [count < pattern.n for count in losses]
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """``weight`` where ``mask`` keeps it, +0.0 elsewhere.
+def _nan_error(weight: Tensor) -> ValueError:
+    return ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
+
+
+def apply_mask(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``weight`` where ``mask`` keeps it, +0.0 elsewhere, in ``dtype`` or else its own number type.
 
     A product would write -0.0 for negative weights, which some 2:4 compressors do not take for zero. It is no part of
     a graph of gradients: `straight_through` is.
     """
-    if native.can_rank(weight) and mask.is_contiguous() and mask.shape == weight.shape:
-        return native.masked(weight, mask)
+    plain = mask.is_contiguous() and mask.shape == weight.shape
+    if plain and cuda.can_rank(weight):
+        return cuda.masked(weight, mask, dtype)
     bits = _BITS.get(weight.dtype)
-    if bits is None or weight.device.type != "cpu":
-        return torch.where(mask, weight, weight.new_zeros(()))
-    # On CPUs a select takes several times as long as an "and" with all ones or none.
-    return (weight.view(bits) & mask.to(bits).neg_()).view(weight.dtype)
+    if plain and native.can_rank(weight):
+        kept = native.masked(weight, mask)
+    elif bits is None or weight.device.type != "cpu":
+        kept = torch.where(mask, weight, weight.new_zeros(()))
+    else:  # on CPUs a select takes several times as long as an "and" with all ones or none
+        kept = (weight.view(bits) & mask.to(bits).neg_()).view(weight.dtype)
+    return kept if dtype is None else kept.to(dtype)
 
 
 _BITS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,14 +150,21 @@ class SparseStep:
             layer.mask, layer.fixed_mask, layer.pruned_scale, layer.master_dtype = None, False, 0.0, None
 
     def take_flips(self) -> dict[str, Flips]:
-        """The flips of each layer since the last call, then counts from zero. Empty before the first step."""
-        steps, flips = self._counted, self._flips
+        """The flips of each layer since the last call, then counts from zero. Empty before the first step.
+
+        Raises:
+            ValueError: A weight has become NaN: on a GPU no step waits to find out.
+        """
+        steps, counts = self._counted, self._flips
         self._counted, self._flips = 0, {}
-        weights = {name: self.layers[name].weight for name in flips}
-        return {
-            name: Flips(int(_over_shards(count, weights[name])) / steps, weights[name].numel())
-            for name, count in flips.items()
-        }
+        flips = {}
+        for name, count in counts.items():
+            weight = self.layers[name].weight
+            sad = float(_over_shards(count, weight))
+            if math.isnan(sad):
+                raise ValueError(f"SparseStep: the weight of {name} holds NaN, which has no rank; check the loss")
+            flips[name] = Flips(sad / steps, weight.numel())
+        return flips
 
     @torch.no_grad()
     def layer_states(self) -> dict[str, LayerState]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import cuda, native
 from hf_nmsparse.masks import apply_mask
 from hf_nmsparse.pattern import NMPattern
 
@@ -67,7 +67,7 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
         ctx.rule, ctx.biased = (pattern, soft, pruned_scale), bias is not None
-        used = sparse_weight(weight, mask, pattern, soft, pruned_scale).to(x.dtype)
+        used = sparse_weight(weight, mask, pattern, soft, pruned_scale, x.dtype)
         return F.linear(x, used, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -77,9 +77,10 @@ class _MaskedLinear(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         to_input = to_weight = to_bias = None
         if wanted[0]:
+            pattern, soft, pruned_scale = ctx.rule
             with torch.no_grad():
-                used = sparse_weight(weight, mask, *ctx.rule)
-            to_input = upstream @ straight_through(weight, used).to(upstream.dtype)
+                used = sparse_weight(weight, mask, pattern, soft, pruned_scale, upstream.dtype)
+            to_input = upstream @ straight_through(weight, used)
         if wanted[1]:
             rows = upstream.reshape(-1, upstream.shape[-1])
             to_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
@@ -125,7 +126,12 @@ def masked_linear(
 
 
 def sparse_weight(
-    weight: Tensor, mask: Tensor, pattern: NMPattern, soft: bool = False, pruned_scale: float = 0.0
+    weight: Tensor,
+    mask: Tensor,
+    pattern: NMPattern,
+    soft: bool = False,
+    pruned_scale: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What a forward uses of a weight, a tensor of its own.
 
@@ -135,9 +141,13 @@ def sparse_weight(
         pattern: The N:M pattern.
         soft: Whether kept weights go through `soft_threshold`.
         pruned_scale: What pruned weights are multiplied with: 0 leaves the pattern.
+        dtype: Number type of the result; None is the weight's.
     """
-    used = soft_threshold(weight, mask, pattern) if soft else apply_mask(weight, mask)
-    return torch.where(mask, used, weight * pruned_scale) if pruned_scale else used
+    if not (soft or pruned_scale):
+        return apply_mask(weight, mask, dtype)
+    used = soft_threshold(weight, mask, pattern) if soft else weight
+    used = torch.where(mask, used, weight * pruned_scale) if pruned_scale else used
+    return used if dtype is None else used.to(dtype)
 
 
 def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
@@ -202,8 +212,9 @@ def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> N
 
 def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments."""
-    if native.can_rank(weight) and native.can_rank(grad) and mask.is_contiguous():
-        native.decay_pruned(weight, mask, grad, step.decay)
+    kernels = next((unit for unit in (native, cuda) if unit.can_rank(weight) and unit.can_rank(grad)), None)
+    if kernels is not None and mask.is_contiguous():
+        kernels.decay_pruned(weight, mask, grad, step.decay)
     else:
         grad.add_(apply_mask(weight, ~mask), alpha=step.decay)
 

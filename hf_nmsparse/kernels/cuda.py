@@ -1,0 +1,99 @@
+"""Masks and decay of weights on GPUs: one launch and one pass each, where torch's operators take a dozen.
+
+The kernels are Triton's, which comes with torch's builds for GPUs. Where it is missing everything works in plain torch,
+more slowly. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_nmsparse.pattern import NMPattern
+
+__all__ = ["can_rank", "decay_pruned", "masked", "rank"]
+
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = 1024
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> Any:
+    from hf_nmsparse.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def can_rank(weight: Tensor) -> bool:
+    """Whether the kernels take this weight: on a GPU, in fp32, bf16 or fp16, an ordinary tensor without gaps."""
+    return (
+        weight.device.type == "cuda"
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.dtype in _NUMBERS
+        and weight.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and _has_triton()
+    )
+
+
+def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
+    """Writes the magnitude mask of ``weight`` over ``mask``.
+
+    Args:
+        weight: ``[..., in_features]`` that `can_rank` takes; ``in_features`` is a multiple of ``pattern.m``.
+        mask: Booleans of the same shape, contiguous.
+        pattern: The pattern.
+
+    Returns:
+        How many entries of ``mask`` changed, a 0-d fp64 tensor on the device; NaN where a weight is NaN, and ``mask``
+        is undefined then.
+    """
+    _check_mask(weight, mask)
+    changed = torch.zeros((), dtype=torch.float64, device=weight.device)
+    width = 1 << (pattern.m - 1).bit_length()
+    block, groups = max(_BLOCK // width, 1), weight.numel() // pattern.m
+    if groups:
+        with torch.cuda.device_of(weight):
+            _kernels().rank[-(-groups // block),](
+                weight.detach(), mask, changed, groups, pattern.n, pattern.m, width, block
+            )
+    return changed
+
+
+def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:
+    """``gradient += decay * weight`` where ``mask`` prunes; all three are contiguous and of one shape."""
+    _check_mask(weight, mask)
+    assert gradient.is_contiguous()
+    assert gradient.shape == weight.shape
+    if weight.numel():
+        with torch.cuda.device_of(weight):
+            _kernels().decay_pruned[_blocks(weight)](weight.detach(), mask, gradient, decay, weight.numel(), _BLOCK)
+
+
+def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``weight`` where ``mask`` keeps it, +0.0 elsewhere, in ``dtype``; both are contiguous and of one shape."""
+    _check_mask(weight, mask)
+    kept = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    if weight.numel():
+        with torch.cuda.device_of(weight):
+            _kernels().masked[_blocks(weight)](weight.detach(), mask, kept, weight.numel(), _BLOCK)
+    return kept
+
+
+def _blocks(weight: Tensor) -> tuple[int]:
+    return (-(-weight.numel() // _BLOCK),)
+
+
+def _check_mask(weight: Tensor, mask: Tensor) -> None:
+    assert mask.dtype == torch.bool
+    assert mask.is_contiguous()
+    assert mask.shape == weight.shape
