@@ -1,4 +1,4 @@
-"""The sparse linear layers: NMLinear for training, PackedLinear and KernelLinear for inference, and an int8 head."""
+"""The sparse linear layers: NMLinear for training, PackedLinear and its fast forms for inference, and an int8 head."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import cpu, native, reference
+from hf_nmsparse.kernels import cpu, native, reference, semi_structured
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import masked_linear, sparse_weight
 
-__all__ = ["Int8Head", "KernelLinear", "NMLinear", "PackedLinear", "is_sharded", "local", "sparse_layers"]
+__all__ = [
+    "Int8Head",
+    "KernelLinear",
+    "NMLinear",
+    "PackedLinear",
+    "SemiStructuredLinear",
+    "is_sharded",
+    "local",
+    "sparse_layers",
+]
 
 
 class NMLinear(nn.Linear):
@@ -254,6 +263,14 @@ class KernelLinear(nn.Module):
                 not used.
         """
         super().__init__()
+        self._check(packed)
+        self.in_features, self.out_features, self.pattern = packed.in_features, packed.out_features, packed.pattern
+        self.dtype, self.format = packed.dtype, format
+        self.bias = packed.bias
+        self.register_buffer("kernel_weight", self._repacked(packed.packed_tensors()), persistent=False)
+        self.train(packed.training)
+
+    def _check(self, packed: PackedLinear) -> None:
         if not cpu.fits(packed.pattern, packed.in_features):
             raise ValueError(
                 f"kernels: no kernel for {packed.pattern} with {packed.in_features} inputs; choose compute='dense'"
@@ -262,13 +279,9 @@ class KernelLinear(nn.Module):
             raise ValueError(
                 f"kernels: the weight lies on {packed.weight.device}, not on the CPU; choose compute='dense'"
             )
-        self.in_features, self.out_features, self.pattern = packed.in_features, packed.out_features, packed.pattern
-        self.dtype, self.format = packed.dtype, format
-        self.bias = packed.bias
-        self.register_buffer("kernel_weight", self._repacked(packed.packed_tensors()), persistent=False)
-        self.train(packed.training)
 
     def _repacked(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight of the file's tensors in the order of the kernels."""
         values, codes, scale = tensors["weight"], tensors["weight_indices"], tensors.get("weight_scale")
         if self.pattern != NMPattern(2, 4):
             both = pack(unpack(values, codes, self.pattern), NMPattern(2, 4))
@@ -281,9 +294,13 @@ class KernelLinear(nn.Module):
             scale = None
         return native.repack(self.format, self.in_features, values, codes, scale)
 
+    def _restored(self) -> tuple[Tensor, Tensor | None]:
+        """The dense weight, and the scales of int8."""
+        return native.restore(self.kernel_weight, self.format, self.out_features, self.in_features)
+
     def packed_tensors(self) -> dict[str, Tensor]:
         """The weight as the file holds it, by the last part of the keys."""
-        dense, scale = native.restore(self.kernel_weight, self.format, self.out_features, self.in_features)
+        dense, scale = self._restored()
         tensors = pack(dense if scale is not None else dense.to(self.dtype), self.pattern)
         return tensors if scale is None else tensors | {"weight_scale": scale}
 
@@ -299,7 +316,7 @@ class KernelLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight as a stock layer holds it, ``[out_features, in_features]`` of `dtype`."""
-        dense, scale = native.restore(self.kernel_weight, self.format, self.out_features, self.in_features)
+        dense, scale = self._restored()
         return dense.to(self.dtype) if scale is None else (dense * scale[:, None]).to(self.dtype)
 
     @property
@@ -364,6 +381,45 @@ def _describe(layer: PackedLinear | KernelLinear, more: str) -> str:
         f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.bias is not None}, "
         f"pattern={layer.pattern}, {more}"
     )
+
+
+class SemiStructuredLinear(KernelLinear):
+    """A linear layer that computes on the sparse tensor cores of an NVIDIA GPU, in fp16 or bf16.
+
+    Its weight stays in the number type and on the device that it was made with. Gradients stop here.
+    """
+
+    def __init__(self, packed: PackedLinear) -> None:
+        """Takes the weight of ``packed`` over; its bias is shared.
+
+        Raises:
+            ValueError: The GPU, torch, the number type, the shape or the pattern does not allow it.
+        """
+        super().__init__(packed, "semi_structured")
+
+    def _check(self, packed: PackedLinear) -> None:
+        shape = packed.out_features, packed.in_features
+        reason = semi_structured.why_not(packed.pattern, *shape, packed.dtype, packed.weight.device)
+        if reason is not None:
+            raise ValueError(f"semi_structured: {reason}; or choose compute='dense'")
+
+    def _repacked(self, tensors: dict[str, Tensor]) -> Tensor:
+        dense = unpack(tensors["weight"], tensors["weight_indices"], self.pattern)
+        scale = tensors.get("weight_scale")
+        return semi_structured.compress((dense if scale is None else dense * scale[:, None]).to(self.dtype))
+
+    def _restored(self) -> tuple[Tensor, Tensor | None]:
+        return semi_structured.restore(self.kernel_weight), None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        return semi_structured.linear(input, self.kernel_weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLinear:
+        weight = self._buffers.pop("kernel_weight")
+        super()._apply(fn, recurse)
+        self._buffers["kernel_weight"] = weight
+        return self
 
 
 class Int8Head(nn.Linear):

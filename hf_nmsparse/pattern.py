@@ -54,6 +54,11 @@ class NMPattern:
         """The fraction of weights that is kept."""
         return self.n / self.m
 
+    @property
+    def within_2_of_4(self) -> bool:
+        """Whether such weights are 2:4 too: at most two are kept in every aligned group of four."""
+        return self.n <= 2 and self.m % 4 == 0
+
     def groups(self, in_features: int) -> int:
         """Groups in a row of ``in_features`` weights.
 

@@ -10,7 +10,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
@@ -48,8 +48,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import hf_nmsparse
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.files import model_folder
-from hf_nmsparse.kernels import cpu, native
-from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.kernels import cpu, native, semi_structured
+from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, SemiStructuredLinear, sparse_layers
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.packing import (
     FORMAT_VERSION,
@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 METHOD = "nmsparse"
-COMPUTES = ("auto", "fp32", "bf16", "int8", "dense", "reference")
+COMPUTES = ("auto", "fp32", "bf16", "int8", "semi_structured", "dense", "reference")
 HEADS = ("dense", "int8")
 _CODES = ".weight_indices"
 _SCALE = ".weight_scale"
@@ -107,10 +107,12 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
     Args:
         compute: How sparse layers compute; a choice of the reader and not written. ``"fp32"``, ``"bf16"`` and
             ``"int8"`` run on the native CPU kernels with values of that type, and ``"int8"`` rounds activations as
-            well. ``"dense"`` unpacks each weight into a plain ``nn.Linear`` that carries its ``pattern``.
-            ``"reference"`` keeps it packed and unpacks it in every product. ``"auto"`` takes the fastest kernels that
-            keep the file's precision, and ``"dense"`` where there are none: on other devices, for patterns that are
-            not part of 2:4, without the native library.
+            well. ``"semi_structured"`` runs on the sparse tensor cores of an NVIDIA GPU, in fp16 or bf16.
+            ``"dense"`` unpacks each weight into a plain ``nn.Linear`` that carries its ``pattern``. ``"reference"``
+            keeps it packed and unpacks it in every product. ``"auto"`` takes the fastest kernels that keep the file's
+            precision, and ``"dense"`` where there are none: for patterns that are not part of 2:4, without the native
+            library, on other devices. On one GPU it measures the shapes of the layers, and those that sparse tensor
+            cores multiply faster for every number of rows compute there.
         head: How the output projection computes: ``"dense"``, or ``"int8"``, which keeps an int8 copy of its weight
             for the product. None takes ``"int8"`` where the sparse layers compute in int8. Not written either.
         pattern: The N:M pattern of the sparse layers.
@@ -263,26 +265,24 @@ class NMSparseQuantizer(HfQuantizer):
                     layers[prefix] = found
                 elif found is not None and prefix + _SCALE in files:
                     self._converters.append(_converter(prefix, renamings, config.pattern, ("weight", "weight_scale")))
-            packed = {key.rpartition(".")[0] for key in files if key.endswith((_CODES, _SCALE))}
-            _check_number_types(files, model, renamings, packed)
+            others = {key.rpartition(".")[0] for key in files if key.endswith((_CODES, _SCALE))}
+            _check_number_types(files, model, renamings, others)
         if not layers:
             raise PackedFormatError(
                 f"{Path(checkpoint_files[0]).name}: no key ends in {_CODES}, or none fits a layer of the model"
             )
-        dense = config.compute == "dense"
-        if config.compute == "auto":
-            widest = max(model.get_submodule(name).in_features for name in layers.values())  # type: ignore[type-var]
-            dense = not _kernels_run(config.pattern, widest, kwargs.get("device_map"))  # type: ignore[arg-type]
+        linears = {name: model.get_submodule(name) for name in layers.values()}
+        packed = _computing_packed(linears, config.compute, config.pattern, kwargs.get("device_map"))
         int8 = config.values == "int8"
         leaves = ("weight", "weight_indices", *(["weight_scale"] if int8 else []))
         for prefix, name in layers.items():
-            layer = model.get_submodule(name)
+            layer = linears[name]
             assert isinstance(layer, nn.Linear)
-            if dense:
+            if name in packed:
+                model.set_submodule(name, _empty_packed(layer, config.pattern, int8))
+            else:
                 layer.pattern = config.pattern  # type: ignore[assignment]
                 self._converters.append(_converter(prefix, renamings, config.pattern, leaves))
-            else:
-                model.set_submodule(name, _empty_packed(layer, config.pattern, int8))
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The number type in which a tensor of the file is read; scales keep theirs until they are multiplied."""
@@ -305,7 +305,7 @@ class NMSparseQuantizer(HfQuantizer):
             sparsify(model, self.quantization_config.sparse_config(), trained=True)
             return model
         self._converters = []
-        if self.quantization_config.compute not in ("dense", "reference"):
+        if self.quantization_config.compute != "reference":
             for name in sparse_layers(model):
                 layer = model.get_submodule(name)
                 # An offloaded layer gets its weight when it is used, as the file holds it.
@@ -586,15 +586,12 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
         if hasattr(layer, "_hf_hook"):
             raise ValueError(f"set_compute: {name} is offloaded; load the model again with compute={compute!r}")
     config.compute, config.head = compute, head
-    if compute == "auto":
-        widest = max(layer.in_features for layer in layers.values())  # type: ignore[type-var]
-        if not _kernels_run(config.pattern, widest, {"": model.device}):  # type: ignore[arg-type]
-            compute = "dense"
+    stay_packed = _computing_packed(layers, compute, config.pattern, model.device)
     for name, layer in layers.items():
-        if compute == "dense" and isinstance(layer, nn.Linear):
+        if name not in stay_packed and isinstance(layer, nn.Linear):
             continue
         packed = _packed_layer(layer, config.pattern, name)
-        if compute == "dense":
+        if name not in stay_packed:
             model.set_submodule(name, packed.to_linear())
         else:
             model.set_submodule(name, packed if compute == "reference" else _kernel_layer(packed, compute))
@@ -678,20 +675,35 @@ def _values_name(dtype: torch.dtype) -> str:
     raise ValueError(f"save_packed: a packed model has values in fp32, fp16, bf16, this model is in {dtype}")
 
 
-def _kernels_run(pattern: NMPattern, in_features: int, device_map: Any) -> bool:
-    """Whether the native kernels compute layers of this pattern, on these devices, faster than dense ones do.
+def _computing_packed(
+    layers: Mapping[str, nn.Module], compute: str, pattern: NMPattern, device_map: Any
+) -> Collection[str]:
+    """The names of the layers that compute packed; with ``"auto"`` those that are faster so where they will lie.
 
     Args:
+        layers: Linear layers, of any form and without data if need be.
+        compute: As `NMSparseQuantizationConfig` takes it.
         pattern: The pattern.
-        in_features: Inputs of the widest layer.
         device_map: As ``from_pretrained`` takes it.
     """
-    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
-    accelerated = torch.accelerator.is_available()
-    for device in devices:
-        automatic = device in ("auto", "balanced", "balanced_low_0", "sequential")
-        if accelerated if automatic else torch.device(device if device != "disk" else "meta").type != "cpu":
-            return False
+    if compute != "auto":
+        return () if compute == "dense" else layers.keys()
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map or "cpu"}
+    if places & {"auto", "balanced", "balanced_low_0", "sequential"}:
+        devices = {torch.device("meta" if torch.accelerator.is_available() else "cpu")}
+    else:
+        devices = {torch.device("meta" if place == "disk" else place) for place in places}
+    if {device.type for device in devices} == {"cpu"}:
+        widest = max(layer.in_features for layer in layers.values())  # type: ignore[type-var]
+        return layers.keys() if _kernels_run(pattern, widest) else ()  # type: ignore[arg-type]
+    if len(devices) > 1:
+        return ()
+    [device] = devices
+    return [name for name, layer in layers.items() if _faster_on_gpu(layer, pattern, device)]
+
+
+def _kernels_run(pattern: NMPattern, in_features: int) -> bool:
+    """Whether the native kernels compute layers of this pattern, up to this many inputs, faster than dense ones do."""
     if not cpu.fits(pattern, in_features):
         return False
     status = native.status()
@@ -700,7 +712,17 @@ def _kernels_run(pattern: NMPattern, in_features: int, device_map: Any) -> bool:
     return status.unit not in (None, "scalar")
 
 
+def _faster_on_gpu(layer: Any, pattern: NMPattern, device: torch.device) -> bool:
+    shape, dtype = (layer.out_features, layer.in_features), getattr(layer, "dtype", layer.weight.dtype)
+    if semi_structured.why_not(pattern, *shape, dtype, device) is not None:
+        return False
+    return semi_structured.is_faster(*shape, dtype, device)
+
+
 def _kernel_layer(layer: PackedLinear, compute: str) -> KernelLinear:
+    on_gpu = compute == "auto" and layer.weight.device.type == "cuda"
+    if compute == "semi_structured" or on_gpu:
+        return SemiStructuredLinear(layer)
     return KernelLinear(layer, cpu.preferred_format(layer.weight.dtype) if compute == "auto" else compute)
 
 

@@ -71,8 +71,8 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_feat
 
 
 def fits(pattern: NMPattern, in_features: int) -> bool:
-    """Whether weights of this pattern are 2:4 too, in every aligned group of four: the kernels compute that."""
-    return pattern.n <= 2 and pattern.m % 4 == 0 and in_features <= WIDEST_INT8
+    """Whether the kernels compute such weights: they are 2:4 and not too wide."""
+    return pattern.within_2_of_4 and in_features <= WIDEST_INT8
 
 
 _FASTEST = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp32", torch.float32: "fp32"}
