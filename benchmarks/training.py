@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ from transformers import MarianMTModel
 
 from benchmarks import timing
 from hf_nmsparse import NMSparseConfig, SparseStep, sparsify
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import cuda, native
 from hf_nmsparse.losses import token_loss
 from recipes import results_table
 
@@ -33,8 +34,14 @@ BATCH, LENGTH = 16, 32
 DENSE = "dense"
 
 
-def trainer(model: MarianMTModel, sparse: bool, batch: dict[str, Tensor], library: bool = True) -> Callable[[], None]:
-    """A training step, to be called again and again; without ``library`` as if it were not installed."""
+def trainer(
+    model: MarianMTModel,
+    sparse: bool,
+    batch: dict[str, Tensor],
+    kernels: bool = True,
+    autocast: torch.dtype | None = None,
+) -> Callable[[], None]:
+    """A training step, to be called again and again; without ``kernels`` as if none were installed."""
     if sparse:
         sparsify(model, NMSparseConfig("2:4"))
     optimizer = torch.optim.AdamW(
@@ -43,18 +50,25 @@ def trainer(model: MarianMTModel, sparse: bool, batch: dict[str, Tensor], librar
     if sparse:
         SparseStep(model, optimizer, method="sr-ste")
     model.train()
-    without = partial(mock.patch.object, native, "can_rank", lambda weight: False)
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext if library else without
+    without = partial(mock.patch.multiple, unit_of(model), can_rank=lambda weight: False)
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext if kernels else without
 
     def step() -> None:
         with context():
-            loss = token_loss(model(**batch), batch["labels"], label_smoothing=0.1)
+            with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+                output = model(**batch)
+            loss = token_loss(output, batch["labels"], label_smoothing=0.1)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
     return step
+
+
+def unit_of(model: MarianMTModel) -> ModuleType:
+    """Whose kernels rank this model's weights."""
+    return cuda if model.device.type == "cuda" else native
 
 
 def overhead(seconds: list[float], dense: list[float]) -> float:
@@ -87,7 +101,7 @@ def main() -> None:
         DENSE: trainer(models[0], False, batch),
         "dense, again": trainer(models[1], False, batch),
         "2:4 SR-STE": trainer(models[2], True, batch),
-        "2:4 SR-STE, no native library": trainer(models[3], True, batch, library=False),
+        "2:4 SR-STE, no native library": trainer(models[3], True, batch, kernels=False),
     }
     rows = []
     for threads in options.threads:

@@ -204,7 +204,7 @@ def kernels_notes(record: dict[str, Any]) -> str:
 def shape_of(row: dict[str, Any]) -> str:
     """``512x2048``, and a word if it is a head."""
     shape = "x".join(map(str, row["shape"]))
-    return f"{shape} (head)" if row["model"].endswith("head") else shape
+    return f"{shape} (head)" if row.get("model", "").endswith("head") else shape
 
 
 def auto_of(row: dict[str, Any], precision: str) -> str:
@@ -322,6 +322,47 @@ def scaling_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def gpu_of(record: dict[str, Any]) -> str:
+    """What was measured on a GPU: work on one weight, training steps, packed layers and whole models."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        parts.setdefault(row["part"], []).append(row)
+    weights = [row for row in record["rows"] if "us" in row and row["part"] != "packed layer"]
+    rows = table_head(["of a weight", "shape", "argsort µs", "topk", "torch", "Triton", "torch / Triton"])
+    for row in weights:
+        found = row["us"]
+        cells = [f"{found[name]:,.1f}" if name in found else "" for name in ("argsort", "topk", "torch", "Triton")]
+        what = f"{row['part']}, {row['what']}"
+        rows.append(table_row([what, shape_of(row), *cells, f"{found['torch'] / found['Triton']:.1f}"]))
+    rows += ["", *table_head(["training step", "ms", "to dense", "95%", "peak MiB"])]
+    for row in parts["training step"]:
+        low, high = row["interval"]
+        change = ["", ""] if row["what"] == "dense" else [f"{row['to_dense']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,}"
+        rows.append(table_row([row["what"], f"{row['ms']:,.1f}", *change, peak]))
+    if "packed layer" in parts:
+        counts = list(dict.fromkeys(row["rows"] for row in parts["packed layer"]))
+        rows += ["", *table_head(["in x out", *(f"{count} rows" for count in counts), "auto takes"])]
+        for shape in dict.fromkeys(shape_of(row) for row in parts["packed layer"]):
+            found = [row for row in parts["packed layer"] if shape_of(row) == shape]
+            cells = [f"{row['us']['dense'] / row['us']['semi_structured']:.2f}" for row in found]
+            rows.append(table_row([shape, *cells, "semi_structured" if found[0]["auto"] else "dense"]))
+        rows += ["", "Speed-up of the layer on sparse tensor cores over the dense one, both bf16."]
+    names = list(parts["generate"][0]["tokens_per_second"])
+    rows += ["", *table_head(["generate", *names])]
+    for row in parts["generate"]:
+        rows.append(table_row([decoding(row), *(f"{row['tokens_per_second'][name]:,.0f}" for name in names)]))
+    rows += [
+        "",
+        f"Tokens a second of a packed bf16 file. Steps are of {record['batch']}x{record['length']} tokens a side under "
+        f"bf16 autocast; medians of {record['rounds']} interleaved turns, of {record['calls']} calls each for single "
+        f"weights and layers. {record['gpu']}, CUDA {record.get('cuda')}, Triton {record.get('triton')}, cuSPARSELt "
+        f"{record.get('cusparselt')}. {machine(record)}",
+    ]
+    rows += ["", *(f"Not measured: {name} ({why})." for name, why in record["missing"].items())]
+    return "\n".join(rows).rstrip()
+
+
 def measured_table(name: str) -> str:
     """The table of a benchmark's file."""
     return OF[name](read(MEASURED / f"{name}.json"))
@@ -377,6 +418,7 @@ OF = {
     "faults": faults_of,
     "startup": startup_of,
     "scaling": scaling_of,
+    "gpu": gpu_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, kernels, scaling, startup, timing, trainer, training
+from benchmarks import generate, gpu, kernels, scaling, startup, timing, trainer, training
 from hf_nmsparse.kernels import native
 from hf_nmsparse.srste import METHODS
 from recipes import results_table
@@ -177,7 +177,7 @@ def test_a_step_without_the_library_does_not_call_it(monkeypatch: pytest.MonkeyP
 
     tokens = torch.randint(2, 100, (2, 4))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    step = training.trainer(timing.marian(tiny=True), True, batch, library=False)
+    step = training.trainer(timing.marian(tiny=True), True, batch, kernels=False)
     with_library = training.trainer(timing.marian(tiny=True), True, batch)
     monkeypatch.setattr(native, "_library", fail)
     step()
@@ -198,3 +198,45 @@ def test_a_file_of_results_is_json_with_a_row_a_line(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == {"seed": 0, "rows": [{"rows": 1}, {"rows": 4}]}
     assert '  {"rows": 1},\n' in file.read_text()
     assert file.with_suffix(".md").read_text() == "| a |\n"
+
+
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where Triton's kernels and sparse tensor cores take no part."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, for which the table has more rows")
+    file = tmp_path / "gpu.json"
+    record = run(gpu, monkeypatch, file, "--tiny")
+    parts = {row["part"] for row in record["rows"]}
+    assert parts == {"mask and flips", "decay", "sparse weight in bf16", "training step", "generate"}
+    assert record["missing"] == {"semi_structured": "the weight lies on cpu, not on a GPU"}
+    table = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Not measured: semi_structured (the weight lies on cpu, not on a GPU)." in table
+    assert "| 2:4 SR-STE, no Triton |" in table
+
+
+def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit, match="gpu: there is no GPU here; --tiny tries the script on the CPU"):
+        gpu.main()
+
+
+def test_the_gpu_table_with_packed_layers() -> None:
+    """From a record by hand, as a GPU would leave it."""
+    machine = {"cpu": "c", "cores": 1, "unit": None, "torch": "t", "torch_unit": "u", "note": ""}
+    layer = {"part": "packed layer", "shape": [512, 2048], "auto": False}
+    rows = [
+        {"part": "decay", "what": "2:4", "shape": [4, 8], "us": {"torch": 30.0, "Triton": 10.0}},
+        {"part": "training step", "what": "dense", "ms": 10, "to_dense": 0, "interval": [0, 0], "peak_mib": 1000},
+        {"part": "training step", "what": "x", "ms": 11, "to_dense": 0.1, "interval": [0, 0.2], "peak_mib": 1010},
+        layer | {"rows": 1, "us": {"dense": 10.0, "semi_structured": 20.0}},
+        layer | {"rows": 64, "us": {"dense": 10.0, "semi_structured": 8.0}},
+        {"part": "generate", "beams": 4, "batch": 16, "tokens_per_second": {"dense": 1000.0, "auto": 2000.0}},
+    ]
+    versions = {"gpu": "H100", "cuda": "13", "triton": "3.6", "cusparselt": 80}
+    record = {"batch": 2, "length": 3, "rounds": 4, "calls": 5, "missing": {}} | machine | versions
+    table = results_table.gpu_of(record | {"rows": rows}).splitlines()
+    assert "| decay, 2:4 | 4x8 |  |  | 30.0 | 10.0 | 3.0 |" in table
+    assert "| x | 11.0 | +10.0% | +0.0% to +20.0% | 1,010 |" in table
+    assert "| 512x2048 | 0.50 | 1.25 | dense |" in table
+    assert "| beam 4, batch 16 | 1,000 | 2,000 |" in table
