@@ -322,6 +322,22 @@ def scaling_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def memory_of(record: dict[str, Any]) -> str:
+    """Memory of a training at its peak, and what that is relative to the dense one of the same batch."""
+    rows = table_head(["training", "tokens a side", "peak MiB", "to dense", "masks MiB"])
+    for row in record["rows"]:
+        dense = next(other for other in record["rows"] if (other["what"], other["batch"]) == ("dense", row["batch"]))
+        change = "" if row is dense else f"{row['peak_mib'] / dense['peak_mib'] - 1:+.1%}"
+        tokens = f"{row['batch'] * record['length']:,}"
+        rows.append(table_row([row["what"], tokens, f"{row['peak_mib']:,.0f}", change, row["masks_mib"] or ""]))
+    rows += [
+        "",
+        f"{record['model']}, fp32, {record['optimizer']}; the most memory of a process that takes {record['steps']} "
+        f"steps. {machine(record)}",
+    ]
+    return "\n".join(rows)
+
+
 def gpu_of(record: dict[str, Any]) -> str:
     """What was measured on a GPU: work on one weight, training steps, packed layers and whole models."""
     parts: dict[str, list[dict[str, Any]]] = {}
@@ -418,6 +434,7 @@ OF = {
     "faults": faults_of,
     "startup": startup_of,
     "scaling": scaling_of,
+    "memory": memory_of,
     "gpu": gpu_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, gpu, kernels, scaling, startup, timing, trainer, training
+from benchmarks import generate, gpu, kernels, memory, scaling, startup, timing, trainer, training
 from hf_nmsparse.kernels import native
 from hf_nmsparse.srste import METHODS
 from recipes import results_table
@@ -240,3 +240,16 @@ def test_the_gpu_table_with_packed_layers() -> None:
     assert "| x | 11.0 | +10.0% | +0.0% to +20.0% | 1,010 |" in table
     assert "| 512x2048 | 0.50 | 1.25 | dense |" in table
     assert "| beam 4, batch 16 | 1,000 | 2,000 |" in table
+
+
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "memory.json"
+    monkeypatch.setattr(memory, "BATCHES", (2,))
+    monkeypatch.setattr(memory, "CANDIDATES", ("dense", "2:4 SR-STE"))
+    monkeypatch.setattr(sys, "argv", ["memory", "--tiny", "--note", "a test", "--output", str(file)])
+    memory.main()
+    dense, sparse = results_table.read(file)["rows"]
+    # 64 x 64 of 4 + 8 projections, and 64 x 256 of 2 x 2 feed-forward layers, one byte each
+    assert (dense["masks_mib"], sparse["masks_mib"]) == (0, round((12 * 64**2 + 4 * 64 * 256) / 2**20, 1))
+    assert 0 < dense["before_mib"] <= dense["peak_mib"]
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "peak MiB", "to dense"])
