@@ -41,7 +41,7 @@ def stand_in(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
         "why_not",
         lambda pattern, rows, columns, dtype, device: real_why_not(pattern, rows, columns, dtype, GPU),
     )
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, "from_dense", torch.clone)
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_the_shape_test_asks_for_every_number_of_rows(winner: int | None, monkey
             return 1.0
         return 0.5 if x.shape[0] == winner else 2.0
 
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, "from_dense", torch.clone)
     monkeypatch.setattr(semi_structured, "_seconds", seconds)
     semi_structured.is_faster.cache_clear()
     assert semi_structured.is_faster(32, 64, torch.bfloat16, torch.device("cpu")) is (winner is None)

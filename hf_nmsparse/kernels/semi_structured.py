@@ -48,11 +48,13 @@ def why_not(
 def compress(weight: Tensor) -> Tensor:
     """A 2:4 weight ``[out_features, in_features]`` as torch's semi-structured tensor: 9/16 of its bytes.
 
+    It asks for cuSPARSELt by name: CUTLASS, torch's other way, does not know Hopper.
+
     The caller has asked `why_not`, and the weight is 2:4: what breaks the pattern would be lost.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*prototype.*", category=UserWarning)
-        return torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight.detach().contiguous())
 
 
 def restore(compressed: Tensor) -> Tensor:
