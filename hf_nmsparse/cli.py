@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         help="number type of embeddings and output projection (with int8: int8)",
     )
     command.add_argument("--pattern", help="N:M, for a dense model whose weights are masked but not marked as such")
+    command.add_argument(
+        "--standalone",
+        action="store_true",
+        help="add the code with which transformers alone reads it, given trust_remote_code=True",
+    )
     command.set_defaults(run=_pack)
 
     command = commands.add_parser("export", help="write a sparse model as dense files that any tool reads")
@@ -174,6 +179,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
     print(f"dense bytes    {found.dense_bytes:,}")
     print(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
+    print(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
     if args.layers:
         for name, (rows, columns) in found.layers.items():
             print(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
@@ -192,7 +198,7 @@ def _pack(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source} says nothing of sparsity; if its weights are masked, give --pattern 2:4")
     else:
         _mark_masked_layers(model, args.pattern)
-    save_packed(model, args.target, values=args.values, embeddings=args.embeddings)
+    save_packed(model, args.target, values=args.values, embeddings=args.embeddings, standalone=args.standalone)
     _copy_files_beside(args.source, args.target)
     _inspect(argparse.Namespace(path=args.target, layers=False))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -46,6 +47,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_nmsparse
+from hf_nmsparse import standalone as reader
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.kernels import cpu, native, semi_structured
@@ -82,6 +84,8 @@ COMPUTES = ("auto", "fp32", "bf16", "int8", "semi_structured", "dense", "referen
 HEADS = ("dense", "int8")
 _CODES = ".weight_indices"
 _SCALE = ".weight_scale"
+_READER = "modeling_nmsparse"  # what `standalone.py` is called beside the weights
+_READERS = {"AutoModel": reader.NMSparseModel, "AutoModelForSeq2SeqLM": reader.NMSparseModelForSeq2SeqLM}
 
 # The keys of a record in config.json, by its format: those that must be there, and those that may.
 _RECORD_KEYS = {
@@ -300,6 +304,9 @@ class NMSparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Leaves nothing behind that a later `save_pretrained` would trip over."""
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                _drop_reader(module.config)
         if self.quantization_config.format == "dense":
             _detach(model)
             sparsify(model, self.quantization_config.sparse_config(), trained=True)
@@ -351,6 +358,7 @@ def save_packed(
     values: str | None = None,
     *,
     embeddings: str | None = None,
+    standalone: bool = False,
     **kwargs: Any,
 ) -> None:
     """Writes ``model`` as a packed checkpoint, and leaves the model itself as it is.
@@ -366,12 +374,15 @@ def save_packed(
             ``"int8"`` rounds the kept values, with a scale for each row, and leaves other tensors in the model's type.
         embeddings: ``"int8"`` rounds token embeddings and output projection too, ``"float"`` does not; None takes
             ``"int8"`` with int8 values, and what the model was loaded with where ``values`` is None too.
+        standalone: Adds a file of Python, ``modeling_nmsparse.py``, with which transformers alone loads the model
+            where the user passes ``trust_remote_code=True``; it computes dense there. A model that is loaded from such
+            files does not remember them: give the argument again.
         **kwargs: As ``save_pretrained`` takes them. ``state_dict`` holds the dense masters under their stock names,
             for the case that the model's own are sharded.
 
     Raises:
-        ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``, or
-            weights lie on disk.
+        ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``,
+            weights lie on disk, or ``standalone`` is given for a class that no auto class of translation loads.
     """
     record = _record(model)
     if values is None and _holds_int8(model):
@@ -392,9 +403,11 @@ def save_packed(
         ignore=record.ignore,
         producer=record.producer or f"hf-nmsparse {hf_nmsparse.__version__}",
     )
+    if standalone:
+        twin.config.auto_map = {**(getattr(twin.config, "auto_map", None) or {}), **_auto_map(twin)}
     state_dict = kwargs.pop("state_dict", None) or model.state_dict()
     tensors = _packed_state_dict(model, state_dict, twin.config.quantization_config)
-    _write(twin, path, tensors, "save_packed", kwargs)
+    _write(twin, path, tensors, "save_packed", kwargs, standalone)
 
 
 def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> None:
@@ -497,6 +510,7 @@ class PackedSummary:
         ignored: The rules that kept layers dense; None stands for output heads and routers.
         producer: The program that wrote the file, if it says so.
         format_version: Version of the packed format.
+        standalone: Whether transformers loads the folder without this package, by the code in it.
     """
 
     pattern: NMPattern
@@ -509,6 +523,7 @@ class PackedSummary:
     ignored: tuple[str, ...] | None
     producer: str | None
     format_version: int
+    standalone: bool
 
 
 def check_folder(path: str | Path) -> PackedSummary:
@@ -526,10 +541,14 @@ def check_folder(path: str | Path) -> PackedSummary:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"check_folder: {folder} holds no config.json, so no saved model")
-    record = _read_object(folder / "config.json").get("quantization_config")
+    settings = _read_object(folder / "config.json")
+    record, auto_map = settings.get("quantization_config"), settings.get("auto_map")
     if not isinstance(record, dict) or record.get("quant_method") != METHOD or record.get("format") == "dense":
         raise ValueError(f"check_folder: {folder} holds no packed model; save_packed(model, path) writes one")
     config = NMSparseQuantizationConfig.from_dict(record)
+    standalone = isinstance(auto_map, dict) and any(map(_is_reader, auto_map.values()))
+    if standalone and not (folder / f"{_READER}.py").is_file():
+        raise PackedFormatError(f"config.json: auto_map names {_READER}.py, which the folder has not; save it again")
     layers: dict[str, tuple[int, int]] = {}
     packed = dense = 0
     with ExitStack() as stack:
@@ -561,6 +580,7 @@ def check_folder(path: str | Path) -> PackedSummary:
         config.ignore,
         config.producer,
         config.format_version,
+        standalone,
     )
 
 
@@ -916,13 +936,46 @@ def _empty_packed(layer: nn.Linear, pattern: NMPattern, int8: bool) -> PackedLin
 
 
 def _write(
-    twin: PreTrainedModel, path: str | Path, tensors: dict[str, Tensor], where: str, kwargs: dict[str, Any]
+    twin: PreTrainedModel,
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    where: str,
+    kwargs: dict[str, Any],
+    standalone: bool = False,
 ) -> None:
-    """Saves ``tensors`` as the model ``twin``, whole or not at all."""
+    """Saves ``tensors`` as the model ``twin``, with the reader beside it if asked for, whole or not at all."""
     if kwargs.get("push_to_hub"):
         raise ValueError(f"{where}: it writes files; push the folder with push_to_hub(path, repo_id) then")
     with model_folder(path) as folder:
         twin.save_pretrained(folder, state_dict=tensors, **kwargs)
+        if standalone and (folder / "config.json").is_file():  # some processes leave the writing to another
+            shutil.copyfile(reader.__file__, folder / f"{_READER}.py")
+
+
+def _auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """What config.json says of the reader that goes with the weights, by the auto classes that it serves."""
+    kind = type(model.config)
+    served = {auto: read for auto, read in _READERS.items() if kind in read.models}
+    if type(model) not in (read.models[kind] for read in served.values()):
+        raise ValueError(
+            f"save_packed: standalone is for what {' or '.join(_READERS)} loads, and {type(model).__name__} is not "
+            "among it; leave it out"
+        )
+    return {auto: f"{_READER}.{read.__name__}" for auto, read in served.items()}
+
+
+def _drop_reader(config: Any) -> None:
+    """Takes the reader out of a configuration that was read beside one: no later save would write the file again."""
+    auto_map = getattr(config, "auto_map", None)
+    if isinstance(auto_map, dict):
+        config.auto_map = {auto: code for auto, code in auto_map.items() if not _is_reader(code)}
+        if not config.auto_map:
+            del config.auto_map
+
+
+def _is_reader(code: Any) -> bool:
+    """Whether an entry of ``auto_map``, which may begin with the name of a repository, stands for the reader."""
+    return str(code).rpartition("--")[2].startswith(f"{_READER}.")
 
 
 def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -952,6 +1005,7 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
         twin = copy.deepcopy(model, memo)
     for loaded in ("hf_quantizer", "hf_device_map"):
         twin.__dict__.pop(loaded, None)
+    _drop_reader(twin.config)
     return twin
 
 

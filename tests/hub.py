@@ -20,11 +20,15 @@ LFS = (".safetensors", ".bin")
 
 @dataclass
 class LocalHub:
-    """What the server holds: files by repository and path, and large files by their hash until a commit names them."""
+    """What the server holds: files by repository and path, and large files by their hash until a commit names them.
+
+    `tokens` are the authorizations of what was asked for, by its path; of several the last.
+    """
 
     url: str
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
 
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a fresh process whose Hugging Face client talks to this server alone."""
@@ -80,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.tokens[path] = self.headers.get("Authorization", "")
         if path == "api/whoami-v2":
             return self._json({"name": "user", "type": "user", "auth": {"accessToken": {"role": "write"}}})
         if path.startswith("api/models/"):

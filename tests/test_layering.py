@@ -20,6 +20,7 @@ BANDS = (
         "averaging",
         "corpus",
         "files",
+        "standalone",
         "tokenizer",
         "metrics",
         "pipeline",
