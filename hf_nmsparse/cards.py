@@ -41,6 +41,7 @@ def model_card(
     settings: Mapping[str, Any] | None = None,
     example: str = "Two people are walking in the park.",
     multilingual: bool = False,
+    standalone: bool = False,
 ) -> str:
     """Writes the model card of an evaluated run.
 
@@ -57,6 +58,8 @@ def model_card(
         example: A sentence in the source language for the code on the card.
         multilingual: Whether the tokenizer takes language codes, as those of mBART and NLLB do; the code then names
             ``source_lang`` and ``target_lang``.
+        standalone: Whether the files were saved with ``save_packed(standalone=True)``; the card then says how
+            transformers alone loads them.
 
     Raises:
         ValueError: ``repo_id`` or ``dataset`` is no name that the Hub takes, or a language is no language code.
@@ -98,6 +101,7 @@ def model_card(
         settings=settings or {},
         example=json.dumps(example, ensure_ascii=False),
         multilingual=multilingual,
+        standalone=standalone,
     )
     return str(card)
 

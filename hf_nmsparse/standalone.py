@@ -66,14 +66,14 @@ class NMSparseModel:
                 tensors |= load_file(file)
             except SafetensorError as error:
                 raise ValueError(f"{file}: no whole safetensors file ({error}); get it again") from None
-        if kwargs.get("generation_config") is None:
-            with suppress(OSError):  # where there is none, the stock class makes one
-                kwargs["generation_config"] = GenerationConfig.from_pretrained(path, **whence)
         loaded = stock.from_pretrained(
             None, *model_args, config=_stock(config), state_dict=dense_tensors(tensors, record, str(path)), **kwargs
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(path)
+        if model.can_generate() and kwargs.get("generation_config") is None:
+            with suppress(OSError):  # where there is none, the model has made one of its configuration
+                model.generation_config = GenerationConfig.from_pretrained(path, **whence)
         return loaded
 
     @classmethod

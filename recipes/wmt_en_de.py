@@ -101,6 +101,7 @@ class RecipeArguments:
     targets: list[str] | None = field(default=None, metadata={"help": "Layers to make sparse; every Linear if None."})
     ignore: list[str] | None = field(default=None, metadata={"help": "Layers that stay dense; heads if None."})
     values: str = field(default="bf16", metadata={"help": "Number type of the packed file: fp32, fp16, bf16, int8."})
+    standalone: bool = field(default=False, metadata={"help": "Add the code with which transformers alone reads it."})
     average: int = field(default=1, metadata={"help": "Average the dense masters of the last so many checkpoints."})
 
     split: str = field(default="test", metadata={"help": "The split that is scored."})
@@ -185,7 +186,7 @@ def main() -> None:
         finalize(model)
         report(model)
         saved = output / "packed"
-        save_packed(model, saved, values=recipe.values)
+        save_packed(model, saved, values=recipe.values, standalone=recipe.standalone)
     tokenizer.save_pretrained(saved)
 
     # A fresh process loads these very files and translates; its output is what is scored and goes on the card.
@@ -204,6 +205,7 @@ def main() -> None:
         target_lang=recipe.target_code or recipe.target_lang,
         license=recipe.license,
         multilingual=recipe.target_code is not None,
+        standalone=recipe.standalone,
         dataset=recipe.corpus if recipe.corpus_config else None,
         settings={key: getattr(args, key) for key in SETTINGS},
     )
@@ -240,6 +242,8 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
         raise ValueError("values: 'int8' is for packed models and sparse_method is 'dense'; choose fp32, fp16 or bf16")
     if args.sparse_dense_tail and recipe.values == "int8":
         raise ValueError("values: 'int8' is for packed models and a dense tail leaves a dense one; choose fp32 or bf16")
+    if recipe.standalone and (args.sparse_method == "dense" or args.sparse_dense_tail):
+        raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
     return recipe, args
 
 

@@ -189,6 +189,15 @@ def test_the_code_on_the_card_works(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.endswith("\n")
 
 
+def test_the_way_without_the_package_is_on_the_card_of_files_that_have_it() -> None:
+    plain, added = card(), card(standalone=True)
+    call = 'AutoModelForSeq2SeqLM.from_pretrained("someone/tiny-en-de", trust_remote_code=True)'
+    assert "trust_remote_code" not in plain
+    [_, code] = re.findall(r"```python\n(.*?)```", added, flags=re.DOTALL)
+    assert code == f"from transformers import AutoModelForSeq2SeqLM\n\nmodel = {call}\n"
+    assert re.sub(r"\n\nWhere `hf_nmsparse` is not installed.*?```python\n.*?```", "", added, flags=re.DOTALL) == plain
+
+
 def test_the_card_goes_to_the_hub_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.marian()
     sparsify(model, NMSparseConfig("2:4"))

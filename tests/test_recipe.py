@@ -145,6 +145,8 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
         (("--values", "bf8"), "values: is one of fp32, fp16, bf16, int8, got 'bf8'"),
         (("--values", "int8", "--sparse_method", "dense"), "values: 'int8' is for packed models"),
         (("--values", "int8", "--sparse_dense_tail", "0.1"), "a dense tail leaves a dense one; choose fp32 or bf16"),
+        (("--standalone", "true", "--sparse_method", "dense"), "standalone: is for packed models and this run ends"),
+        (("--standalone", "true", "--sparse_dense_tail", "0.1"), "standalone: is for packed models and this run ends"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
     ],
 )
