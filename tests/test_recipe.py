@@ -18,6 +18,7 @@ from transformers import NllbTokenizer
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
+from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.sparsify import select_layers
 from recipes.wmt_en_de import describe, load_model, parse, read_lines
 from tests.tiny import bart, hf, t5, tokenizer
@@ -173,7 +174,7 @@ def test_whole_runs(tmp_path: Path) -> None:
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     one = "one_process.yaml"
     launch(one, config, *tiny(corpus, dense, sparse_method="dense", sparse_decay=0))
-    arguments = [config, *tiny(corpus, sparse), "--baseline", str(dense)]
+    arguments = [config, *tiny(corpus, sparse, standalone=True), "--baseline", str(dense)]
     printed = launch(one, *arguments)
 
     evaluation = Evaluation.read(sparse / "evaluation.json")
@@ -209,6 +210,8 @@ def test_whole_runs(tmp_path: Path) -> None:
     card = ModelCard.load(sparse / "packed" / "README.md")
     [bleu] = [result for result in card.data.eval_results or [] if result.metric_type == "bleu"]
     assert bleu.metric_value == pytest.approx(evaluation.bleu, abs=0.005)
+    assert check_folder(sparse / "packed").standalone
+    assert "trust_remote_code=True" in card.text
     curve = json.loads((sparse / "curve.json").read_text())
     assert [row["step"] for row in curve if "loss" in row] == list(range(1, evaluation.steps + 1))
     assert all(row["sad"] >= 0 for row in curve if "loss" in row)
