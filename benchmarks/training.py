@@ -56,8 +56,7 @@ def trainer(
     def step() -> None:
         with context():
             with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-                output = model(**batch)
-            loss = token_loss(output, batch["labels"], label_smoothing=0.1)
+                loss = token_loss(model(**batch), batch["labels"], label_smoothing=0.1)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
