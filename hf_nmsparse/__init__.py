@@ -11,14 +11,9 @@ from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packing import PackedFormatError
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import NMTranslationPipeline
-from hf_nmsparse.quantizer import (
-    NMSparseQuantizationConfig,
-    export_dense,
-    prepare_for_training,
-    push_to_hub,
-    save_packed,
-    set_compute,
-)
+from hf_nmsparse.quantizer import prepare_for_training, set_compute
+from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
 from hf_nmsparse.sparsify import finalize, report, sparsify
 from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments
 

@@ -166,8 +166,8 @@ def _positive(text: str) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from hf_nmsparse.checking import check_folder
     from hf_nmsparse.packing import VALUE_DTYPES, packed_bytes
-    from hf_nmsparse.quantizer import check_folder
 
     found = check_folder(args.path)
     pattern, dtype = found.pattern, VALUE_DTYPES[found.values]
@@ -187,7 +187,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _pack(args: argparse.Namespace) -> None:
     from hf_nmsparse.layers import sparse_layers
-    from hf_nmsparse.quantizer import save_packed
+    from hf_nmsparse.saving import save_packed
 
     _check_target(args.target)
     model, _ = _load(args.source, tokenizer=False)
@@ -222,7 +222,7 @@ def _mark_masked_layers(model: Any, text: str) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hf_nmsparse.quantizer import export_dense
+    from hf_nmsparse.saving import export_dense
 
     _check_target(args.target)
     model, _ = _load(args.source, tokenizer=False)

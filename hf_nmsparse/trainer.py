@@ -34,7 +34,8 @@ from hf_nmsparse.files import flush
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
-from hf_nmsparse.quantizer import prepare_for_training, save_packed
+from hf_nmsparse.quantizer import prepare_for_training
+from hf_nmsparse.saving import save_packed
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS
 

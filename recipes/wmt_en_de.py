@@ -45,6 +45,7 @@ from hf_nmsparse import (
 )
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
+from hf_nmsparse.checking import check_folder
 from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
@@ -52,7 +53,6 @@ from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluat
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
-from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from hf_nmsparse.trainer import Preempted, last_whole_checkpoint

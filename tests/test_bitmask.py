@@ -14,9 +14,9 @@ from transformers import MarianMTModel
 
 from hf_nmsparse import NMSparseConfig, cli, finalize, sparsify
 from hf_nmsparse.bitmask import convert_bitmask, dense_from_bitmask
+from hf_nmsparse.checking import check_folder
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.packing import PackedFormatError
-from hf_nmsparse.quantizer import check_folder
 from tests.tiny import marian
 
 RECORD = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}

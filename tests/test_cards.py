@@ -9,11 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, RepoUrl
 
-from hf_nmsparse import cards, quantizer
+from hf_nmsparse import cards, saving
 from hf_nmsparse.cards import model_card, write_card
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.metrics import Comparison, Evaluation, Score, evaluation_record
-from hf_nmsparse.quantizer import save_packed
+from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparsify import sparsify
 from hf_nmsparse.srste import METHODS
 from tests import tiny
@@ -218,8 +218,8 @@ def test_the_card_goes_to_the_hub_as_it_is(tmp_path: Path, monkeypatch: pytest.M
             sent.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
             return SimpleNamespace(commit_url="https://huggingface.co/someone/m/commit/1")
 
-    monkeypatch.setattr(quantizer, "HfApi", Hub)
-    quantizer.push_to_hub(tmp_path, "someone/m")
+    monkeypatch.setattr(saving, "HfApi", Hub)
+    saving.push_to_hub(tmp_path, "someone/m")
     assert sent["README.md"] == written
     assert "model.safetensors" in sent
     assert ModelCard.load(path).data.to_dict()["model-index"]

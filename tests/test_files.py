@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from hf_nmsparse import NMSparseConfig, save_packed, sparsify
+from hf_nmsparse.checking import check_folder
 from hf_nmsparse.files import check_writable, model_folder, replaced
-from hf_nmsparse.quantizer import check_folder
 from tests.tiny import marian
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_nmsparse.layers import PackedLinear, sparse_layers
-from hf_nmsparse.quantizer import NMSparseQuantizationConfig, save_packed
+from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.saving import save_packed
 
 STORED = Path(__file__).parent / "format_v1"
 FC1 = "model.encoder.layers.0.fc1"

@@ -14,6 +14,9 @@ BANDS = (
     {"config", "layers", "losses", "sparsify", "optimizer"},
     {
         "quantizer",
+        "record",
+        "checking",
+        "saving",
         "trainer",
         "batching",
         "bitmask",

@@ -25,7 +25,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _language_id, _register, translate
-from hf_nmsparse.quantizer import save_packed
+from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparsify import sparsify
 from tests import tiny
 

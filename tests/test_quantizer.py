@@ -17,21 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_nmsparse import quantizer
+from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import native
 from hf_nmsparse.layers import KernelLinear, NMLinear, PackedLinear, sparse_layers
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.quantizer import (
-    NMSparseQuantizationConfig,
-    check_folder,
-    export_dense,
-    prepare_for_training,
-    push_to_hub,
-    save_packed,
-    set_compute,
-)
+from hf_nmsparse.quantizer import prepare_for_training, set_compute
+from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
 from hf_nmsparse.sparsify import finalize, sparsify
 from tests.tiny import bart, hf, t5
 
@@ -399,9 +394,9 @@ class TestConfiguration:
         code = (
             "import importlib, sys, warnings; warnings.simplefilter('error')\n"
             "from transformers import AutoModelForSeq2SeqLM\n"
-            "import hf_nmsparse.quantizer as q\n"
-            "q = importlib.reload(importlib.reload(q))\n"
-            "config = q.NMSparseQuantizationConfig(compute='reference')\n"
+            "from hf_nmsparse import checking, quantizer, record, saving\n"
+            "for module in (record, checking, saving, quantizer) * 2: importlib.reload(module)\n"
+            "config = record.NMSparseQuantizationConfig(compute='reference')\n"
             "model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], quantization_config=config)\n"
             f"print(type(model.get_submodule({FC1!r})).__name__)\n"
         )

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import NllbTokenizer
 
+from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
-from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.sparsify import select_layers
 from recipes.wmt_en_de import describe, load_model, parse, read_lines
 from tests.tiny import bart, hf, t5, tokenizer

@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, BertModel, MarianModel, T5EncoderModel
 
-from hf_nmsparse import cli, quantizer, standalone
+from hf_nmsparse import cli, saving, standalone
+from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, pack, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.quantizer import check_folder, export_dense, prepare_for_training, push_to_hub, save_packed
+from hf_nmsparse.quantizer import prepare_for_training
+from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
 from hf_nmsparse.sparsify import sparsify
 from hf_nmsparse.standalone import PackedRecord, dense_tensors, dense_weight
 from tests.hub import local_hub
@@ -270,7 +272,7 @@ class TestSave:
                 sent.update(contents(Path(folder_path)))
                 return SimpleNamespace(commit_url="commit")
 
-        monkeypatch.setattr(quantizer, "HfApi", Hub)
+        monkeypatch.setattr(saving, "HfApi", Hub)
         push_to_hub(sparse(), "user/m", standalone=True)
         assert sent[READER] == Path(standalone.__file__).read_bytes()
         assert json.loads(sent["config.json"])["auto_map"] == AUTO_MAP

@@ -29,7 +29,8 @@ from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import layer_rows
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.masks import magnitude_mask
-from hf_nmsparse.quantizer import NMSparseQuantizationConfig, save_packed
+from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparsify import sparsify
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.trainer import (

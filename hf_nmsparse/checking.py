@@ -1,0 +1,248 @@
+"""Every rule of the packed format, checked on the files before a model is built of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, check_packed, check_quantized, packed_shapes
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.record import METHOD, NMSparseQuantizationConfig
+
+__all__ = [
+    "CODES",
+    "READER",
+    "SCALE",
+    "PackedSummary",
+    "check_folder",
+    "check_layer",
+    "check_number_types",
+    "is_reader",
+    "names_in_model",
+    "open_files",
+]
+
+CODES = ".weight_indices"
+SCALE = ".weight_scale"
+READER = "modeling_nmsparse"  # what `standalone.py` is called beside the weights
+
+
+@dataclass(frozen=True)
+class PackedSummary:
+    """What `check_folder` found.
+
+    Attributes:
+        pattern: The N:M pattern of the sparse layers.
+        values: Number type of the kept values: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``.
+        embeddings: ``"int8"`` if token embeddings and output projection are int8 in the file, else None.
+        layers: ``(out_features, in_features)`` of each sparse layer, by its name in the file.
+        packed_bytes: Bytes of all tensors in the file.
+        dense_bytes: Bytes of the same tensors with every sparse layer dense, at the same number types, scales included.
+        targets: The rules that chose the sparse layers; None where every linear layer was taken.
+        ignored: The rules that kept layers dense; None stands for output heads and routers.
+        producer: The program that wrote the file, if it says so.
+        format_version: Version of the packed format.
+        standalone: Whether transformers loads the folder without this package, by the code in it.
+    """
+
+    pattern: NMPattern
+    values: str
+    embeddings: str | None
+    layers: dict[str, tuple[int, int]]
+    packed_bytes: int
+    dense_bytes: int
+    targets: tuple[str, ...] | None
+    ignored: tuple[str, ...] | None
+    producer: str | None
+    format_version: int
+    standalone: bool
+
+
+def check_folder(path: str | Path) -> PackedSummary:
+    """Checks every rule of the packed format on a folder, without building the model.
+
+    Only the shapes of the model's own layers are left to `from_pretrained`, which knows them.
+
+    Args:
+        path: Folder of a packed checkpoint, in one file or in shards.
+
+    Raises:
+        ValueError: The folder holds no packed checkpoint.
+        PackedFormatError: It holds one that breaks a rule.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"check_folder: {folder} holds no config.json, so no saved model")
+    settings = _read_object(folder / "config.json")
+    record, auto_map = settings.get("quantization_config"), settings.get("auto_map")
+    if not isinstance(record, dict) or record.get("quant_method") != METHOD or record.get("format") == "dense":
+        raise ValueError(f"check_folder: {folder} holds no packed model; save_packed(model, path) writes one")
+    config = NMSparseQuantizationConfig.from_dict(record)
+    standalone = isinstance(auto_map, dict) and any(map(is_reader, auto_map.values()))
+    if standalone and not (folder / f"{READER}.py").is_file():
+        raise PackedFormatError(f"config.json: auto_map names {READER}.py, which the folder has not; save it again")
+    layers: dict[str, tuple[int, int]] = {}
+    packed = dense = 0
+    with ExitStack() as stack:
+        files = open_files(_weight_files(folder), stack)
+        ends = (CODES, SCALE)
+        for prefix in sorted({key.rpartition(".")[0] for key in files if key.endswith(ends)}):
+            check_layer(files, prefix, None, config)
+        for key, (_, opened) in files.items():
+            prefix, _, leaf = key.rpartition(".")
+            tensor = opened.get_tensor(key)
+            packed += tensor.nbytes
+            if leaf == "weight" and prefix + CODES in files:
+                rows, columns = tensor.shape[0], tensor.shape[1] // config.pattern.n * config.pattern.m
+                layers[prefix] = rows, columns
+                dense += rows * columns * tensor.itemsize
+            elif not key.endswith(CODES):
+                dense += tensor.nbytes
+    if not layers:
+        raise PackedFormatError(f"{folder.name}: no key ends in {CODES}, so no layer is packed")
+    assert config.values is not None
+    return PackedSummary(
+        config.pattern,
+        config.values,
+        config.embeddings,
+        {name: layers[name] for name in sorted(layers, key=dot_natural_key)},
+        packed,
+        dense,
+        config.targets,
+        config.ignore,
+        config.producer,
+        config.format_version,
+        standalone,
+    )
+
+
+def is_reader(code: Any) -> bool:
+    """Whether an entry of ``auto_map``, which may begin with the name of a repository, stands for the reader."""
+    return str(code).rpartition("--")[2].startswith(f"{READER}.")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise PackedFormatError(f"{file.name}: the file is no JSON") from None
+    if not isinstance(content, dict):
+        raise PackedFormatError(f"{file.name}: the file is no JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # transformers prefers the one file, too
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PackedFormatError(f"{index.name}: weight_map is missing")
+        names = set(map(str, weight_map.values()))
+    for name in sorted(names):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise PackedFormatError(f"{name}: there is no such file in the folder")
+    return [str(folder / name) for name in sorted(names)]
+
+
+def open_files(paths: list[str], stack: ExitStack) -> dict[str, tuple[str, Any]]:
+    """For each key of a checkpoint the name of its file and the open file."""
+    files = {}
+    for path in paths:
+        name = Path(path).name
+        if not name.endswith(".safetensors"):
+            raise PackedFormatError(f"{name}: a packed checkpoint is a safetensors file")
+        try:
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise PackedFormatError(f"{name}: the file is not a whole safetensors file ({error})") from None
+        files.update(dict.fromkeys(opened.keys(), (name, opened)))
+    return files
+
+
+def names_in_model(
+    files: Mapping[str, Any], model: PreTrainedModel, renamings: list[WeightRenaming]
+) -> dict[str, str | None]:
+    """For each module of a checkpoint that has a weight its name in ``model``; None where ``model`` has it not."""
+    expected = model.state_dict()
+    names: dict[str, str | None] = {}
+    for prefix in dict.fromkeys(key.rpartition(".")[0] for key in files if key.endswith((".weight", CODES, SCALE))):
+        key, _ = rename_source_key(f"{prefix}.weight", renamings, [], model.base_model_prefix, expected)
+        names[prefix] = key.removesuffix(".weight") if key in expected else None
+    return names
+
+
+def check_number_types(
+    files: Mapping[str, tuple[str, Any]], model: PreTrainedModel, renamings: list[WeightRenaming], packed: set[str]
+) -> None:
+    """Checks that what the model has in floating point is so in the files; ``packed`` modules have other rules."""
+    expected = model.state_dict()
+    for key, (file, opened) in files.items():
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
+        if name not in expected or key.rpartition(".")[0] in packed:
+            continue
+        found = opened.get_slice(key).get_dtype()
+        if expected[name].is_floating_point() != found.startswith(("F", "BF")):
+            raise PackedFormatError(f"{file}: {key}: the model has {expected[name].dtype} here, got {found}")
+
+
+def check_layer(
+    files: Mapping[str, tuple[str, Any]], prefix: str, layer: nn.Module | None, config: NMSparseQuantizationConfig
+) -> None:
+    """Checks what the files hold for one layer, which is None if the model has it not."""
+    if prefix + CODES not in files:
+        if prefix + SCALE in files:
+            _check_embedding(files, prefix, layer, config)
+        elif isinstance(layer, nn.Linear) and layer.in_features % config.pattern.m == 0:
+            file, opened = files[f"{prefix}.weight"]
+            values, _ = packed_shapes(layer.out_features, layer.in_features, config.pattern)
+            if tuple(opened.get_slice(f"{prefix}.weight").get_shape()) == values:
+                raise PackedFormatError(f"{file}: {prefix}{CODES}: codes are missing beside packed values")
+        return
+    codes_file, opened_codes = files[prefix + CODES]
+    if f"{prefix}.weight" not in files:
+        raise PackedFormatError(f"{codes_file}: {prefix}.weight: values are missing beside the codes")
+    file, opened = files[f"{prefix}.weight"]
+    if layer is not None and type(layer) is not nn.Linear:
+        raise PackedFormatError(f"{file}: {prefix}.weight: the model's layer is {type(layer).__name__}, not nn.Linear")
+    assert config.values is not None
+    check_packed(
+        opened.get_tensor(f"{prefix}.weight"),
+        opened_codes.get_tensor(prefix + CODES),
+        config.pattern,
+        VALUE_DTYPES[config.values],
+        None if layer is None else (layer.out_features, layer.in_features),
+        prefix,
+        file,
+        files[prefix + SCALE][1].get_tensor(prefix + SCALE) if prefix + SCALE in files else None,
+    )
+
+
+def _check_embedding(
+    files: Mapping[str, tuple[str, Any]], prefix: str, layer: nn.Module | None, config: NMSparseQuantizationConfig
+) -> None:
+    """Checks what the files hold of an embedding or a head in int8; ``layer`` is None if the model has it not."""
+    file, opened = files[prefix + SCALE]
+    if f"{prefix}.weight" not in files:
+        raise PackedFormatError(f"{file}: {prefix}.weight: values are missing beside the scales")
+    if config.embeddings != "int8":
+        raise PackedFormatError(f"{file}: {prefix}{SCALE}: config.json does not declare embeddings of int8")
+    values = files[f"{prefix}.weight"][1].get_tensor(f"{prefix}.weight")
+    check_quantized(values, opened.get_tensor(prefix + SCALE), prefix, file)
+    if layer is not None:
+        expected = tuple(layer.weight.shape) if isinstance(layer, nn.Embedding | nn.Linear) else None
+        if tuple(values.shape) != expected:
+            raise PackedFormatError(
+                f"{file}: {prefix}.weight: int8 values {list(values.shape)} fit no {type(layer).__name__} of {expected}"
+            )

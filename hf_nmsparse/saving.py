@@ -1,0 +1,366 @@
+"""Sparse models into files and to the Hub: packed, or dense for tools that know no sparsity."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+import hf_nmsparse
+from hf_nmsparse import standalone as reader
+from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader
+from hf_nmsparse.files import model_folder
+from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.record import NMSparseQuantizationConfig, one_of, record_of
+
+__all__ = [
+    "drop_reader",
+    "export_dense",
+    "holds_int8",
+    "packed_state_dict",
+    "push_to_hub",
+    "save_packed",
+    "values_name",
+]
+
+_READERS = {"AutoModel": reader.NMSparseModel, "AutoModelForSeq2SeqLM": reader.NMSparseModelForSeq2SeqLM}
+
+
+def save_packed(
+    model: PreTrainedModel,
+    path: str | Path,
+    values: str | None = None,
+    *,
+    embeddings: str | None = None,
+    standalone: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Writes ``model`` as a packed checkpoint, and leaves the model itself as it is.
+
+    Layers in training are masked once more, in the number type of their master, and only then cast. The same model
+    always gives the same bytes. A model that the directory holds is replaced whole, by `files.model_folder`.
+
+    Args:
+        model: A model after `sparsify`, or one loaded from a packed checkpoint.
+        path: The directory.
+        values: ``"fp32"``, ``"fp16"`` or ``"bf16"``; None takes the model's. All floating-point tensors of the file
+            are cast to it, embeddings and norms included, and config.json names it, so that the model loads in it.
+            ``"int8"`` rounds the kept values, with a scale for each row, and leaves other tensors in the model's type.
+        embeddings: ``"int8"`` rounds token embeddings and output projection too, ``"float"`` does not; None takes
+            ``"int8"`` with int8 values, and what the model was loaded with where ``values`` is None too.
+        standalone: Adds a file of Python, ``modeling_nmsparse.py``, with which transformers alone loads the model
+            where the user passes ``trust_remote_code=True``; it computes dense there. A model that is loaded from such
+            files does not remember them: give the argument again.
+        **kwargs: As ``save_pretrained`` takes them. ``state_dict`` holds the dense masters under their stock names,
+            for the case that the model's own are sharded.
+
+    Raises:
+        ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``,
+            weights lie on disk, or ``standalone`` is given for a class that no auto class of translation loads.
+    """
+    record = record_of(model)
+    if values is None and holds_int8(model):
+        values, embeddings = "int8", embeddings or record.embeddings or "float"
+    values = values or values_name(model.dtype)
+    one_of("values", values, tuple(VALUE_DTYPES), where="save_packed")
+    one_of("embeddings", embeddings, (None, "float", *(["int8"] if values == "int8" else [])), where="save_packed")
+    patterns = set(sparse_layers(model).values())
+    if len(patterns) != 1:
+        found = ", ".join(sorted(map(str, patterns))) or "none; call sparsify(model, config) first"
+        raise ValueError(f"save_packed: a packed model has one pattern, this model has {found}")
+    twin = _empty_twin(model, model.dtype if values == "int8" else VALUE_DTYPES[values])
+    twin.config.quantization_config = NMSparseQuantizationConfig(
+        pattern=patterns.pop(),
+        values=values,
+        embeddings="int8" if values == "int8" and embeddings != "float" else None,
+        targets=record.targets,
+        ignore=record.ignore,
+        producer=record.producer or f"hf-nmsparse {hf_nmsparse.__version__}",
+    )
+    if standalone:
+        twin.config.auto_map = {**(getattr(twin.config, "auto_map", None) or {}), **_auto_map(twin)}
+    state_dict = kwargs.pop("state_dict", None) or model.state_dict()
+    tensors = packed_state_dict(model, state_dict, twin.config.quantization_config)
+    _write(twin, path, tensors, "save_packed", kwargs, standalone)
+
+
+def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> None:
+    """Writes ``model`` as a stock checkpoint that any tool loads: weights masked, zeros in their places.
+
+    Args:
+        model: A model after `sparsify`, or one loaded from a packed checkpoint.
+        path: The directory.
+        **kwargs: As ``save_pretrained`` takes them.
+
+    Raises:
+        ValueError: The model has no sparse layer, or weights lie on disk.
+    """
+    if not sparse_layers(model):
+        raise ValueError("export_dense: the model has no sparse layer; model.save_pretrained(path) writes it as it is")
+    twin = _empty_twin(model, None)
+    if hasattr(twin.config, "quantization_config"):
+        del twin.config.quantization_config
+    tensors = dict(_dense_tensors(model, kwargs.pop("state_dict", None) or model.state_dict()))
+    _write(twin, path, tensors, "export_dense", kwargs)
+
+
+def push_to_hub(
+    model: PreTrainedModel | str | Path,
+    repo_id: str,
+    values: str | None = None,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload packed N:M sparse model",
+    **kwargs: Any,
+) -> str:
+    """Pushes a packed model to the Hub; the repository is made where there is none.
+
+    Other files of the repository, README.md among them, stay unless the folder brings its own; weights of an earlier
+    push that the new one does not replace are deleted.
+
+    Args:
+        model: A model that `save_packed` takes, or the directory of a packed model, which goes up as it is: weights,
+            tokenizer and card.
+        repo_id: ``owner/name``.
+        values: As in `save_packed`; the directory of a packed model has its own.
+        private: Whether a new repository is private.
+        token: The user's token; by default the one that is stored on this machine.
+        revision: The branch to push to.
+        create_pr: Open a pull request instead.
+        commit_message: The message.
+        **kwargs: As `save_packed` takes them.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: As `save_packed`, or the directory is none that `check_folder` passes.
+    """
+    if isinstance(model, PreTrainedModel):
+        with TemporaryDirectory() as folder:
+            save_packed(model, folder, values, **kwargs)
+            return push_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+    if values is not None or kwargs:
+        raise ValueError(
+            f"push_to_hub: {model} is written already; give {', '.join(kwargs) or 'values'} to save_packed"
+        )
+    check_folder(model)
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=model,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+    )
+    return str(commit.commit_url)
+
+
+def _write(
+    twin: PreTrainedModel,
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    where: str,
+    kwargs: dict[str, Any],
+    standalone: bool = False,
+) -> None:
+    """Saves ``tensors`` as the model ``twin``, with the reader beside it if asked for, whole or not at all."""
+    if kwargs.get("push_to_hub"):
+        raise ValueError(f"{where}: it writes files; push the folder with push_to_hub(path, repo_id) then")
+    with model_folder(path) as folder:
+        twin.save_pretrained(folder, state_dict=tensors, **kwargs)
+        if standalone and (folder / "config.json").is_file():  # some processes leave the writing to another
+            shutil.copyfile(reader.__file__, folder / f"{READER}.py")
+
+
+def _auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """What config.json says of the reader that goes with the weights, by the auto classes that it serves."""
+    kind = type(model.config)
+    served = {auto: read for auto, read in _READERS.items() if kind in read.models}
+    if type(model) not in (read.models[kind] for read in served.values()):
+        raise ValueError(
+            f"save_packed: standalone is for what {' or '.join(_READERS)} loads, and {type(model).__name__} is not "
+            "among it; leave it out"
+        )
+    return {auto: f"{READER}.{read.__name__}" for auto, read in served.items()}
+
+
+def drop_reader(config: Any) -> None:
+    """Takes the reader out of a configuration that was read beside one: no later save would write the file again."""
+    auto_map = getattr(config, "auto_map", None)
+    if isinstance(auto_map, dict):
+        config.auto_map = {auto: code for auto, code in auto_map.items() if not is_reader(code)}
+        if not config.auto_map:
+            del config.auto_map
+
+
+def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A copy of ``model`` without data, in ``dtype``, that writes the state dict it is given and a changed config."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=cast, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    for layer in model.modules():
+        if isinstance(layer, NMLinear) and layer.mask is not None:
+            memo[id(layer.mask)] = None
+        elif isinstance(layer, PackedLinear | KernelLinear):  # shards count parameters as those of the stock model
+            memo[id(layer)] = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, "meta", dtype or layer.dtype
+            )
+        elif isinstance(layer, Int8Head):
+            memo[id(layer)] = head = nn.Linear(layer.in_features, layer.out_features, False, "meta")
+            head.weight = memo[id(layer.weight)]
+            head.bias = None if layer.bias is None else memo[id(layer.bias)]
+    if isinstance(model, FSDPModule):  # which refuses to be copied
+        stock: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        with torch.device("meta"):
+            twin: PreTrainedModel = stock(copy.deepcopy(model.config)).to(dtype or model.dtype)
+        twin.generation_config = copy.deepcopy(model.generation_config)
+    else:
+        twin = copy.deepcopy(model, memo)
+    for loaded in ("hf_quantizer", "hf_device_map"):
+        twin.__dict__.pop(loaded, None)
+    drop_reader(twin.config)
+    return twin
+
+
+def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
+    layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
+    # What is tied in the model need not be so in weights that were gathered from shards.
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    state_dict = {key: state_dict.get(tied.get(key, key), tensor) for key, tensor in state_dict.items()}
+    for key, tensor in state_dict.items():
+        prefix, _, leaf = key.rpartition(".")
+        layer = layers.get(prefix)
+        if tensor.is_meta:
+            raise ValueError(f"save: {key} is offloaded; load the model without offloading to save it")
+        if layer is None or leaf == "bias":
+            yield key, tensor
+        elif leaf == "weight":
+            if isinstance(layer, PackedLinear | KernelLinear):
+                tensor = layer.dense_weight()
+            elif isinstance(layer, NMLinear):
+                layer.check_sparse()
+                current = layer.mask
+                if current is None or current.shape != tensor.shape:  # a shard's mask does not fit gathered weights
+                    current = magnitude_mask(tensor, layer.pattern)
+                tensor = layer.masked(tensor, current.to(tensor.device))
+            yield key, tensor
+
+
+def packed_state_dict(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor], record: NMSparseQuantizationConfig
+) -> dict[str, Tensor]:
+    """The tensors of the packed file, in an order that does not depend on where the model came from."""
+    assert record.values is not None
+    int8 = record.values == "int8"
+    dtype = model.dtype if int8 else VALUE_DTYPES[record.values]
+    patterns = sparse_layers(model)
+    cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
+    packed: dict[str, Tensor] = {}
+    tensors = dict(_dense_tensors(model, state_dict))
+    rounded: set[str] = set()
+    if record.embeddings == "int8":  # of tied tensors one is written, and only that one gets a scale
+        places = {tensors[key].data_ptr() for key in _embedding_keys(model) & tensors.keys()}
+        tensors = remove_tied_weights_from_state_dict(tensors, model)
+        rounded = {key for key, tensor in tensors.items() if tensor.data_ptr() in places}
+    for key, tensor in tensors.items():
+        prefix, _, leaf = key.rpartition(".")
+        if prefix in patterns and leaf == "weight":
+            layer = model.get_submodule(prefix)
+            if int8 and isinstance(layer, PackedLinear | KernelLinear) and holds_int8(layer):
+                both = layer.packed_tensors()
+            elif int8:
+                both = _pack_int8(_cast(tensor, torch.float32, key), patterns[prefix], key)
+            else:
+                both = pack(_cast(tensor, dtype, key), patterns[prefix], key)
+            packed |= {f"{prefix}.{part}": part_tensor for part, part_tensor in both.items()}
+        elif key in rounded:
+            packed[key], packed[prefix + SCALE] = quantize_rows(tensor)
+        elif tensor.is_floating_point():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place not in cast:
+                cast[place] = _cast(tensor, dtype, key)
+            packed[key] = cast[place]
+        else:
+            packed[key] = tensor
+    return dict(sorted(packed.items(), key=lambda item: dot_natural_key(item[0])))
+
+
+def _pack_int8(weight: Tensor, pattern: NMPattern, key: str) -> dict[str, Tensor]:
+    """The packed form of ``weight`` with int8 values; the places of what rounds to zero are those that `pack` gives."""
+    both = pack(weight, pattern, key)
+    values, scale = quantize_rows(both["weight"])
+    return pack(unpack(values, both["weight_indices"], pattern), pattern, key) | {"weight_scale": scale}
+
+
+def _embedding_keys(model: PreTrainedModel) -> set[str]:
+    """The keys of the weights of token embeddings and output projection."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found = [part.get_output_embeddings() for part in parts]
+    for part in parts:
+        try:
+            found.append(part.get_input_embeddings())
+        except NotImplementedError:  # a part that takes no tokens
+            continue
+    modules = {id(module) for module in found if module is not None}
+    names = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules}
+    return {f"{name}.weight" for name in names}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    cast = tensor.to(dtype)
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"save_packed: {key} has numbers too large for {dtype}; choose bf16 or fp32")
+    return cast
+
+
+def values_name(dtype: torch.dtype) -> str:
+    """What the record calls values of this number type.
+
+    Raises:
+        ValueError: There is no such name.
+    """
+    for name, known in VALUE_DTYPES.items():
+        if known == dtype:
+            return name
+    raise ValueError(f"save_packed: a packed model has values in fp32, fp16, bf16, this model is in {dtype}")
+
+
+def holds_int8(model: nn.Module, kinds: Any = (KernelLinear, PackedLinear)) -> bool:
+    """Whether sparse layers of ``model`` hold values of int8."""
+    return any(
+        layer.format == "int8" if isinstance(layer, KernelLinear) else layer.weight_scale is not None
+        for layer in model.modules()
+        if isinstance(layer, kinds)
+    )
