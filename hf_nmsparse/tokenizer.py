@@ -80,7 +80,7 @@ def tokenise(
         The columns ``input_ids``, ``labels``, ``source_length`` and ``target_length``.
 
     Raises:
-        ValueError: No pair is short enough.
+        ValueError: No pair is short enough, or one of the processes was killed.
     """
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -99,9 +99,17 @@ def tokenise(
     )
     parts = (pairs._fingerprint, vocabulary, repr(tokenizer.init_kwargs), str(max_length), source_prefix)
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    tokens = pairs.map(
-        encode, batched=True, remove_columns=pairs.column_names, new_fingerprint=fingerprint, num_proc=processes
-    )
+    try:
+        tokens = pairs.map(
+            encode, batched=True, remove_columns=pairs.column_names, new_fingerprint=fingerprint, num_proc=processes
+        )
+    except RuntimeError as error:
+        if "subprocesses has abruptly died" not in str(error):
+            raise
+        raise ValueError(
+            f"tokens: one of {processes} processes was killed at its work, often for want of memory; run again with "
+            "fewer of them"
+        ) from error
     if not len(tokens):
         raise ValueError(f"tokens: each of the {len(pairs)} pairs has more than {max_length} tokens; raise max_length")
     if len(tokens) < len(pairs):

@@ -47,6 +47,9 @@ SPARSE_STEP_NAME = "sparse_step.safetensors"
 # What torch.save says where the disk does not take a file; it raises a RuntimeError as for anything else.
 _TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
+# How torch begins where a process that reads for a DataLoader is gone, and what gloo puts into all it says.
+_WORKER_GONE, _GLOO = "DataLoader worker (pid", "gloo/"
+
 
 @dataclass
 class SparseTrainingArguments(Seq2SeqTrainingArguments):
@@ -335,7 +338,8 @@ class SparseTrainer(Seq2SeqTrainer):
 
         Raises:
             Preempted: That has happened.
-            ValueError: The loss is not finite, or a checkpoint could not be written; the last one is as it was.
+            ValueError: The loss is not finite, a checkpoint could not be written, or another process is gone: one that
+                trains too, or one that reads the data. The last checkpoint is as it was.
         """
         self._began, self._seconds_before = time.perf_counter(), None
         folder = resume_from_checkpoint
@@ -351,7 +355,16 @@ class SparseTrainer(Seq2SeqTrainer):
                 self.state = before
                 return TrainOutput(before.global_step, 0.0, {})
         with self.preemption.listening():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            except RuntimeError as error:
+                gone = _who_is_gone(error)
+                if gone is None:
+                    raise
+                raise ValueError(
+                    f"training: after step {self.state.global_step} {gone}; {self._last_good()}; see what ended it, "
+                    "often want of memory, and run again"
+                ) from error
         if self.preemption.stopped:
             raise Preempted(f"stopped by SIGTERM, saved at step {self.state.global_step}; the same command goes on")
         return result
@@ -408,6 +421,11 @@ class SparseTrainer(Seq2SeqTrainer):
             return super().push_to_hub(*args, **kwargs)
         finally:
             self._pushing = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Saves what Trainer does; all processes have before the one that calls the checkpoint whole goes on."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Saves what Trainer does, and what `SparseStep` needs to go on."""
@@ -469,6 +487,16 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     return True
+
+
+def _who_is_gone(error: RuntimeError) -> str | None:
+    """In words, where torch says that another process is gone; None where it says something else."""
+    reason = str(error).partition("\n")[0].rstrip(". ")
+    if reason.startswith(_WORKER_GONE):
+        return f"a process that reads the data is gone ({reason})"
+    if _GLOO in reason or isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return f"another training process does not answer ({reason.partition('. ')[0]})"  # gloo adds advice
+    return None
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -96,3 +100,29 @@ def test_processes_share_the_work(tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = Dataset.from_dict(texts)
     alone, shared = (tokenise(pairs, tokenizer, max_length=50, processes=number) for number in (None, 2))
     assert alone[:] == shared[:]
+
+
+class _Killed(PreTrainedTokenizerFast):
+    """While it is told to, ends the process that meets one text, as a system short of memory does."""
+
+    def __call__(self, texts: list[str], **kwargs: Any) -> Any:
+        if "KILL" in os.environ and "The garden 30" in texts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(texts, **kwargs)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of Unix")
+def test_a_killed_process_is_one_line(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves nothing in the cache that the next run would take for the corpus."""
+    texts = {"source": [f"The garden {n}" for n in range(50)], "target": [f"Der Garten {n}" for n in range(50)]}
+    Dataset.from_dict(texts).save_to_disk(tmp_path)
+    pairs = Dataset.load_from_disk(tmp_path)
+    killed = _Killed(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    monkeypatch.setenv("KILL", "1")
+    with pytest.raises(ValueError, match=r"^tokens: one of 2 processes was killed at its work, .*; run again with few"):
+        tokenise(pairs, killed, max_length=50, processes=2)
+    monkeypatch.delenv("KILL")
+    alone = tokenise(Dataset.from_dict(texts), tokenizer, max_length=50)
+    assert tokenise(pairs, killed, max_length=50, processes=2)[:] == alone[:]
