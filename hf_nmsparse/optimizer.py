@@ -112,14 +112,8 @@ class SparseStep:
             )
         self._parameter_groups(optimizer)
         self._shards: dict[str, Tensor] = {}  # masks of sharded weights, for the length of a step
-        for layer in self.layers.values():
-            if is_sharded(layer.weight):
-                if self.method.fixed_mask or self.schedule.interval > 1 or track_groups:
-                    raise ValueError(
-                        f"SparseStep: method {method!r}, interval {self.schedule.interval} and track_groups "
-                        f"{track_groups} keep masks, which sharded weights do not; train under DDP"
-                    )
-                layer.master_dtype = layer.weight.dtype
+        self._name, self._track_groups = method, track_groups
+        self._check_shards()
         self._flips: dict[str, Tensor] = {}
         self._counted = 0
         self._changed: dict[str, Tensor] | None = None
@@ -138,7 +132,12 @@ class SparseStep:
         self.start(0, steps)
 
     def start(self, step: int, steps: int) -> None:
-        """Sets where the run is: before optimizer step ``step`` of ``steps``, counted from 0."""
+        """Sets where the run is: before optimizer step ``step`` of ``steps``, counted from 0.
+
+        Raises:
+            ValueError: Weights have been sharded since and masks have to be kept from step to step.
+        """
+        self._check_shards()
         self.step, self.steps = step, steps
         self._set_pruned_scale()
 
@@ -209,6 +208,17 @@ class SparseStep:
                 changed = unpack_bits(state[f"{name}.changed"], self._changed[name].shape)
                 self._changed[name] = changed.to(layer.weight.device)
         self.start(int(state["step"]), self.steps)
+
+    def _check_shards(self) -> None:
+        """Some engines shard the weights once the optimizer is there."""
+        for layer in self.layers.values():
+            if is_sharded(layer.weight):
+                if self.method.fixed_mask or self.schedule.interval > 1 or self._track_groups:
+                    raise ValueError(
+                        f"SparseStep: method {self._name!r}, interval {self.schedule.interval} and track_groups "
+                        f"{self._track_groups} keep masks, which sharded weights do not; train under DDP"
+                    )
+                layer.master_dtype = layer.weight.dtype
 
     def _fix_masks(self) -> None:
         # From the seed itself, so that all processes draw alike whatever they have drawn before.

@@ -34,6 +34,7 @@ __all__ = [
     "holds_int8",
     "packed_state_dict",
     "push_to_hub",
+    "retied",
     "save_packed",
     "values_name",
 ]
@@ -253,13 +254,16 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
     return twin
 
 
+def retied(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` with one tensor for those that the model ties: weights gathered from shards are copies."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {key: state_dict.get(tied.get(key, key), tensor) for key, tensor in state_dict.items()}
+
+
 def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
     layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
-    # What is tied in the model need not be so in weights that were gathered from shards.
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    state_dict = {key: state_dict.get(tied.get(key, key), tensor) for key, tensor in state_dict.items()}
-    for key, tensor in state_dict.items():
+    for key, tensor in retied(model, state_dict).items():
         prefix, _, leaf = key.rpartition(".")
         layer = layers.get(prefix)
         if tensor.is_meta:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.quantizer import prepare_for_training
-from hf_nmsparse.saving import save_packed
+from hf_nmsparse.saving import retied, save_packed
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS
 
@@ -242,6 +242,35 @@ class SparseTrainer(Seq2SeqTrainer):
             self._stepped = stepped
         return optimizer
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes Trainer's accelerator; under FSDP2 the weights stay fp32 from shard to forward.
+
+        accelerate would have them gathered in the 16-bit type of mixed precision, where a mask is not the master's. It
+        is autocast that computes in that type.
+        """
+        super().create_accelerator_and_postprocess()
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 1:
+            raise ValueError("fsdp: version 1 cuts weights through their groups; set fsdp_version: 2")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp: with cpu_ram_efficient_loading one process alone has weights, and accelerate shards no model "
+                "with buffers; set fsdp_cpu_ram_efficient_loading: false"
+            )
+        if "FULL" not in str(plugin.state_dict_type):
+            raise ValueError(
+                "fsdp: a checkpoint in shards does not hold the dense masters under their stock names; set "
+                "fsdp_state_dict_type: FULL_STATE_DICT"
+            )
+        plugin.mixed_precision_policy = None
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepares as Trainer does; under FSDP2 embeddings that are tied to each other are sharded together."""
+        with _tied_together(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _load_teacher(self) -> PreTrainedModel:
         assert self.args.distill_from is not None
         if self.compute_loss_func != self._token_loss:
@@ -407,12 +436,28 @@ class SparseTrainer(Seq2SeqTrainer):
         """Saves the dense masters as Trainer does; for a push, the packed model."""
         if not self._pushing:
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
+            return
+        weights = self.gathered()
+        if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             assert isinstance(self.model, PreTrainedModel)
-            save_packed(self.model, folder, values=self.args.sparse_values)
+            save_packed(self.model, folder, values=self.args.sparse_values, state_dict=weights)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves as Trainer does; of tied weights that were gathered from shards one is written."""
+        if state_dict is not None:
+            assert self.model is not None
+            state_dict = retied(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+
+    def gathered(self) -> dict[str, Tensor] | None:
+        """The dense masters, whole on the first process and on no other, where FSDP2 shards them; None elsewhere.
+
+        All processes call it together.
+        """
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Packs the model into the output folder and pushes that; a dense model goes as Trainer pushes it."""
@@ -497,6 +542,19 @@ def _who_is_gone(error: RuntimeError) -> str | None:
     if _GLOO in reason or isinstance(error, getattr(torch.distributed, "DistError", ())):
         return f"another training process does not answer ({reason.partition('. ')[0]})"  # gloo adds advice
     return None
+
+
+@contextmanager
+def _tied_together(model: Any) -> Iterator[None]:
+    """Keeps accelerate from sharding the model's embedding and its head apart from the rest.
+
+    The embeddings of encoder and decoder, tied to both, would be in another group, which torch refuses.
+    """
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

@@ -154,9 +154,7 @@ def main() -> None:
         }
 
     # The linear layers of the blocks become N:M layers: their weights stay dense masters, the forward masks them.
-    if args.sparse_method != "dense":
-        soft = METHODS[args.sparse_method].soft
-        sparsify(model, NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, soft))
+    make_sparse(model, recipe, args)
 
     trainer = SparseTrainer(
         model=model,
@@ -167,8 +165,13 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+    masters = trainer.gathered()
     if not trainer.is_world_process_zero():
         return
+    if masters is not None:  # FSDP2 has sharded the model: the rest is done with one that is whole
+        trainer.model = model = load_model(recipe, tokenizer)
+        make_sparse(model, recipe, args)
+        model.load_state_dict(masters)
 
     # The mean of the last dense masters, masked once more: the masks of the checkpoints differ.
     if recipe.average > 1:
@@ -293,6 +296,13 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
         num_beams=recipe.beams, max_length=recipe.max_length, bad_words_ids=[[tokenizer.pad_token_id]], **special
     )
     return model
+
+
+def make_sparse(model: PreTrainedModel, recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
+    """Gives the model its N:M layers, if the method has any."""
+    if args.sparse_method != "dense":
+        soft = METHODS[args.sparse_method].soft
+        sparsify(model, NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, soft))
 
 
 def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeArguments, output: Path) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import NllbTokenizer
@@ -48,9 +50,13 @@ def launch(accelerate: str, *arguments: str, fails: bool = False) -> str:
     """`accelerate launch` as the README says it; what it printed, or its standard error where it is to fail."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "recipes" / "accelerate" / accelerate), "--main_process_port", "0"]
+    script = ROOT / "recipes" / "wmt_en_de.py"
+    if accelerate == "fsdp2.yaml":  # on two CPU processes that are taken for GPUs
+        command += ["--num_processes", "2", "--mixed_precision", "no"]
+        script = ROOT / "tests" / "fsdp2_on_cpu.py"
     done = subprocess.run(
-        [*command, str(ROOT / "recipes" / "wmt_en_de.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*command, str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -101,10 +107,25 @@ def test_configurations_parse_and_fit_their_model(config: Path, tmp_path: Path) 
         assert dense == {"lm_head": "the output head"}
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_its_configurations(file: Path) -> None:
+    """Unknown keys it refuses itself, but for those of an engine, which it takes for options that nothing reads."""
+    parser = launch_command_parser()
+    options = vars(parser.parse_args(["script.py"]))
+    args, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "script.py"]))
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key, value in settings.pop("fsdp_config", {}).items():
+        assert key in options
+        assert getattr(args, key) == value
+    assert (args.multi_gpu, args.use_fsdp) == (
+        settings["distributed_type"] == "MULTI_GPU",
+        settings["distributed_type"] == "FSDP",
+    )
+    assert (args.num_processes, args.mixed_precision) == (settings["num_processes"], settings["mixed_precision"])
+
+
 @pytest.mark.parametrize("sparse", ["multi30k_2of4", "wmt14_transformer_base_2of4"])
 def test_the_dense_configuration_differs_in_sparsity_alone(sparse: str) -> None:
-    import yaml
-
     both = [
         yaml.safe_load((ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
         for name in (sparse, sparse.replace("2of4", "dense"))
@@ -273,19 +294,23 @@ def test_a_multilingual_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    """20 steps; two processes with one batch each against one process that accumulates two."""
+    """20 steps; two processes with one batch each, under DDP and FSDP2, against one that accumulates two."""
     corpus = write_corpus(tmp_path / "corpus")
     config = str(ROOT / "recipes" / "configs" / "demo.yaml")
     # An epoch has more than the 40 batches that 20 steps take, so that no step is short of one.
-    common = {"max_steps": 20, "average": 1, "tokens_per_batch": 80, "save_strategy": "no"}
+    common = {"max_steps": 20, "average": 2, "tokens_per_batch": 80, "save_steps": 10}
     launch("one_process.yaml", config, *tiny(corpus, tmp_path / "one", gradient_accumulation_steps=2, **common))
     launch("two_cpu_processes.yaml", config, *tiny(corpus, tmp_path / "two", **common))
-    curves = [
+    launch("fsdp2.yaml", config, *tiny(corpus, tmp_path / "sharded", **common))
+    one, *others = (
         [row["loss"] for row in json.loads((tmp_path / run / "curve.json").read_text()) if "loss" in row]
-        for run in ("one", "two")
-    ]
-    assert len(curves[0]) == 20
-    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+        for run in ("one", "two", "sharded")
+    )
+    assert len(one) == 20
+    for losses in others:
+        assert one == pytest.approx(losses, abs=1e-5)
+    records = [Evaluation.read(tmp_path / run / "evaluation.json") for run in ("one", "two", "sharded")]
+    assert {(record.model, record.packed_bytes) for record in records} == {(records[0].model, records[0].packed_bytes)}
 
 
 def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:

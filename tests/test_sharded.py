@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import MarianMTModel
 
-from hf_nmsparse import NMSparseConfig, SparseStep, finalize, save_packed, sparsify
+from hf_nmsparse import NMSparseConfig, SparseStep, SparseTrainer, finalize, save_packed, sparsify
+from hf_nmsparse.layers import NMLinear, is_sharded
 from hf_nmsparse.losses import token_loss
+from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.schedule import Schedule
+from tests.fsdp2_on_cpu import take_for_gpus
+from tests.test_trainer import arguments, losses
 from tests.tiny import collator, marian, token_pairs
 
 STEPS = 20
@@ -55,8 +60,77 @@ def train(rank: int | None, method: str, folder: Path) -> dict[str, Any]:
     return {"weights": weights, "flips": flips, "states": states}
 
 
+def trainer_of(folder: Path, resume: str | None = None, **settings: Any) -> SparseTrainer:
+    """20 steps of SR-STE through Trainer, four pairs a batch, with a checkpoint after every tenth."""
+    model = marian(dropout=0.1 if settings.pop("dropout", False) else 0.0)
+    sparsify(model, NMSparseConfig("2:4"))
+    common: dict[str, Any] = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "optim": "adamw_torch_fused",
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-5,  # as above
+        "sparse_decay": 2e-4,
+        "save_strategy": "steps",
+        "save_steps": 10,
+    }
+    args = arguments(folder, **{**common, **settings})
+    trainer = SparseTrainer(model=model, args=args, train_dataset=token_pairs(STEPS * 8), data_collator=collator(model))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def through_accelerate(rank: int, folder: Path) -> None:
+    """What the test below looks at, and what can be looked at here."""
+    take_for_gpus()
+    settings = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "MarianEncoderLayer,MarianDecoderLayer",
+    }
+    os.environ.update(settings)
+    trainer = trainer_of(folder)
+    model: Any = trainer.model
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 5  # four layers and the rest
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    assert len(layers) == 32
+    assert all(is_sharded(layer.weight) and layer.weight.dtype == torch.float32 for layer in layers)
+    masters = trainer.gathered()
+    assert masters is not None
+    if rank == 0:
+        torch.save({"masters": masters, "losses": losses(trainer)}, folder / "found.pt")
+        save_packed(model, folder / "packed", values="fp32", state_dict=masters)
+    else:
+        assert masters == {}
+
+    # A run that goes on from its middle, with dropout, ends with the same bits.
+    ends = []
+    for resume in (None, str(folder / "dropout" / "checkpoint-10")):
+        ends.append(trainer_of(folder / "dropout", resume, dropout=True).gathered())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] or ())  # type: ignore[index]
+
+    # accelerate's default with bf16 is weights gathered in bf16, which NMLinear refuses.
+    trainer_of(folder / "bf16", bf16=True, max_steps=2)
+    for variable, value, message in (
+        ("FSDP_VERSION", "1", "fsdp: version 1 cuts weights through their groups; set fsdp_version: 2"),
+        ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "under their stock names; set fsdp_state_dict_type: FULL"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "with buffers; set fsdp_cpu_ram_efficient_loading: false"),
+    ):
+        os.environ[variable] = value
+        with pytest.raises(ValueError, match=message):
+            trainer_of(folder / "refused")
+        os.environ[variable] = settings.get(variable, "false")
+    with pytest.raises(ValueError, match="keep masks, which sharded weights do not; train under DDP"):
+        trainer_of(folder / "refused", sparse_interval=2)
+
+
 def main(rank: int, method: str, folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
+    if method == "accelerate":
+        through_accelerate(rank, folder)
+        return
     found = train(rank, method, folder / "packed")
     if rank == 0:
         torch.save(found.pop("weights"), folder / "weights.pt")
@@ -65,12 +139,10 @@ def main(rank: int, method: str, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="FSDP2 runs on gloo under Unix")
-@pytest.mark.parametrize("method", ["sr-ste", "masked-decay"])
-def test_two_shards_are_one_model(method: str, tmp_path: Path) -> None:
+def in_two_processes(method: str, folder: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.test_sharded", method, str(tmp_path)],
+        [*command, "-m", "tests.test_sharded", method, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -79,6 +151,31 @@ def test_two_shards_are_one_model(method: str, tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FSDP2 runs on gloo under Unix")
+def test_what_accelerate_shards_is_one_model(tmp_path: Path) -> None:
+    in_two_processes("accelerate", tmp_path)
+    one = trainer_of(tmp_path / "one", gradient_accumulation_steps=2)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert losses(one) == pytest.approx(found["losses"], abs=1e-5)
+    model: Any = one.model
+    expected = dict(model.state_dict())
+    assert found["masters"].keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found["masters"][name], weight, rtol=0, atol=1e-6)
+    saved = load_file(tmp_path / "checkpoint-20" / "model.safetensors")
+    assert saved.keys() == load_file(tmp_path / "one" / "checkpoint-20" / "model.safetensors").keys()
+    assert all(torch.equal(weight, found["masters"][name]) for name, weight in saved.items())
+    assert len(check_folder(tmp_path / "packed").layers) == 32
+    config = json.loads((tmp_path / "checkpoint-20" / "config.json").read_text())
+    assert config["architectures"] == ["MarianMTModel"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FSDP2 runs on gloo under Unix")
+@pytest.mark.parametrize("method", ["sr-ste", "masked-decay"])
+def test_two_shards_are_one_model(method: str, tmp_path: Path) -> None:
+    in_two_processes(method, tmp_path)
     expected = train(None, method, tmp_path / "one")
     found = json.loads((tmp_path / "found.json").read_text())
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -120,6 +217,19 @@ def test_what_keeps_masks_is_refused(one_process: None, method: str, settings: d
     layer, optimizer = sharded_layer()
     with pytest.raises(ValueError, match="keep masks, which sharded weights do not; train under DDP"):
         SparseStep(layer, optimizer, method, **settings)
+
+
+def test_weights_that_are_sharded_after_the_optimizer_was_made_are_noticed(one_process: None) -> None:
+    """As accelerate does it."""
+    layer = nn.Linear(8, 4)
+    sparsify(layer, NMSparseConfig("2:4"))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    step, keeps = (SparseStep(layer, optimizer, "ste", schedule=Schedule(interval=number)) for number in (1, 2))
+    fully_shard(layer)
+    step.start(0, 10)
+    assert layer.master_dtype == torch.float32
+    with pytest.raises(ValueError, match=r"'ste', interval 2 and .* keep masks, which sharded weights do not"):
+        keeps.start(0, 10)
 
 
 def test_a_copy_in_sixteen_bits_is_not_ranked(one_process: None) -> None:
