@@ -119,7 +119,7 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         if deepspeed and self.sparse_method != DENSE:
             raise ValueError(
                 f"deepspeed: its engine steps inside of backward, where the rule of {self.sparse_method!r} does not "
-                "see the gradients; train under DDP, or under FSDP2 with SparseStep"
+                "see the gradients; train under DDP or FSDP2"
             )
         super().__post_init__()
         if self.sparse_method == DENSE:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import NllbTokenizer
@@ -22,7 +23,7 @@ from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.sparsify import select_layers
-from recipes.wmt_en_de import describe, load_model, parse, read_lines
+from recipes.wmt_en_de import describe, load_model, parse, read_lines, run
 from tests.tiny import bart, hf, t5, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -319,3 +320,34 @@ def test_a_users_mistake_is_one_line(tmp_path: Path) -> None:
     printed = launch("one_process.yaml", config, *tiny(tmp_path / "empty", tmp_path / "run"), fails=True)
     assert f"wmt_en_de: corpus {tmp_path / 'empty'}: no file named train.*" in printed
     assert 'recipes/wmt_en_de.py", line' not in printed
+
+
+def test_deepspeed_through_accelerate_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the environment that accelerate makes for its processes; its launcher itself asks for the package."""
+    file = tmp_path / "deepspeed.yaml"
+    settings: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "num_machines": 1,
+        "num_processes": 2,
+        "mixed_precision": "bf16",
+        "use_cpu": False,
+        "deepspeed_config": {"zero_stage": 2},
+    }
+    file.write_text(yaml.safe_dump(settings))
+    given = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    args, *_ = _validate_launch_command(given)
+    args.deepspeed_fields_from_accelerate_config = "zero_stage"  # as `accelerate launch` adds
+    _, environment = prepare_deepspeed_cmd_env(args)
+    for name in environment.keys() - os.environ.keys():
+        monkeypatch.setenv(name, environment[name])
+    output = tmp_path / "run"
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    monkeypatch.setattr(sys, "argv", ["wmt_en_de.py", config, *tiny(tmp_path, output)])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == (
+        "wmt_en_de: deepspeed: its engine steps inside of backward, where the rule of 'sr-ste' does not see the "
+        "gradients; train under DDP or FSDP2"
+    )
+    assert not output.exists()
