@@ -678,10 +678,12 @@ TWO_PROCESSES = """
 import json, sys, torch
 from tests.test_trainer import losses, train, weights
 from pathlib import Path
-settings = json.loads(sys.argv[1])
-trainer = train(Path(sys.argv[2]), **settings)
+found = []
+for settings in json.loads(sys.argv[1]):
+    trainer = train(Path(sys.argv[2]), **settings)
+    found.append({"weights": weights(trainer), "losses": losses(trainer)})
 if trainer.is_world_process_zero():
-    torch.save({"weights": weights(trainer), "losses": losses(trainer)}, sys.argv[3])
+    torch.save(found, sys.argv[3])
 """
 
 
@@ -703,18 +705,25 @@ def launch_two(folder: Path, script: str, *arguments_of_script: str) -> subproce
     )
 
 
-@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 2}, {"tokens_per_batch": 60}])
-def test_two_processes_are_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_two_processes_are_one(tmp_path: Path) -> None:
     """2 processes x accumulation 2 over the same batches as 1 process x accumulation 4, for 20 steps."""
-    common = {"max_steps": 20, "pairs": 96, **settings}
-    one = train(tmp_path / "one", gradient_accumulation_steps=4, **common)
-    result = tmp_path / "result.pt"
-    of_two = json.dumps({"gradient_accumulation_steps": 2, **common})
-    done = launch_two(tmp_path, TWO_PROCESSES, of_two, str(tmp_path / "two"), str(result))
+    marian(seed=1, init_std=0.5).save_pretrained(tmp_path / "teacher")
+    common: dict[str, Any] = {"max_steps": 20, "pairs": 96}
+    cases: list[dict[str, Any]] = [
+        {"per_device_train_batch_size": 2},
+        {"tokens_per_batch": 60},
+        {"per_device_train_batch_size": 2, "distill_from": str(tmp_path / "teacher")},
+    ]
+    # A mean over the tokens of each process would be another one: the halves of a step differ in their tokens.
+    tokens = [sum(len(row["labels"]) for row in token_pairs(96).select(range(pair, pair + 2))) for pair in (0, 2)]
+    assert tokens[0] != tokens[1]
+    of_two = json.dumps([{"gradient_accumulation_steps": 2, **common, **settings} for settings in cases])
+    done = launch_two(tmp_path, TWO_PROCESSES, of_two, str(tmp_path / "two"), str(tmp_path / "result.pt"))
     assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(result, weights_only=True)
-    assert losses(one) == pytest.approx(two["losses"], abs=1e-5)
-    assert largest_difference(weights(one), two["weights"]) < 5 * SAME  # five times as many steps as above
+    for settings, two in zip(cases, torch.load(tmp_path / "result.pt", weights_only=True), strict=True):
+        one = train(tmp_path / "one", gradient_accumulation_steps=4, **common, **settings)
+        assert losses(one) == pytest.approx(two["losses"], abs=1e-5)
+        assert largest_difference(weights(one), two["weights"]) < 5 * SAME  # five times as many steps as above
 
 
 ONE_OF_TWO_KILLED = """
