@@ -94,6 +94,44 @@ def test_every_combination_trains_and_packs(name: str, tmp_path: Path) -> None:
     assert len(check_folder(tmp_path / "packed").layers) == 16
 
 
+def test_fp16_overflows_skip_steps_and_nothing_else() -> None:
+    """A loop with a loss scaler that begins far too high: accelerate has fp16 on accelerators alone."""
+
+    def losses_of(dtype: torch.dtype) -> tuple[list[float], int]:
+        model = marian(encoder_layers=1, decoder_layers=1)
+        sparsify(model, NMSparseConfig("2:4"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        step = SparseStep(model, optimizer, "sr-ste")
+        layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+        half = dtype == torch.float16
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-8, enabled=half)
+        batches = collator(model), token_pairs(32)
+        losses, skipped = [], 0
+        while step.step < STEPS:
+            rows = [batches[1][8 * step.step + row] for row in range(8)]
+            before, count = [layer.weight.detach().clone() for layer in layers], step.step
+            with torch.autocast("cpu", dtype, enabled=half):
+                loss = model(**batches[0](rows)).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if step.step == count:
+                skipped += 1
+                assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+            else:
+                losses.append(loss.item())
+                assert not any(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+            for layer in layers:
+                assert torch.equal(layer.current_mask(), magnitude_mask(layer.weight, layer.pattern))
+        return losses, skipped
+
+    (found, skipped), (expected, none) = losses_of(torch.float16), losses_of(torch.float32)
+    assert (skipped > 0, none) == (True, 0)
+    assert found == pytest.approx(expected, abs=0.003)  # fp16 keeps 11 bits: 2^-11 of a loss of 6
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("method", "graphs"), [("sr-ste", 2), ("decaying-mask", 4)])
 def test_steps_share_their_graphs(method: str, graphs: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import MarianMTModel
 
 from hf_nmsparse import NMSparseConfig, SparseStep, SparseTrainer, finalize, save_packed, sparsify
-from hf_nmsparse.layers import NMLinear, is_sharded
+from hf_nmsparse.layers import NMLinear, is_sharded, local
 from hf_nmsparse.losses import token_loss
 from hf_nmsparse.quantizer import check_folder
 from hf_nmsparse.schedule import Schedule
@@ -61,7 +62,7 @@ def train(rank: int | None, method: str, folder: Path) -> dict[str, Any]:
 
 
 def trainer_of(folder: Path, resume: str | None = None, **settings: Any) -> SparseTrainer:
-    """20 steps of SR-STE through Trainer, four pairs a batch, with a checkpoint after every tenth."""
+    """20 steps of SR-STE through Trainer, four pairs a batch, with a checkpoint at the end."""
     model = marian(dropout=0.1 if settings.pop("dropout", False) else 0.0)
     sparsify(model, NMSparseConfig("2:4"))
     common: dict[str, Any] = {
@@ -72,7 +73,7 @@ def trainer_of(folder: Path, resume: str | None = None, **settings: Any) -> Spar
         "adam_epsilon": 1e-5,  # as above
         "sparse_decay": 2e-4,
         "save_strategy": "steps",
-        "save_steps": 10,
+        "save_steps": STEPS,
     }
     args = arguments(folder, **{**common, **settings})
     trainer = SparseTrainer(model=model, args=args, train_dataset=token_pairs(STEPS * 8), data_collator=collator(model))
@@ -80,8 +81,32 @@ def trainer_of(folder: Path, resume: str | None = None, **settings: Any) -> Spar
     return trainer
 
 
+def overflow_on_one_process(rank: int) -> None:
+    """Where a loss scaler finds infinity in the rows of one process, all of them skip the step."""
+    for fused in (False, True):
+        layer = nn.Linear(8, 4)
+        sparsify(layer, NMSparseConfig("2:4"))
+        fully_shard(layer)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+        step = SparseStep(layer, optimizer, "sr-ste")
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for infinite in (False, True, False):
+            before, count = local(layer.weight).detach().clone(), step.step
+            scaler.scale(layer(torch.ones(2, 8)).square().mean()).backward()
+            assert layer.weight.grad is not None
+            if infinite and rank == 1:
+                local(layer.weight.grad)[0, 0] = math.inf
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert torch.equal(local(layer.weight), before) == infinite
+            assert step.step == count + (not infinite)
+
+
 def through_accelerate(rank: int, folder: Path) -> None:
     """What the test below looks at, and what can be looked at here."""
+    overflow_on_one_process(rank)
     take_for_gpus()
     settings = {
         "ACCELERATE_USE_FSDP": "true",
@@ -107,8 +132,9 @@ def through_accelerate(rank: int, folder: Path) -> None:
 
     # A run that goes on from its middle, with dropout, ends with the same bits.
     ends = []
-    for resume in (None, str(folder / "dropout" / "checkpoint-10")):
-        ends.append(trainer_of(folder / "dropout", resume, dropout=True).gathered())
+    for resume in (None, str(folder / "dropout" / "checkpoint-3")):
+        trainer = trainer_of(folder / "dropout", resume, dropout=True, max_steps=6, save_steps=3)
+        ends.append(trainer.gathered())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] or ())  # type: ignore[index]
 
     # accelerate's default with bf16 is weights gathered in bf16, which NMLinear refuses.
