@@ -50,6 +50,8 @@ _TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream erro
 # How torch begins where a process that reads for a DataLoader is gone, and what gloo puts into all it says.
 _WORKER_GONE, _GLOO = "DataLoader worker (pid", "gloo/"
 
+_SIGNAL_SECONDS = 1.0
+
 
 @dataclass
 class SparseTrainingArguments(Seq2SeqTrainingArguments):
@@ -386,8 +388,8 @@ class SparseTrainer(Seq2SeqTrainer):
         with self.preemption.listening():
             try:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
-            except RuntimeError as error:
-                gone = _who_is_gone(error)
+            except (RuntimeError, ConnectionResetError) as error:
+                gone = _who_is_gone(_last_word(error))
                 if gone is None:
                     raise
                 raise ValueError(
@@ -534,7 +536,17 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _who_is_gone(error: RuntimeError) -> str | None:
+def _last_word(error: Exception) -> Exception:
+    """What torch says of a process that has reset a pipe to this one: its signal comes a moment after."""
+    if isinstance(error, ConnectionResetError):
+        try:
+            time.sleep(_SIGNAL_SECONDS)
+        except RuntimeError as told:  # by torch's handler of the signal
+            return told
+    return error
+
+
+def _who_is_gone(error: Exception) -> str | None:
     """In words, where torch says that another process is gone; None where it says something else."""
     reason = str(error).partition("\n")[0].rstrip(". ")
     if reason.startswith(_WORKER_GONE):

@@ -652,6 +652,31 @@ def test_a_killed_reader_of_the_data_is_one_line(tmp_path: Path, settings: dict[
     assert largest_difference(weights(train(tmp_path / "through", **common)), weights(resumed)) == 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of timers are a matter of Unix")
+def test_a_reader_may_reset_its_pipe_before_torch_hears_of_its_end(tmp_path: Path) -> None:
+    class Reset(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    def handler(*args: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(ConnectionResetError):  # of something else
+            train(tmp_path / "else", callbacks=[Reset()])
+
+        class ResetAndSignal(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                raise ConnectionResetError(104, "Connection reset by peer")
+
+        with pytest.raises(ValueError, match=r"a process that reads the data is gone \(DataLoader worker \(pid 7\) is"):
+            train(tmp_path / "reader", callbacks=[ResetAndSignal()])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
