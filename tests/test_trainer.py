@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -796,10 +795,9 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path: 
     """Two kills one after the other, the second while a checkpoint has one process's share alone."""
     folder = tmp_path / "run"
     for moment, after in (("in a step", 6), ("in a checkpoint", 8)):
-        began = time.monotonic()
+        # Its limit of five minutes is what tells this from the thirty that gloo waits for a process that hangs.
         done = launch_two(tmp_path, ONE_OF_TWO_KILLED, moment, str(folder))
         assert done.returncode != 0
-        assert time.monotonic() - began < 60  # against the 30 minutes that gloo waits for one that hangs
         line = f"training: after step {after} another training process does not answer (["
         assert line in done.stderr, done.stderr[-3000:]
         assert f"; the last checkpoint is {folder / 'checkpoint-4'}; see what ended it" in done.stderr
