@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "LoggedRun", "plot_runs", "read_run"]
 
 FORMATS = ("png", "svg")
+_SEED = re.compile(r"-s[0-9]+$")  # how the name of a study's run ends
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class LoggedRun:
             words.append(f"distilled {run.options['distill_weight']:g}")
             if run.options["distill_temperature"] != 1:
                 words.append(f"T {run.options['distill_temperature']:g}")
+        if run.base_model is not None:
+            words.append(f"after {_SEED.sub('', run.base_model)}")
         return ", ".join(words)
 
 
@@ -82,7 +86,7 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
 
     - ``flips``: flip rate against steps, the mean over the seeds of each setting;
     - ``sparsity``: BLEU against the fraction pruned, where patterns differ;
-    - ``decay``: BLEU against lambda, where it differs;
+    - ``decay``: BLEU against lambda, where it differs, of the seeds that each lambda and the dense model have;
     - ``layers-RUN``: flip rate of each layer against steps, for runs that have the course of their layers.
 
     Args:
@@ -113,7 +117,9 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
         pictures["sparsity"] = lambda axes: _sparsity(axes, runs)
     swept = [group for group in _swept(sparse) if len({run.evaluation.decay for run in group}) > 1]
     if swept:
-        dense = [run for run in runs if run.evaluation.method == "dense"]
+        names = {run.name for run in runs}
+        dense = [run for run in runs if run.evaluation.method == "dense" and run.evaluation.base_model not in names]
+        *swept, dense = _of_shared_seeds([*swept, dense])
         pictures["decay"] = lambda axes: _decay(axes, swept, dense)
     for run in runs:
         if run.layers:
@@ -214,6 +220,16 @@ def _swept(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
             key = found.pattern, found.method, tuple(found.targets or ()), str(sorted(found.options.items()))
             groups.setdefault(key, []).append(run)
     return list(groups.values())
+
+
+def _of_shared_seeds(groups: list[list[LoggedRun]]) -> list[list[LoggedRun]]:
+    """The runs of the seeds that every lambda of every group has: means over different seeds are no comparison."""
+    seeds: dict[Any, set[Any]] = {}
+    for index, group in enumerate(groups):
+        for run in group:
+            seeds.setdefault((index, run.evaluation.decay), set()).add(run.evaluation.seed)
+    shared = set.intersection(*seeds.values()) or set.union(*seeds.values())
+    return [[run for run in group if run.evaluation.seed in shared] for group in groups]
 
 
 def _with_seeds(label: str, runs: Sequence[LoggedRun]) -> str:

@@ -210,7 +210,7 @@ class Runner:
         print(f"{run.name}: started, its output goes to {folder / 'log.txt'}", flush=True)
 
     def collect(self, name: str) -> None:
-        """Copies what is kept of a run, the evaluation last."""
+        """Copies what is kept of a run, the evaluation last; other runs go by their names there, not by their place."""
         folder = self.results / name
         folder.mkdir(parents=True, exist_ok=True)
         layers = ["layers.parquet"] if name in self.study.layers else []
@@ -218,7 +218,13 @@ class Runner:
             source = self.outputs / name / file
             if source.is_file():
                 beside = folder / f".{file}"
-                shutil.copyfile(source, beside)
+                if file == "evaluation.json":
+                    text = source.read_text(encoding="utf-8")
+                    for other in self.runs:
+                        text = text.replace(json.dumps(str(self.outputs / other / "dense")), json.dumps(other))
+                    beside.write_text(text, encoding="utf-8")
+                else:
+                    shutil.copyfile(source, beside)
                 beside.replace(folder / file)
 
     def reap(self) -> None:

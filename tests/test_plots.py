@@ -9,7 +9,7 @@ import pytest
 
 from hf_nmsparse.diagnostics import write_curve, write_layers
 from hf_nmsparse.metrics import Score, evaluation_record
-from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
+from hf_nmsparse.plots import LoggedRun, _of_shared_seeds, plot_runs, read_run
 
 FACTS: dict[str, Any] = {"corpus": "c", "split": "test", "model": "m", "steps": 20, "dense_bytes": 10}
 TAUGHT = {"sparse_dense_head": 0.1, "distill_from": "dense", "distill_weight": 0.5, "distill_temperature": 2.0}
@@ -43,6 +43,7 @@ def runs(tmp_path: Path) -> list[LoggedRun]:
             ("c-s1", 30.0, {"method": "sr-ste", "pattern": "1:4", "decay": 1e-4, "options": {"sparse_ramp": 0.25}}),
             ("ste-s1", 34.5, {"method": "ste", "pattern": "2:4", "targets": ["fc1", "fc2"]}),
             ("kd-s1", 35.5, {"method": "ste", "pattern": "2:4", "options": TAUGHT}),
+            ("again-s1", 37.0, {"method": "dense", "base_model": "dense-s1"}),
         )
     ]
 
@@ -56,8 +57,15 @@ def test_the_words_for_a_run(runs: list[LoggedRun]) -> None:
         "1:4, sr-ste, λ 0.0001, ramp 0.25",
         "2:4, ste, fc1+fc2",
         "2:4, ste, dense head 0.1, distilled 0.5, T 2",
+        "dense, after dense",
     ]
-    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5]
+    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0]
+
+
+def test_means_are_over_the_seeds_that_all_have(runs: list[LoggedRun]) -> None:
+    names = [[run.name for run in group] for group in _of_shared_seeds([runs[1:4], runs[:1]])]
+    assert names == [["a-s1", "b-s1"], ["dense-s1"]]
+    assert [len(group) for group in _of_shared_seeds([[runs[2]], runs[:1]])] == [1, 1]  # no seed in common: all
 
 
 def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_path: Path) -> None:
@@ -67,6 +75,7 @@ def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_pat
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
     # text is drawn as paths, with the text itself in comments
     flips = files[0].read_text(encoding="utf-8")
+    assert "(2 seeds)" not in files[2].read_text(encoding="utf-8")  # the dense model that was trained on is no baseline
     assert "<!-- 2:4, sr-ste, λ 0.0001 (2 seeds) -->" in flips
     assert "<!-- dense -->" not in flips
     assert "<!-- dense -->" in files[2].read_text(encoding="utf-8")

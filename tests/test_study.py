@@ -40,12 +40,12 @@ def runner(folder: Path, **record: Any) -> Runner:
     return Runner(study, folder / "outputs", folder / "results", jobs=1, extra=[])
 
 
-def finish(runner: Runner, name: str, model: bool = True, **facts: Any) -> None:
-    """Leaves what a finished run leaves, as far as the runner looks at it."""
+def finish(runner: Runner, name: str, left: bool = True, **facts: Any) -> None:
+    """Leaves what a finished run leaves, as far as the runner looks at it; its model only if ``left``."""
     for folder in (runner.outputs / name, runner.results / name):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(json.dumps({"train_seconds": 60.0, **facts}))
-    if model:
+    if left:
         (runner.outputs / name / "dense").mkdir(exist_ok=True)
 
 
@@ -87,7 +87,7 @@ def test_what_is_done_is_skipped(tmp_path: Path) -> None:
 
 def test_a_model_that_is_gone_is_trained_again(tmp_path: Path) -> None:
     study = runner(tmp_path)
-    finish(study, "dense-s1", model=False)
+    finish(study, "dense-s1", left=False)
     assert [run.name for run in study.pending([])] == ["dense-s1", "asp-s1"]
     finish(study, "asp-s1")
     assert study.pending([]) == []
@@ -102,6 +102,15 @@ def test_a_run_reads_the_models_it_needs(tmp_path: Path) -> None:
     assert f"--distill_from {model}" in kd
     assert "--targets fc1 fc2" in kd
     assert "--seed 1" in kd
+
+
+def test_results_name_other_runs_and_not_their_place(tmp_path: Path) -> None:
+    study = runner(tmp_path)
+    model = str(tmp_path / "outputs" / "dense-s1" / "dense")
+    finish(study, "asp-s1", base_model=model, options={"distill_from": model}, model="a/b")
+    study.collect("asp-s1")
+    kept = json.loads((tmp_path / "results" / "asp-s1" / "evaluation.json").read_text())
+    assert (kept["base_model"], kept["options"], kept["model"]) == ("dense-s1", {"distill_from": "dense-s1"}, "a/b")
 
 
 def test_the_time_left(tmp_path: Path) -> None:
@@ -190,8 +199,8 @@ def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "grid: 3 runs, 3 to do, 2 at a time" in done.stdout
     evaluations = {folder.name: Evaluation.read(folder / "evaluation.json") for folder in results.iterdir()}
     assert {name: run.steps for name, run in evaluations.items()} == {"dense-s1": 20, "asp-s1": 20, "taught-s1": 20}
-    assert evaluations["asp-s1"].base_model == str(outputs / "dense-s1" / "dense")
-    assert evaluations["taught-s1"].options["distill_from"] == str(outputs / "dense-s1" / "dense")
+    assert evaluations["asp-s1"].base_model == "dense-s1"
+    assert evaluations["taught-s1"].options["distill_from"] == "dense-s1"
     small = {"evaluation.json", "curve.json", "sentences.json"}
     assert {file.name for file in (results / "taught-s1").iterdir()} == small
     assert {file.name for file in (results / "asp-s1").iterdir()} == small | {"layers.parquet"}
