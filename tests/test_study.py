@@ -213,4 +213,4 @@ def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "2:4, asp" in table
     assert "2:4, sr-ste, λ 0.0002, distilled 0.5" in table
     shutil.rmtree(results / "dense-s1")  # a study whose dense runs are still to come
-    assert "| 2:4, asp | 1 |" in results_table.study_of(results)
+    assert "| 2:4, asp, after dense | 1 |" in results_table.study_of(results)
