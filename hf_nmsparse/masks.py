@@ -47,13 +47,13 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     if cuda.can_rank(weight):
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         if torch.isnan(cuda.rank(weight, mask, pattern)):
-            raise _nan_error(weight)
+            raise native.nan_error(weight)
         return mask
     magnitude = weight.detach().abs()
     # Magnitudes cannot cancel, so that their sum is NaN only where one of them is. A compiled graph cannot branch on
     # it: there the next ranking outside of the graph, in SparseStep or finalize, finds the NaN.
     if not torch.compiler.is_compiling() and torch.isnan(magnitude.sum()):
-        raise _nan_error(weight)
+        raise native.nan_error(weight)
     magnitude = magnitude.reshape(-1, pattern.m).t()  # [M, groups], a view
     if pattern.m > 8:
         # A column of wide groups touches a cache line per weight, M times over; one copy costs less.
@@ -108,10 +108,6 @@ def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
             losses[j] += first_wins
             losses[i] -= first_wins
     return [count < pattern.n for count in losses]
-
-
-def _nan_error(weight: Tensor) -> ValueError:
-    return ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
 
 
 def apply_mask(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -265,8 +265,6 @@ def _merge_with_compute(merge: Any) -> Any:
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs
-
-
 AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
     _merge_with_compute(getattr(_merge, "stock", _merge))
 )
@@ -317,8 +315,7 @@ def _faster_on_gpu(layer: Any, pattern: NMPattern, device: torch.device) -> bool
 
 
 def _kernel_layer(layer: PackedLinear, compute: str) -> KernelLinear:
-    on_gpu = compute == "auto" and layer.weight.device.type == "cuda"
-    if compute == "semi_structured" or on_gpu:
+    if compute == "semi_structured" or (compute == "auto" and layer.weight.device.type == "cuda"):
         return SemiStructuredLinear(layer)
     return KernelLinear(layer, cpu.preferred_format(layer.weight.dtype) if compute == "auto" else compute)
 

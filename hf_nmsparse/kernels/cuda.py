@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_nmsparse.kernels.native import check_mask
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = ["can_rank", "decay_pruned", "masked", "rank"]
@@ -57,7 +58,7 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
         How many entries of ``mask`` changed, a 0-d fp64 tensor on the device; NaN where a weight is NaN, and ``mask``
         is undefined then.
     """
-    _check_mask(weight, mask)
+    check_mask(weight, mask)
     changed = torch.zeros((), dtype=torch.float64, device=weight.device)
     width = 1 << (pattern.m - 1).bit_length()
     block, groups = max(_BLOCK // width, 1), weight.numel() // pattern.m
@@ -71,7 +72,7 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
 
 def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:
     """``gradient += decay * weight`` where ``mask`` prunes; all three are contiguous and of one shape."""
-    _check_mask(weight, mask)
+    check_mask(weight, mask)
     assert gradient.is_contiguous()
     assert gradient.shape == weight.shape
     if weight.numel():
@@ -81,7 +82,7 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
 
 def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``weight`` where ``mask`` keeps it, +0.0 elsewhere, in ``dtype``; both are contiguous and of one shape."""
-    _check_mask(weight, mask)
+    check_mask(weight, mask)
     kept = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if weight.numel():
         with torch.cuda.device_of(weight):
@@ -91,9 +92,3 @@ def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Te
 
 def _blocks(weight: Tensor) -> tuple[int]:
     return (-(-weight.numel() // _BLOCK),)
-
-
-def _check_mask(weight: Tensor, mask: Tensor) -> None:
-    assert mask.dtype == torch.bool
-    assert mask.is_contiguous()
-    assert mask.shape == weight.shape

@@ -24,9 +24,11 @@ __all__ = [
     "FORMATS",
     "Status",
     "can_rank",
+    "check_mask",
     "decay_pruned",
     "masked",
     "multiply",
+    "nan_error",
     "packed_bytes",
     "rank",
     "repack",
@@ -279,13 +281,11 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> int:
     Raises:
         ValueError: A weight is NaN; ``mask`` is undefined then.
     """
-    assert mask.dtype == torch.bool
-    assert mask.is_contiguous()
-    assert mask.shape == weight.shape
+    check_mask(weight, mask)
     groups = weight.numel() // pattern.m
     flips = int(_library().nms_rank(weight.data_ptr(), mask.data_ptr(), groups, pattern.n, pattern.m))
     if flips < 0:
-        raise ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
+        raise nan_error(weight)
     return flips
 
 
@@ -294,22 +294,31 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
 
     All three are contiguous and of one shape; ``weight`` and ``gradient`` are fp32.
     """
+    check_mask(weight, mask)
     assert gradient.is_contiguous()
-    assert mask.is_contiguous()
-    assert mask.dtype == torch.bool
     assert gradient.dtype == torch.float32
-    assert gradient.shape == weight.shape == mask.shape
+    assert gradient.shape == weight.shape
     _library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel())
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight`` where ``mask`` keeps it, +0.0 elsewhere; both are contiguous and of one shape."""
-    assert mask.is_contiguous()
-    assert mask.dtype == torch.bool
-    assert mask.shape == weight.shape
+    check_mask(weight, mask)
     kept = torch.empty_like(weight)
     _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), weight.numel())
     return kept
+
+
+def check_mask(weight: Tensor, mask: Tensor) -> None:
+    """What every kernel on masks counts on: booleans of the weight's shape, without gaps."""
+    assert mask.dtype == torch.bool
+    assert mask.is_contiguous()
+    assert mask.shape == weight.shape
+
+
+def nan_error(weight: Tensor) -> ValueError:
+    """The error that a weight with a NaN among its numbers is, whatever ranks it."""
+    return ValueError(f"mask: a weight of shape {list(weight.shape)} holds NaN, which has no rank; check the loss")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -1,1 +1,1 @@
-"""What needs an NVIDIA GPU: `pytest tests/gpu` where there is one. Neither datasets nor evaluate is used."""
+"""What needs an NVIDIA GPU: `pytest tests/gpu` where there is one. Of datasets it needs what the package imports."""
