@@ -39,7 +39,8 @@ class TokenBatchSampler(Sampler[list[int]]):
         num_processes: int = 1,
         process_index: int = 0,
     ) -> None:
-        source, target = np.asarray(source_lengths, np.int64), np.asarray(target_lengths, np.int64)
+        # 32 bits: of millions of pairs this is what the start of a training holds in memory.
+        source, target = np.asarray(source_lengths, np.int32), np.asarray(target_lengths, np.int32)
         if len(source) != len(target):
             raise ValueError(f"batches: {len(source)} source and {len(target)} target lengths; pair them")
         if not len(source):
@@ -54,11 +55,11 @@ class TokenBatchSampler(Sampler[list[int]]):
             )
         self.seed, self.num_processes, self.process_index = seed, num_processes, process_index
         self.epoch = 0
-        shuffled = np.random.default_rng(seed).permutation(len(source))
+        shuffled = np.random.default_rng(seed).permutation(len(source)).astype(np.int32)
         order = shuffled[np.lexsort((source[shuffled], target[shuffled]))]
         self._batches = _fill(order, source[order], target[order], tokens_per_batch)
         padded = sum(len(batch) * int(source[batch].max() + target[batch].max()) for batch in self._batches)
-        self.padding_waste = 1 - int(source.sum() + target.sum()) / padded
+        self.padding_waste = 1 - int(source.sum(dtype=np.int64) + target.sum(dtype=np.int64)) / padded
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration takes."""
@@ -77,8 +78,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 def _fill(order: np.ndarray, source: np.ndarray, target: np.ndarray, budget: int) -> list[np.ndarray]:
     """Cuts ``order`` into consecutive batches, each as large as the budget allows."""
     batches, start, longest_source, longest_target = [], 0, 0, 0
-    # Numbers of Python: single elements of an array take several times as long.
-    for index, (source_length, target_length) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
+    for index, (source_length, target_length) in enumerate(zip(_numbers(source), _numbers(target), strict=True)):
         longest_source = max(longest_source, source_length)
         longest_target = max(longest_target, target_length)
         if (index + 1 - start) * (longest_source + longest_target) > budget:
@@ -86,3 +86,9 @@ def _fill(order: np.ndarray, source: np.ndarray, target: np.ndarray, budget: int
             start, longest_source, longest_target = index, source_length, target_length
     batches.append(order[start:])
     return batches
+
+
+def _numbers(lengths: np.ndarray, at_a_time: int = 65_536) -> Iterator[int]:
+    """The elements as numbers of Python: single elements of an array take several times as long."""
+    for start in range(0, len(lengths), at_a_time):
+        yield from lengths[start : start + at_a_time].tolist()

@@ -295,14 +295,15 @@ def faults_of(record: dict[str, Any]) -> str:
 def startup_of(record: dict[str, Any]) -> str:
     """Seconds to the end of each part of a start, and the peak of memory."""
     parts = [name for name in record["rows"][0] if name not in ("pairs", "start") and "MiB" not in name]
-    rows = table_head(["pairs", "start", *(f"{part}, s" for part in parts), "MiB before", "MiB at the peak"])
+    memory = ["MiB before", "MiB at the peak", "MiB after"]
+    rows = table_head(["pairs", "start", *(f"{part}, s" for part in parts), *memory])
     for row in record["rows"]:
         seconds = [f"{row[part]:,.1f}" for part in parts]
-        rows.append(table_row([f"{row['pairs']:,}", row["start"], *seconds, row["MiB before"], row["MiB at the peak"]]))
+        rows.append(table_row([f"{row['pairs']:,}", row["start"], *seconds, *(row[name] for name in memory)]))
     rows += [
         "",
         f"{record['corpus']}, repeated; {record['batch']} a batch; seconds since the start; texts to tokens in "
-        f"{record['processes']} process(es). {machine(record)}",
+        f"{record['processes']} process(es); MiB that the process has for itself. {machine(record)}",
     ]
     return "\n".join(rows)
 
@@ -324,16 +325,19 @@ def scaling_of(record: dict[str, Any]) -> str:
 
 def memory_of(record: dict[str, Any]) -> str:
     """Memory of a training at its peak, and what that is relative to the dense one of the same batch."""
-    rows = table_head(["training", "tokens a side", "peak MiB", "to dense", "masks MiB"])
+    rows = table_head(["training", "tokens a side", "peak MiB", "lowest to highest", "to dense", "masks MiB"])
     for row in record["rows"]:
         dense = next(other for other in record["rows"] if (other["what"], other["batch"]) == ("dense", row["batch"]))
         change = "" if row is dense else f"{row['peak_mib'] / dense['peak_mib'] - 1:+.1%}"
         tokens = f"{row['batch'] * record['length']:,}"
-        rows.append(table_row([row["what"], tokens, f"{row['peak_mib']:,.0f}", change, row["masks_mib"] or ""]))
+        peak, (low, high) = f"{row['peak_mib']:,.0f}", row["range_mib"]
+        rows.append(
+            table_row([row["what"], tokens, peak, f"{low:,.0f} to {high:,.0f}", change, row["masks_mib"] or ""])
+        )
     rows += [
         "",
         f"{record['model']}, fp32, {record['optimizer']}; the most memory of a process that takes {record['steps']} "
-        f"steps. {machine(record)}",
+        f"steps, medians of {record['rounds']} processes in turns. {machine(record)}",
     ]
     return "\n".join(rows)
 

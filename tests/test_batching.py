@@ -80,3 +80,11 @@ def test_refusals(source: list[int], target: list[int], budget: int, message: st
 def test_a_process_beyond_the_number_is_refused() -> None:
     with pytest.raises(ValueError, match="process 2 of 2"):
         TokenBatchSampler([1], [1], 10, num_processes=2, process_index=2)
+
+
+def test_cutting_goes_through_long_corpora_in_parts() -> None:
+    rng = np.random.default_rng(0)
+    source, target = rng.integers(1, 9, (2, 70_000))
+    batches = list(TokenBatchSampler(source, target, 64))
+    assert sorted(index for batch in batches for index in batch) == list(range(70_000))
+    assert all(len(batch) * (source[batch].max() + target[batch].max()) <= 64 for batch in batches)

@@ -133,9 +133,10 @@ def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "BATCHES", 3)
     found = startup.start(tmp_path / "corpus", None)
     assert 0 < found["corpus"] < found["tokens"] < found["first batch"] <= found["3 batches"]
+    assert 0 < found["MiB before"] <= found["MiB at the peak"] >= found["MiB after"] > 0
     rows = [{"pairs": 2_000, "start": "first", **found}]
     record = {**timing.machine(), "corpus": "text", "batch": "few", "processes": 1, "note": "a test", "rows": rows}
-    assert_table(results_table.startup_of(record), ["pairs", "first batch, s", "MiB at the peak"])
+    assert_table(results_table.startup_of(record), ["pairs", "first batch, s", "MiB before", "MiB at the peak"])
 
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +247,10 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "memory.json"
     monkeypatch.setattr(memory, "BATCHES", (2,))
     monkeypatch.setattr(memory, "CANDIDATES", ("dense", "2:4 SR-STE"))
-    monkeypatch.setattr(sys, "argv", ["memory", "--tiny", "--note", "a test", "--output", str(file)])
+    monkeypatch.setattr(sys, "argv", ["memory", "--tiny", "--rounds", "2", "--note", "a test", "--output", str(file)])
     memory.main()
     dense, sparse = results_table.read(file)["rows"]
     # 64 x 64 of 4 + 8 projections, and 64 x 256 of 2 x 2 feed-forward layers, one byte each
     assert (dense["masks_mib"], sparse["masks_mib"]) == (0, round((12 * 64**2 + 4 * 64 * 256) / 2**20, 1))
-    assert 0 < dense["before_mib"] <= dense["peak_mib"]
+    assert 0 < dense["range_mib"][0] <= dense["peak_mib"] <= dense["range_mib"][1]
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "peak MiB", "to dense"])
