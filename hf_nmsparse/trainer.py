@@ -73,10 +73,18 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         },
     )
     sparse_ramp: float = field(
-        default=0.0, metadata={"help": "lambda grows from 0 over this fraction of the run; AST takes 0.25."}
+        default=0.0,
+        metadata={
+            "help": "lambda grows from 0 over this fraction of the run. None by default: 0.25, which AST takes, "
+            "brought no lower validation loss on Multi30k."
+        },
     )
     sparse_interval: int = field(
-        default=1, metadata={"help": "Masks are ranked anew every so many optimizer steps; 2by4-pretrain takes 40."}
+        default=1,
+        metadata={
+            "help": "Masks are ranked anew every so many optimizer steps. Each by default: 40, which 2by4-pretrain "
+            "takes, brought no lower validation loss and 0.7 BLEU less on Multi30k, and a ranking costs little."
+        },
     )
     sparse_dense_head: float = field(default=0.0, metadata={"help": "This first fraction of the run is dense."})
     sparse_dense_tail: float = field(

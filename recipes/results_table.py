@@ -8,6 +8,7 @@ python recipes/results_table.py --write    puts them into README.md, each betwee
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -69,32 +70,37 @@ def study_table() -> str:
 
 
 def study_of(folder: Path) -> str:
-    """A row for each setting of a study: means over the seeds, beside the dense runs of the same seeds."""
+    """A row for each setting of a study: means over the seeds, beside the dense runs of the same seeds.
+
+    The dense runs come first and then what is best beside them.
+    """
     settings: dict[str, dict[int, LoggedRun]] = {}
     for run in [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]:
         settings.setdefault(run.name.rpartition("-s")[0], {})[run.evaluation.seed] = run
     dense = settings.get("dense", {})
-    rows = table_head(
+    head = table_head(
         ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "chrF", "flip rate", "step time"]
     )
+    rows: list[tuple[float, str]] = []
     for name, runs in settings.items():
         evaluations = [run.evaluation for run in runs.values()]
         bleu = [run.bleu for run in evaluations]
         spread = f" ± {statistics.stdev(bleu):.2f}" if len(bleu) > 1 else ""
-        compared, verdict = "", ""
+        compared, verdict, place = "", "", -math.inf if name == "dense" else math.inf
         pairs = sorted(runs.keys() & dense.keys())
         if name != "dense" and pairs:
             sides = [[statistics_of(folder, runs[seed]) for seed in pairs] for runs in (runs, dense)]
             test = compare_statistics(*sides)
             compared = f"{test.difference:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
             verdict = f"{test.verdict}, p {test.p:.3f}".replace("the baseline", "dense")
+            place = -test.difference
         rates = [run.flip_rate for run in evaluations if run.flip_rate is not None]
         cells = [name, next(iter(runs.values())).settings, len(runs), f"{statistics.fmean(bleu):.2f}{spread}", compared]
         cells += [verdict, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
-        cells += [f"{statistics.fmean(rates):.5f}" if rates else "", step_time(evaluations[0])]
-        rows.append(table_row(cells))
+        cells += [f"{statistics.fmean(rates):.2g}" if rates else "", step_time(evaluations[0])]
+        rows.append((place, table_row(cells)))
     every = [run.evaluation for runs in settings.values() for run in runs.values()]
-    return "\n".join([*rows, "", *notes(every)])
+    return "\n".join([*head, *(row for _, row in sorted(rows)), "", *notes(every)])
 
 
 def statistics_of(folder: Path, run: LoggedRun) -> SentenceStatistics:
@@ -325,19 +331,20 @@ def scaling_of(record: dict[str, Any]) -> str:
 
 def memory_of(record: dict[str, Any]) -> str:
     """Memory of a training at its peak, and what that is relative to the dense one of the same batch."""
-    rows = table_head(["training", "tokens a side", "peak MiB", "lowest to highest", "to dense", "masks MiB"])
+    columns = ["training", "tokens a side", "tensors MiB", "to dense", "masks MiB", "process MiB", "lowest to highest"]
+    rows = table_head([*columns, "to dense"])
     for row in record["rows"]:
         dense = next(other for other in record["rows"] if (other["what"], other["batch"]) == ("dense", row["batch"]))
-        change = "" if row is dense else f"{row['peak_mib'] / dense['peak_mib'] - 1:+.1%}"
-        tokens = f"{row['batch'] * record['length']:,}"
-        peak, (low, high) = f"{row['peak_mib']:,.0f}", row["range_mib"]
-        rows.append(
-            table_row([row["what"], tokens, peak, f"{low:,.0f} to {high:,.0f}", change, row["masks_mib"] or ""])
+        tensors, process = (
+            "" if row is dense else f"{row[part] / dense[part] - 1:+.1%}" for part in ("tensors_mib", "process_mib")
         )
+        cells = [row["what"], f"{row['batch'] * record['length']:,}", f"{row['tensors_mib']:,.0f}", tensors]
+        cells += [row["masks_mib"] or "", f"{row['process_mib']:,.0f}"]
+        rows.append(table_row([*cells, " to ".join(f"{mib:,.0f}" for mib in row["range_mib"]), process]))
     rows += [
         "",
-        f"{record['model']}, fp32, {record['optimizer']}; the most memory of a process that takes {record['steps']} "
-        f"steps, medians of {record['rounds']} processes in turns. {machine(record)}",
+        f"{record['model']}, fp32, {record['optimizer']}; the most that is held at a time in {record['steps']} steps, "
+        f"of processes the median of {record['rounds']} in turns. {machine(record)}",
     ]
     return "\n".join(rows)
 

@@ -160,7 +160,7 @@ class Runner:
         return folder if (self.outputs / name / "evaluation.json").is_file() and folder.is_dir() else None
 
     def pending(self, only: list[str]) -> list[Run]:
-        """What has to run, in order: what is not done, and what another needs of a run whose model is gone."""
+        """What is not done, and what another needs of a run whose model is gone; what has begun goes first."""
         wanted = [
             run for run in self.runs.values() if not only or run.name in only or run.name.rpartition("-s")[0] in only
         ]
@@ -172,7 +172,7 @@ class Runner:
                 if self.model_of(other) is None:
                     found.setdefault(other, self.runs[other])
             found.setdefault(run.name, run)
-        return list(found.values())
+        return sorted(found.values(), key=lambda run: not (self.outputs / run.name).is_dir())
 
     def command(self, run: Run) -> list[str]:
         """The command line of a run."""

@@ -93,6 +93,12 @@ def test_a_model_that_is_gone_is_trained_again(tmp_path: Path) -> None:
     assert study.pending([]) == []
 
 
+def test_what_has_begun_goes_first(tmp_path: Path) -> None:
+    study = runner(tmp_path, runs={"a": {}, "b": {}, "c": {}})
+    (tmp_path / "outputs" / "b-s1").mkdir(parents=True)
+    assert [run.name for run in study.pending([])] == ["b-s1", "a-s1", "c-s1"]
+
+
 def test_a_run_reads_the_models_it_needs(tmp_path: Path) -> None:
     study = runner(tmp_path, runs={**RUNS, "kd": {"teacher": "dense", "targets": ["fc1", "fc2"]}})
     finish(study, "dense-s1")
