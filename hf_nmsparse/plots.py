@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,11 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
     """Draws every picture that the runs have the numbers for.
 
     - ``flips``: flip rate against steps, the mean over the seeds of each setting;
-    - ``sparsity``: BLEU against the fraction pruned, where patterns differ;
-    - ``decay``: BLEU against lambda, where it differs, of the seeds that each lambda and the dense model have;
+    - ``sparsity``: BLEU against the fraction pruned, of settings that were trained with several patterns;
+    - ``decay``: BLEU against lambda, of settings that were trained with several;
     - ``layers-RUN``: flip rate of each layer against steps, for runs that have the course of their layers.
+
+    Scores are compared over the seeds that each point and the dense model have.
 
     Args:
         runs: What `read_run` gave.
@@ -103,24 +106,20 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
     if format not in FORMATS:
         raise ValueError(f"plot: format is one of {', '.join(FORMATS)}, got {format!r}")
     try:
+        from cycler import cycler  # matplotlib's own
         from matplotlib import pyplot
     except ImportError as error:
         raise ValueError("plot: needs matplotlib; pip install 'hf-nmsparse[plot]'") from error
     pictures: dict[str, Callable[[Axes], None]] = {}
-    settings: dict[str, list[LoggedRun]] = {}
-    for run in runs:
-        settings.setdefault(run.settings, []).append(run)
     sparse = [run for run in runs if run.evaluation.pattern is not None]
     if any("flip_rate" in row for run in sparse for row in run.curve):
-        pictures["flips"] = lambda axes: _flips(axes, settings)
-    if len({run.evaluation.pattern for run in sparse}) > 1:
-        pictures["sparsity"] = lambda axes: _sparsity(axes, runs)
-    swept = [group for group in _swept(sparse) if len({run.evaluation.decay for run in group}) > 1]
-    if swept:
-        names = {run.name for run in runs}
-        dense = [run for run in runs if run.evaluation.method == "dense" and run.evaluation.base_model not in names]
-        *swept, dense = _of_shared_seeds([*swept, dense])
-        pictures["decay"] = lambda axes: _decay(axes, swept, dense)
+        pictures["flips"] = lambda axes: _flips(axes, _by(lambda run: run.settings, runs))
+    names = {run.name for run in runs}
+    dense = [run for run in runs if run.evaluation.method == "dense" and run.evaluation.base_model not in names]
+    for name, of, draw_scores in (("sparsity", _pattern, _sparsity), ("decay", _lambda, _decay)):
+        *groups, level = _of_shared_seeds([*_differing(sparse, of), dense], of)
+        if groups:
+            pictures[name] = partial(draw_scores, groups=groups, dense=level)
     for run in runs:
         if run.layers:
             pictures[f"layers-{run.name}"] = lambda axes, run=run: _layers(axes, run)  # type: ignore[misc]
@@ -131,10 +130,12 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
     for name, draw in pictures.items():
         layers = name.startswith("layers-")
         figure, axes = pyplot.subplots(figsize=(9, 8 if layers else 4.5), layout="constrained")
+        # Each colour serves again with another line before curves look alike.
+        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * pyplot.rcParams["axes.prop_cycle"])
         draw(axes)
         if not layers:
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
+            figure.legend(fontsize="small", loc="outside right upper")
         file = output / f"{name}.{format}"
         # Without the date and with fixed ids the same runs give the same file.
         with pyplot.rc_context({"svg.hashsalt": name}):
@@ -157,38 +158,33 @@ def _flips(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
     axes.set(xlabel="optimizer step", ylabel="flip rate: fraction of the mask that a step changes", yscale="log")
 
 
-def _sparsity(axes: Axes, runs: Sequence[LoggedRun]) -> None:
-    lines: dict[str, dict[str, list[LoggedRun]]] = {}
-    for run in runs:
-        label = run.settings.removeprefix(f"{run.evaluation.pattern}, ")
-        lines.setdefault(label, {}).setdefault(run.evaluation.pattern or "dense", []).append(run)
-    for label, patterns in lines.items():
-        # Patterns that prune as much, such as 2:4 and 4:8, have a point each.
-        points = sorted(
-            (group[0].sparsity, statistics.fmean(run.evaluation.bleu for run in group), pattern, group)
-            for pattern, group in patterns.items()
-        )
-        [line] = axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=label)
-        for sparsity, mean, pattern, group in points:
-            _repetitions(axes, sparsity, group, line.get_color())
-            if pattern != "dense":
-                axes.annotate(pattern, (sparsity, mean), textcoords="offset points", xytext=(5, 5), fontsize="small")
-    axes.set(xlabel="fraction of the weights pruned", ylabel=f"BLEU on {runs[0].evaluation.split}")
+def _sparsity(axes: Axes, groups: Iterable[list[LoggedRun]], dense: Sequence[LoggedRun]) -> None:
+    for group in groups:
+        # Patterns that prune as much, such as 2:4 and 4:8, have a point each; the line goes through their middle.
+        points = {
+            (runs[0].sparsity, statistics.fmean(run.evaluation.bleu for run in runs)): (pattern, runs)
+            for pattern, runs in _by(_pattern, group).items()
+        }
+        places = sorted({sparsity for sparsity, _ in points})
+        means = [statistics.fmean(bleu for sparsity, bleu in points if sparsity == place) for place in places]
+        [line] = axes.plot(places, means, label=group[0].settings.removeprefix(f"{group[0].evaluation.pattern}, "))
+        for place, (pattern, runs) in points.items():
+            axes.plot(*place, marker="o", color=line.get_color())
+            axes.annotate(str(pattern), place, textcoords="offset points", xytext=(6, 5), fontsize="small")
+            _repetitions(axes, place[0], runs, line.get_color())
+    _level(axes, dense)
+    axes.set(xlabel="fraction of the weights pruned", ylabel="BLEU")
 
 
-def _decay(axes: Axes, swept: Iterable[list[LoggedRun]], dense: Sequence[LoggedRun]) -> None:
-    for group in swept:
-        places: dict[float, list[LoggedRun]] = {}
-        for run in sorted(group, key=lambda run: run.evaluation.decay or 0.0):
-            places.setdefault(run.evaluation.decay or 0.0, []).append(run)
+def _decay(axes: Axes, groups: Iterable[list[LoggedRun]], dense: Sequence[LoggedRun]) -> None:
+    for group in groups:
+        places = dict(sorted(_by(_lambda, group).items()))
         means = [statistics.fmean(run.evaluation.bleu for run in runs) for runs in places.values()]
         label = f"{group[0].evaluation.pattern} {group[0].evaluation.method}"
         [line] = axes.plot(list(places), means, marker="o", label=label)
         for place, runs in places.items():
             _repetitions(axes, place, runs, line.get_color())
-    if dense:
-        level = statistics.fmean(run.evaluation.bleu for run in dense)
-        axes.axhline(level, linestyle="--", color="gray", label=_with_seeds("dense", dense))
+    _level(axes, dense)
     axes.set(xlabel="λ", ylabel="BLEU", xscale="log")
 
 
@@ -211,25 +207,45 @@ def _repetitions(axes: Axes, place: float, runs: Sequence[LoggedRun], color: Any
         axes.plot([place] * len(runs), scores, linestyle="", marker=".", alpha=0.5, color=color)
 
 
-def _swept(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
-    """Runs that differ in lambda and seed alone."""
-    groups: dict[tuple[Any, ...], list[LoggedRun]] = {}
+def _level(axes: Axes, dense: Sequence[LoggedRun]) -> None:
+    """What the dense model scores, as a line across."""
+    if dense:
+        level = statistics.fmean(run.evaluation.bleu for run in dense)
+        axes.axhline(level, linestyle="--", color="gray", label=_with_seeds("dense", dense))
+
+
+def _pattern(run: LoggedRun) -> str | None:
+    return run.evaluation.pattern
+
+
+def _lambda(run: LoggedRun) -> float | None:
+    return run.evaluation.decay
+
+
+def _by(of: Callable[[LoggedRun], Any], runs: Iterable[LoggedRun]) -> dict[Any, list[LoggedRun]]:
+    """The runs by what ``of`` says of them."""
+    found: dict[Any, list[LoggedRun]] = {}
     for run in runs:
+        found.setdefault(of(run), []).append(run)
+    return found
+
+
+def _differing(runs: Sequence[LoggedRun], of: Callable[[LoggedRun], Any]) -> list[list[LoggedRun]]:
+    """Groups of runs that differ in ``of`` and seed alone."""
+
+    def everything_else(run: LoggedRun) -> tuple[Any, ...]:
+        others = [None if other is of else other(run) for other in (_pattern, _lambda)]
         found = run.evaluation
-        if found.decay is not None:
-            key = found.pattern, found.method, tuple(found.targets or ()), str(sorted(found.options.items()))
-            groups.setdefault(key, []).append(run)
-    return list(groups.values())
+        return *others, found.method, found.base_model, tuple(found.targets or ()), str(sorted(found.options.items()))
+
+    return [group for group in _by(everything_else, runs).values() if len(_by(of, group)) > 1]
 
 
-def _of_shared_seeds(groups: list[list[LoggedRun]]) -> list[list[LoggedRun]]:
-    """The runs of the seeds that every lambda of every group has: means over different seeds are no comparison."""
-    seeds: dict[Any, set[Any]] = {}
-    for index, group in enumerate(groups):
-        for run in group:
-            seeds.setdefault((index, run.evaluation.decay), set()).add(run.evaluation.seed)
-    shared = set.intersection(*seeds.values()) or set.union(*seeds.values())
-    return [[run for run in group if run.evaluation.seed in shared] for group in groups]
+def _of_shared_seeds(groups: list[list[LoggedRun]], of: Callable[[LoggedRun], Any]) -> list[list[LoggedRun]]:
+    """The runs of the seeds that every point of every group has: means over different seeds are no comparison."""
+    seeds = [{run.evaluation.seed for run in runs} for group in groups for runs in _by(of, group).values()]
+    shared = set.intersection(*seeds) if seeds else set()
+    return [[run for run in group if not shared or run.evaluation.seed in shared] for group in groups]
 
 
 def _with_seeds(label: str, runs: Sequence[LoggedRun]) -> str:

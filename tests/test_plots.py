@@ -9,7 +9,7 @@ import pytest
 
 from hf_nmsparse.diagnostics import write_curve, write_layers
 from hf_nmsparse.metrics import Score, evaluation_record
-from hf_nmsparse.plots import LoggedRun, _of_shared_seeds, plot_runs, read_run
+from hf_nmsparse.plots import LoggedRun, _differing, _lambda, _of_shared_seeds, _pattern, plot_runs, read_run
 
 FACTS: dict[str, Any] = {"corpus": "c", "split": "test", "model": "m", "steps": 20, "dense_bytes": 10}
 TAUGHT = {"sparse_dense_head": 0.1, "distill_from": "dense", "distill_weight": 0.5, "distill_temperature": 2.0}
@@ -40,7 +40,8 @@ def runs(tmp_path: Path) -> list[LoggedRun]:
             ("a-s1", 35.0, {"method": "sr-ste", "pattern": "2:4", "decay": 1e-4}),
             ("a-s2", 35.5, {"method": "sr-ste", "pattern": "2:4", "decay": 1e-4, "seed": 2}),
             ("b-s1", 34.0, {"method": "sr-ste", "pattern": "2:4", "decay": 1e-3, "layers": True}),
-            ("c-s1", 30.0, {"method": "sr-ste", "pattern": "1:4", "decay": 1e-4, "options": {"sparse_ramp": 0.25}}),
+            ("c-s1", 30.0, {"method": "sr-ste", "pattern": "1:4", "decay": 1e-4}),
+            ("ramp-s1", 34.0, {"method": "sr-ste", "pattern": "4:8", "decay": 1e-4, "options": {"sparse_ramp": 0.25}}),
             ("ste-s1", 34.5, {"method": "ste", "pattern": "2:4", "targets": ["fc1", "fc2"]}),
             ("kd-s1", 35.5, {"method": "ste", "pattern": "2:4", "options": TAUGHT}),
             ("again-s1", 37.0, {"method": "dense", "base_model": "dense-s1"}),
@@ -54,18 +55,25 @@ def test_the_words_for_a_run(runs: list[LoggedRun]) -> None:
         "2:4, sr-ste, λ 0.0001",
         "2:4, sr-ste, λ 0.0001",
         "2:4, sr-ste, λ 0.001",
-        "1:4, sr-ste, λ 0.0001, ramp 0.25",
+        "1:4, sr-ste, λ 0.0001",
+        "4:8, sr-ste, λ 0.0001, ramp 0.25",
         "2:4, ste, fc1+fc2",
         "2:4, ste, dense head 0.1, distilled 0.5, T 2",
         "dense, after dense",
     ]
-    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0]
+    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0.5, 0]
 
 
 def test_means_are_over_the_seeds_that_all_have(runs: list[LoggedRun]) -> None:
-    names = [[run.name for run in group] for group in _of_shared_seeds([runs[1:4], runs[:1]])]
+    names = [[run.name for run in group] for group in _of_shared_seeds([runs[1:4], runs[:1]], _lambda)]
     assert names == [["a-s1", "b-s1"], ["dense-s1"]]
-    assert [len(group) for group in _of_shared_seeds([[runs[2]], runs[:1]])] == [1, 1]  # no seed in common: all
+    assert [len(group) for group in _of_shared_seeds([[runs[2]], runs[:1]], _lambda)] == [1, 1]  # no seed in common
+
+
+def test_groups_differ_in_one_thing_alone(runs: list[LoggedRun]) -> None:
+    sparse = [run for run in runs if run.evaluation.pattern is not None]
+    names = {of: [[run.name for run in group] for group in _differing(sparse, of)] for of in (_pattern, _lambda)}
+    assert names == {_pattern: [["a-s1", "a-s2", "c-s1"]], _lambda: [["a-s1", "a-s2", "b-s1"]]}
 
 
 def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_path: Path) -> None:
@@ -79,6 +87,8 @@ def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_pat
     assert "<!-- 2:4, sr-ste, λ 0.0001 (2 seeds) -->" in flips
     assert "<!-- dense -->" not in flips
     assert "<!-- dense -->" in files[2].read_text(encoding="utf-8")
+    sparsity = files[1].read_text(encoding="utf-8")
+    assert [f"<!-- {pattern} -->" in sparsity for pattern in ("2:4", "1:4", "4:8")] == [True, True, False]
     assert "<!-- fc1 -->" in files[3].read_text(encoding="utf-8")
 
 
