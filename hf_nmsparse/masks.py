@@ -110,18 +110,19 @@ def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
     return [count < pattern.n for count in losses]
 
 
-def apply_mask(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def apply_mask(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None, transient: bool = False) -> Tensor:
     """``weight`` where ``mask`` keeps it, +0.0 elsewhere, in ``dtype`` or else its own number type.
 
     A product would write -0.0 for negative weights, which some 2:4 compressors do not take for zero. It is no part of
-    a graph of gradients: `straight_through` is.
+    a graph of gradients: `straight_through` is. With ``transient`` the caller is done with the result before this
+    thread asks for the next one, and it may lie in memory that is used again.
     """
     plain = mask.is_contiguous() and mask.shape == weight.shape
     if plain and cuda.can_rank(weight):
         return cuda.masked(weight, mask, dtype)
     bits = _BITS.get(weight.dtype)
     if plain and native.can_rank(weight):
-        kept = native.masked(weight, mask)
+        kept = native.masked(weight, mask, transient)
     elif bits is None or weight.device.type != "cpu":
         kept = torch.where(mask, weight, weight.new_zeros(()))
     else:  # on CPUs a select takes several times as long as an "and" with all ones or none

@@ -67,7 +67,7 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
         ctx.rule, ctx.biased = (pattern, soft, pruned_scale), bias is not None
-        used = sparse_weight(weight, mask, pattern, soft, pruned_scale, x.dtype)
+        used = sparse_weight(weight, mask, pattern, soft, pruned_scale, x.dtype, transient=True)
         return F.linear(x, used, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -78,8 +78,9 @@ class _MaskedLinear(torch.autograd.Function):
         to_input = to_weight = to_bias = None
         if wanted[0]:
             pattern, soft, pruned_scale = ctx.rule
+            transient = not torch.is_grad_enabled()  # a gradient of this gradient would need it later
             with torch.no_grad():
-                used = sparse_weight(weight, mask, pattern, soft, pruned_scale, upstream.dtype)
+                used = sparse_weight(weight, mask, pattern, soft, pruned_scale, upstream.dtype, transient)
             to_input = upstream @ straight_through(weight, used)
         if wanted[1]:
             rows = upstream.reshape(-1, upstream.shape[-1])
@@ -132,6 +133,7 @@ def sparse_weight(
     soft: bool = False,
     pruned_scale: float = 0.0,
     dtype: torch.dtype | None = None,
+    transient: bool = False,
 ) -> Tensor:
     """What a forward uses of a weight, a tensor of its own.
 
@@ -142,9 +144,10 @@ def sparse_weight(
         soft: Whether kept weights go through `soft_threshold`.
         pruned_scale: What pruned weights are multiplied with: 0 leaves the pattern.
         dtype: Number type of the result; None is the weight's.
+        transient: As in `apply_mask`.
     """
     if not (soft or pruned_scale):
-        return apply_mask(weight, mask, dtype)
+        return apply_mask(weight, mask, dtype, transient)
     used = soft_threshold(weight, mask, pattern) if soft else weight
     used = torch.where(mask, used, weight * pruned_scale) if pruned_scale else used
     return used if dtype is None else used.to(dtype)

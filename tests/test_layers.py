@@ -140,6 +140,22 @@ def test_the_layer_is_differentiable_twice() -> None:
     assert second.tolist() == [[2 * -20 + 2 * 1 * value for value in (1, 2, 4, 8)]]
 
 
+def test_layers_whose_sparse_weights_share_memory_are_differentiable_twice() -> None:
+    torch.manual_seed(0)
+    layers = [NMLinear.from_linear(nn.Linear(8, 8), PATTERN) for _ in range(3)]
+    used = [nn.Linear(8, 8) for _ in layers]
+    for layer, dense in zip(layers, used, strict=True):
+        cache_masks(layer)
+        dense.load_state_dict({"weight": masked(layer), "bias": layer.bias})
+
+    def second(model: nn.Module) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 8, requires_grad=True)
+        (gradient,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.pow(2).sum(), x)[0]
+
+    assert torch.equal(second(nn.Sequential(*layers)), second(nn.Sequential(*used)))
+
+
 def test_an_input_of_another_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the weight is torch.float32, got an input of torch.bfloat16; cast one"):
         sparse_layer()(torch.ones(8, dtype=torch.bfloat16))

@@ -756,3 +756,21 @@ def test_which_weights_the_library_ranks() -> None:
         weight.detach().as_subclass(Special),
     ):
         assert not native.can_rank(other)
+
+
+def test_transient_weights_share_memory_within_a_thread_alone() -> None:
+    large, small = torch.randn(8, 16), torch.randn(4, 8)
+
+    def lent(weight: Tensor) -> Tensor:
+        mask = magnitude_mask(weight, TWO_OF_FOUR)
+        kept = native.masked(weight, mask, transient=True)
+        assert torch.equal(kept, native.masked(weight, mask))
+        return kept
+
+    with torch.inference_mode():
+        first = lent(large)
+    assert not first.is_inference()
+    assert lent(small).data_ptr() == first.data_ptr()
+    assert lent(large).data_ptr() == first.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lent, small).result().data_ptr() != first.data_ptr()

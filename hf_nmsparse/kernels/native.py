@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -301,10 +302,27 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
     _library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel())
 
 
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """``weight`` where ``mask`` keeps it, +0.0 elsewhere; both are contiguous and of one shape."""
+_LENT = threading.local()
+
+
+def masked(weight: Tensor, mask: Tensor, transient: bool = False) -> Tensor:
+    """``weight`` where ``mask`` keeps it, +0.0 elsewhere; both are contiguous and of one shape.
+
+    Args:
+        weight: What `can_rank` takes.
+        mask: Booleans.
+        transient: Whether the caller is done with the result before this thread asks for the next one. It lies in
+            memory that is used again then: fresh memory for each product would leave gaps between what stays.
+    """
     check_mask(weight, mask)
-    kept = torch.empty_like(weight)
+    if transient:
+        lent: Tensor | None = getattr(_LENT, "memory", None)
+        if lent is None or lent.numel() < weight.numel():
+            with torch.inference_mode(False):  # or training could not use what an evaluation made
+                lent = _LENT.memory = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
+        kept = lent[: weight.numel()].view(weight.shape)
+    else:
+        kept = torch.empty_like(weight)
     _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), weight.numel())
     return kept
 
