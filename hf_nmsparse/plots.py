@@ -114,8 +114,7 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
     sparse = [run for run in runs if run.evaluation.pattern is not None]
     if any("flip_rate" in row for run in sparse for row in run.curve):
         pictures["flips"] = lambda axes: _flips(axes, _by(lambda run: run.settings, runs))
-    names = {run.name for run in runs}
-    dense = [run for run in runs if run.evaluation.method == "dense" and run.evaluation.base_model not in names]
+    dense = _baseline(runs)
     for name, of, draw_scores in (("sparsity", _pattern, _sparsity), ("decay", _lambda, _decay)):
         *groups, level = _of_shared_seeds([*_differing(sparse, of), dense], of)
         if groups:
@@ -205,6 +204,13 @@ def _repetitions(axes: Axes, place: float, runs: Sequence[LoggedRun], color: Any
     if len(runs) > 1:
         scores = [run.evaluation.bleu for run in runs]
         axes.plot([place] * len(runs), scores, linestyle="", marker=".", alpha=0.5, color=color)
+
+
+def _baseline(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
+    """The dense runs without a teacher that do not go on from another of the runs."""
+    names = {run.name for run in runs}
+    dense = [run for run in runs if run.evaluation.method == "dense" and run.evaluation.base_model not in names]
+    return [run for run in dense if "distill_from" not in run.evaluation.options]
 
 
 def _level(axes: Axes, dense: Sequence[LoggedRun]) -> None:

@@ -45,6 +45,7 @@ def runs(tmp_path: Path) -> list[LoggedRun]:
             ("ste-s1", 34.5, {"method": "ste", "pattern": "2:4", "targets": ["fc1", "fc2"]}),
             ("kd-s1", 35.5, {"method": "ste", "pattern": "2:4", "options": TAUGHT}),
             ("again-s1", 37.0, {"method": "dense", "base_model": "dense-s1"}),
+            ("taught-s1", 38.0, {"method": "dense", "options": {**TAUGHT, "distill_temperature": 1.0}}),
         )
     ]
 
@@ -60,8 +61,9 @@ def test_the_words_for_a_run(runs: list[LoggedRun]) -> None:
         "2:4, ste, fc1+fc2",
         "2:4, ste, dense head 0.1, distilled 0.5, T 2",
         "dense, after dense",
+        "dense, dense head 0.1, distilled 0.5",
     ]
-    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0.5, 0]
+    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0.5, 0, 0]
 
 
 def test_means_are_over_the_seeds_that_all_have(runs: list[LoggedRun]) -> None:
@@ -83,7 +85,8 @@ def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_pat
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
     # text is drawn as paths, with the text itself in comments
     flips = files[0].read_text(encoding="utf-8")
-    assert "(2 seeds)" not in files[2].read_text(encoding="utf-8")  # the dense model that was trained on is no baseline
+    # neither the dense model that was trained on nor the one with a teacher is the baseline
+    assert "(2 seeds)" not in files[2].read_text(encoding="utf-8")
     assert "<!-- 2:4, sr-ste, λ 0.0001 (2 seeds) -->" in flips
     assert "<!-- dense -->" not in flips
     assert "<!-- dense -->" in files[2].read_text(encoding="utf-8")
