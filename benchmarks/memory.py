@@ -56,7 +56,7 @@ def of_tensors(name: str, batch: int, tiny: bool) -> dict[str, float]:
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     peak = max(accumulate(event.nbytes() for event in events))
-    return {"tensors_mib": round(peak / 2**20, 1), "masks_mib": round(masks, 1)}
+    return {"tensors_mib": round(peak / 2**20, 2), "masks_mib": round(masks, 2)}
 
 
 def of_process(name: str, batch: int, tiny: bool) -> float:
