@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from transformers.utils import logging
 
@@ -85,7 +86,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.folder:
         train(options.steps, options.tiny, options.folder)
-        return
+        # Gloo's threads abort now and then where Python's own end takes them down.
+        sys.stdout.flush()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        os._exit(0)
     machine = timing.machine()
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
