@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import statistics
 import subprocess
@@ -76,13 +75,10 @@ def in_a_process(measure: str, name: str, batch: int, tiny: bool) -> Any:
 
 
 def rows_of(batch: int, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each candidate; in each round they come in a new order."""
+    """A row for each candidate."""
     found: dict[str, list[float]] = {name: [] for name in CANDIDATES}
-    names, order = list(CANDIDATES), random.Random(0)
-    for _ in range(rounds):
-        order.shuffle(names)
-        for name in names:
-            found[name].append(round(in_a_process("process", name, batch, tiny), 1))
+    for name in timing.turns(CANDIDATES, rounds):
+        found[name].append(round(in_a_process("process", name, batch, tiny), 1))
     for name, peaks in found.items():
         process = {"process_mib": statistics.median(peaks), "range_mib": [min(peaks), max(peaks)]}
         yield {"what": name, "batch": batch, **in_a_process("tensors", name, batch, tiny), **process}

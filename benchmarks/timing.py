@@ -9,7 +9,7 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,25 @@ def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each turn of each candidate.
+def turns(candidates: Iterable[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is.
 
     A round gives every candidate one turn, in a new order, so that a busy moment and what a neighbour leaves behind in
     the caches fall on all of them alike.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names, order = list(candidates), random.Random(0)
     for _ in range(rounds):
         order.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            candidates[name]()
-            seconds[name].append(time.perf_counter() - start)
+        yield from names
+
+
+def in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each turn of each candidate, in the order of `turns`."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for name in turns(candidates, rounds):
+        start = time.perf_counter()
+        candidates[name]()
+        seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -135,7 +135,7 @@ def sparse_weight(
     dtype: torch.dtype | None = None,
     transient: bool = False,
 ) -> Tensor:
-    """What a forward uses of a weight, a tensor of its own.
+    """What a forward uses of a weight, a tensor of its own unless ``transient``.
 
     Args:
         weight: ``[..., in_features]``, the dense master.
