@@ -35,9 +35,9 @@ class NMLinear(nn.Linear):
 
     Attributes:
         pattern: The layer's N:M pattern.
-        mask: The mask in use, a boolean of the weight's shape, one byte a weight; None ranks the weights anew in
-            every forward, which is right in any training loop. `SparseStep` keeps it, once per optimizer step, which
-            is cheaper. It is no buffer: DDP would broadcast it before every forward.
+        mask: The mask in use, one bit a weight, as `masks` lays it out; None ranks the weights anew in every forward,
+            which is right in any training loop. `SparseStep` keeps it, once per optimizer step, which is cheaper. It
+            is no buffer: DDP would broadcast it before every forward.
         fixed_mask: Whether the mask is part of the method (ASP) and survives the loading of other weights.
         soft: Whether kept weights move towards zero by the group's threshold (S-STE).
         pruned_scale: What pruned weights are multiplied with in the forward: 0 is N:M, 1 is dense. `SparseStep` sets
@@ -78,7 +78,7 @@ class NMLinear(nn.Linear):
         return self
 
     def current_mask(self) -> Tensor:
-        """The mask that the next forward uses, of the rows that lie on this process, ``[rows, in_features]``."""
+        """The mask that the next forward uses, of the rows that lie on this process."""
         return magnitude_mask(local(self.weight), self.pattern) if self.mask is None else self.mask
 
     def forward(self, input: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class NMLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NMLinear:
         super()._apply(fn, recurse)
         if self.mask is not None:
-            self.mask = fn(self.mask).bool()
+            self.mask = fn(self.mask).to(torch.uint8)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

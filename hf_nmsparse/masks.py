@@ -1,4 +1,9 @@
-"""Weights to N:M masks, and what can be counted on masks."""
+"""Weights to N:M masks, and what can be counted on masks.
+
+A mask is a flat uint8 tensor with a bit for each weight, set where it is kept: row after row, eight weights a byte, the
+first in the lowest bit; zeros fill the last byte. So it takes a thirty-second of the memory of its fp32 weight.
+`unpack_bits` makes booleans of it.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +39,15 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         pattern: ``in_features`` must be a multiple of ``pattern.m``.
 
     Returns:
-        Booleans of the shape of ``weight``; True keeps.
+        The mask, uint8 ``[ceil(weights / 8)]``.
 
     Raises:
         ValueError: The row does not divide into groups, or a weight is NaN.
     """
     pattern.groups(weight.shape[-1])
-    if native.can_rank(weight):
-        mask = torch.empty(weight.shape, dtype=torch.bool, device="cpu")
-        native.rank(weight, mask, pattern)
-        return mask
-    if cuda.can_rank(weight):
-        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        if torch.isnan(cuda.rank(weight, mask, pattern)):
+    if native.can_rank(weight) or cuda.can_rank(weight):
+        mask = torch.zeros(-(-weight.numel() // 8), dtype=torch.uint8, device=weight.device)
+        if torch.isnan(update_mask(mask, weight, pattern)):
             raise native.nan_error(weight)
         return mask
     magnitude = weight.detach().abs()
@@ -59,22 +60,22 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         # A column of wide groups touches a cache line per weight, M times over; one copy costs less.
         magnitude = magnitude.contiguous()
     kept = _two_of_four(magnitude) if pattern == NMPattern(2, 4) else _by_rank(magnitude, pattern)
-    return torch.stack(kept, dim=1).reshape(weight.shape)
+    return pack_bits(torch.stack(kept, dim=1))
 
 
 def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:
     """Writes the magnitude mask of ``weight`` over ``mask``.
 
     Returns:
-        SAD: how many entries changed, a 0-d tensor. From a GPU it is NaN where a weight is, so that training need not
+        SAD: how many bits changed, a 0-d tensor. From a GPU it is NaN where a weight is, so that training need not
         wait for it.
 
     Raises:
         ValueError: As `magnitude_mask`, but for a NaN on a GPU.
     """
-    if native.can_rank(weight) and mask.is_contiguous():
-        return torch.tensor(native.rank(weight, mask, pattern))
-    if cuda.can_rank(weight) and mask.is_contiguous():
+    if native.can_rank(weight):
+        return torch.tensor(native.rank(weight, mask, pattern), device="cpu")
+    if cuda.can_rank(weight):
         return cuda.rank(weight, mask, pattern)
     new = magnitude_mask(weight, pattern)
     flips = count_flips(mask, new)
@@ -110,23 +111,37 @@ def _by_rank(magnitude: Tensor, pattern: NMPattern) -> list[Tensor]:
     return [count < pattern.n for count in losses]
 
 
-def apply_mask(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None, transient: bool = False) -> Tensor:
-    """``weight`` where ``mask`` keeps it, +0.0 elsewhere, in ``dtype`` or else its own number type.
+def apply_mask(
+    weight: Tensor,
+    mask: Tensor,
+    dtype: torch.dtype | None = None,
+    pruned_scale: float = 0.0,
+    transient: bool = False,
+) -> Tensor:
+    """``weight`` where ``mask`` keeps it, +0.0 elsewhere.
 
     A product would write -0.0 for negative weights, which some 2:4 compressors do not take for zero. It is no part of
-    a graph of gradients: `straight_through` is. With ``transient`` the caller is done with the result before this
-    thread asks for the next one, and it may lie in memory that is used again.
+    a graph of gradients: `straight_through` is.
+
+    Args:
+        weight: Floating point.
+        mask: Its mask.
+        dtype: Number type of the result; None is the weight's.
+        pruned_scale: What pruned weights are multiplied with where it is not 0.
+        transient: The caller is done with the result before this thread asks for the next one, and it may lie in
+            memory that is used again.
     """
-    plain = mask.is_contiguous() and mask.shape == weight.shape
-    if plain and cuda.can_rank(weight):
-        return cuda.masked(weight, mask, dtype)
-    bits = _BITS.get(weight.dtype)
-    if plain and native.can_rank(weight):
-        kept = native.masked(weight, mask, transient)
-    elif bits is None or weight.device.type != "cpu":
-        kept = torch.where(mask, weight, weight.new_zeros(()))
-    else:  # on CPUs a select takes several times as long as an "and" with all ones or none
-        kept = (weight.view(bits) & mask.to(bits).neg_()).view(weight.dtype)
+    if cuda.can_rank(weight):
+        return cuda.masked(weight, mask, dtype, pruned_scale)
+    if native.can_rank(weight):
+        kept = native.masked(weight, mask, pruned_scale, transient)
+    else:
+        keeps, bits = unpack_bits(mask, weight.shape), _BITS.get(weight.dtype)
+        if pruned_scale or bits is None or weight.device.type != "cpu":
+            pruned = weight * pruned_scale if pruned_scale else weight.new_zeros(())
+            kept = torch.where(keeps, weight, pruned)
+        else:  # on CPUs a select takes several times as long as an "and" with all ones or none
+            kept = (weight.view(bits) & keeps.to(bits).neg_()).view(weight.dtype)
     return kept if dtype is None else kept.to(dtype)
 
 
@@ -149,26 +164,34 @@ def random_mask(weight: Tensor, pattern: NMPattern, generator: torch.Generator) 
     return magnitude_mask(torch.rand(weight.shape, generator=generator, device="cpu"), pattern).to(weight.device)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """Booleans as bytes, eight in each, the first in the lowest bit; zeros fill the last byte."""
-    bits = mask.flatten().to(torch.uint8)
-    bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).reshape(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1, dtype=torch.uint8)
+# Eight booleans, a byte each, are one little-endian int64: the first is its lowest byte.
+_ONES = 0x0101010101010101
+_DIAGONAL = 0x8040201008040201 - 2**64  # bit k of byte k
 
 
-def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The booleans of `pack_bits`.
+def pack_bits(booleans: Tensor) -> Tensor:
+    """Booleans as a mask: eight a byte, the first in the lowest bit; zeros fill the last byte."""
+    flat = booleans.flatten()
+    if len(flat) % 8:
+        flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)])
+    # Each factor of two moves one boolean to its place in the highest byte, and no two meet anywhere.
+    return (flat.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
+def unpack_bits(mask: Tensor, shape: torch.Size) -> Tensor:
+    """The booleans of a mask; the inverse of `pack_bits`.
 
     Raises:
         ValueError: They are fewer or more than ``shape`` holds.
     """
-    if packed.dtype != torch.uint8 or packed.shape != (-(-shape.numel() // 8),):
+    if mask.dtype != torch.uint8 or mask.shape != (-(-shape.numel() // 8),):
         raise ValueError(
-            f"unpack_bits: {shape.numel()} booleans take {-(-shape.numel() // 8)} bytes, got {packed.dtype} of "
-            f"{list(packed.shape)}; the file belongs to another model"
+            f"unpack_bits: {shape.numel()} booleans take {-(-shape.numel() // 8)} bytes, got {mask.dtype} of "
+            f"{list(mask.shape)}; the file belongs to another model"
         )
-    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten()[: shape.numel()].bool().reshape(shape)
+    # All eight bytes get all bits, byte k keeps bit k, and a carry into its highest bit tells whether that was set.
+    bits = (mask.to(torch.int64) * _ONES & _DIAGONAL) + 0x7F * _ONES >> 7 & _ONES
+    return bits.view(torch.bool)[: shape.numel()].reshape(shape)
 
 
 def count_violations(weight: Tensor, pattern: NMPattern) -> int:
@@ -179,8 +202,8 @@ def count_violations(weight: Tensor, pattern: NMPattern) -> int:
 
 
 def count_flips(old: Tensor, new: Tensor) -> Tensor:
-    """SAD, the sum of absolute differences of two masks: the entries that differ, as a 0-d int64 tensor.
+    """SAD, the sum of absolute differences of two masks: the bits that differ, as a 0-d int64 tensor.
 
     It stays a tensor so that counting on a GPU does not wait for it.
     """
-    return (old ^ new).sum()
+    return unpack_bits(old ^ new, torch.Size([8 * len(old)])).sum()

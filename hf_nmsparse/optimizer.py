@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.layers import NMLinear, is_sharded, local
-from hf_nmsparse.masks import pack_bits, random_mask, unpack_bits, update_mask
+from hf_nmsparse.masks import apply_mask, pack_bits, random_mask, unpack_bits, update_mask
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS, StepContext
 
@@ -171,8 +171,9 @@ class SparseStep:
         states = {}
         for name, layer in self.layers.items():
             magnitude, mask = local(layer.weight).abs(), layer.current_mask()
-            sums = [magnitude.masked_fill(~mask, 0.0).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)]
-            kept, all_weights, number = _over_shards(torch.stack([*sums, mask.sum()]), layer.weight).tolist()
+            sums = [apply_mask(magnitude, mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)]
+            sums.append(unpack_bits(mask, magnitude.shape).sum())
+            kept, all_weights, number = _over_shards(torch.stack(sums), layer.weight).tolist()
             pruned = (all_weights - kept) / max(layer.weight.numel() - number, 1)
             changed = None if self._changed is None else float(self._changed[name].float().mean())
             states[name] = LayerState(kept / number, pruned, changed)
@@ -185,7 +186,7 @@ class SparseStep:
         """
         state = {"step": torch.tensor(self.step)}
         if self.method.fixed_mask or self.schedule.interval > 1:
-            state |= {f"{name}.mask": pack_bits(layer.current_mask()) for name, layer in self.layers.items()}
+            state |= {f"{name}.mask": layer.current_mask().clone() for name, layer in self.layers.items()}
         if self._changed is not None:
             state |= {f"{name}.changed": pack_bits(changed) for name, changed in self._changed.items()}
         return state
@@ -203,7 +204,9 @@ class SparseStep:
             )
         for name, layer in self.layers.items():
             if f"{name}.mask" in state:
-                layer.mask = unpack_bits(state[f"{name}.mask"], layer.weight.shape).to(layer.weight.device)
+                mask = state[f"{name}.mask"]
+                unpack_bits(mask, layer.weight.shape)  # refuses the mask of another layer
+                layer.mask = mask.to(layer.weight.device, copy=True)
             if self._changed is not None:
                 changed = unpack_bits(state[f"{name}.changed"], self._changed[name].shape)
                 self._changed[name] = changed.to(layer.weight.device)
@@ -285,7 +288,8 @@ class SparseStep:
                 before = None if self._changed is None else mask.clone()
                 flips = update_mask(mask, local(layer.weight), layer.pattern)
                 if self._changed is not None and before is not None:
-                    self._changed[name] |= (before ^ mask).reshape(-1, layer.pattern.m).any(dim=1)
+                    flipped = unpack_bits(before ^ mask, layer.weight.shape)
+                    self._changed[name] |= flipped.reshape(-1, layer.pattern.m).any(dim=1)
             self._flips[name] = self._flips[name] + flips if name in self._flips else flips
         self._counted += 1
         self.step += 1

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nmsparse.masks import count_violations, magnitude_mask
+from hf_nmsparse.masks import count_violations, magnitude_mask, unpack_bits
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -115,7 +115,7 @@ def pack(weight: Tensor, pattern: NMPattern, name: str = "weight") -> dict[str, 
             "sparse; apply the mask first"
         )
     claim = (weight != 0).to(torch.int8) * 2 + ((weight == 0) & torch.signbit(weight))
-    kept = magnitude_mask(claim.to(torch.float32), pattern)
+    kept = unpack_bits(magnitude_mask(claim.to(torch.float32), pattern), weight.shape)
     values = weight.masked_select(kept).reshape(shape)
     return {"weight": values, "weight_indices": encode(kept, pattern)}
 

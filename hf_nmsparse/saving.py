@@ -276,7 +276,8 @@ def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> 
             elif isinstance(layer, NMLinear):
                 layer.check_sparse()
                 current = layer.mask
-                if current is None or current.shape != tensor.shape:  # a shard's mask does not fit gathered weights
+                # A shard's mask does not fit gathered weights.
+                if current is None or len(current) != -(-tensor.numel() // 8):
                     current = magnitude_mask(tensor, layer.pattern)
                 tensor = layer.masked(tensor, current.to(tensor.device))
             yield key, tensor

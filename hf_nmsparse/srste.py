@@ -109,7 +109,7 @@ def masked_linear(
         x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``, the dense master.
         bias: ``[out_features]`` or None.
-        mask: Booleans of the shape of ``weight``.
+        mask: The mask of ``weight``, as `masks` lays it out.
         pattern: The N:M pattern.
         soft: As in `sparse_weight`.
         pruned_scale: As in `sparse_weight`.
@@ -139,17 +139,16 @@ def sparse_weight(
 
     Args:
         weight: ``[..., in_features]``, the dense master.
-        mask: Booleans of the same shape.
+        mask: Its mask.
         pattern: The N:M pattern.
         soft: Whether kept weights go through `soft_threshold`.
         pruned_scale: What pruned weights are multiplied with: 0 leaves the pattern.
         dtype: Number type of the result; None is the weight's.
         transient: As in `apply_mask`.
     """
-    if not (soft or pruned_scale):
-        return apply_mask(weight, mask, dtype, transient)
-    used = soft_threshold(weight, mask, pattern) if soft else weight
-    used = torch.where(mask, used, weight * pruned_scale) if pruned_scale else used
+    if not soft:
+        return apply_mask(weight, mask, dtype, pruned_scale, transient)
+    used = soft_threshold(weight, mask, pattern)
     return used if dtype is None else used.to(dtype)
 
 
@@ -164,7 +163,7 @@ def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
         mask: Its magnitude mask.
         pattern: The N:M pattern.
     """
-    pruned = apply_mask(weight, ~mask).abs_().reshape(-1, pattern.m)
+    pruned = apply_mask(weight, ~mask, transient=True).abs_().reshape(-1, pattern.m)
     threshold = pruned[:, 0]
     for member in range(1, pattern.m):  # columns: a reduction over rows of M has no room for a vector unit
         threshold = torch.maximum(threshold, pruned[:, member])
@@ -216,10 +215,10 @@ def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> N
 def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments."""
     kernels = next((unit for unit in (native, cuda) if unit.can_rank(weight) and unit.can_rank(grad)), None)
-    if kernels is not None and mask.is_contiguous():
+    if kernels is not None:
         kernels.decay_pruned(weight, mask, grad, step.decay)
     else:
-        grad.add_(apply_mask(weight, ~mask), alpha=step.decay)
+        grad.add_(apply_mask(weight, ~mask, transient=True), alpha=step.decay)
 
 
 def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
@@ -228,7 +227,7 @@ def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext)
     Adam divides the coupled term by the gradient's RMS and not this one, so that a decay which matches SGD's effect
     is larger here by orders of magnitude: about 0.4 at a learning rate of 5e-4.
     """
-    weight.sub_(apply_mask(weight, ~mask), alpha=step.lr * step.decay)
+    weight.sub_(apply_mask(weight, ~mask, transient=True), alpha=step.lr * step.decay)
 
 
 def decay_in_numerator(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
@@ -241,12 +240,12 @@ def decay_in_numerator(weight: Tensor, grad: Tensor, mask: Tensor, step: StepCon
     """
     assert step.adam_denominator is not None
     share = (step.lr * step.decay / step.adam_denominator).clamp_(max=1.0)
-    weight.sub_(apply_mask(weight, ~mask) * share)
+    weight.sub_(apply_mask(weight, ~mask, transient=True) * share)
 
 
 def mask_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """ASP: pruned weights get no gradient, so that they stay at zero (NVIDIA's automatic sparsity)."""
-    grad.masked_fill_(~mask, 0.0)  # a product would turn an infinite gradient into NaN
+    grad.copy_(apply_mask(grad, mask, transient=True))
 
 
 def fade_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
@@ -254,10 +253,7 @@ def fade_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext)
 
     Kao et al., "Training Recipe for N:M Structured Sparsity with Decaying Pruning Mask", 2022, arXiv 2209.07617.
     """
-    if step.pruned_scale == 0:
-        mask_gradient(weight, grad, mask, step)
-    else:
-        grad.copy_(torch.where(mask, grad, grad * step.pruned_scale))
+    grad.copy_(apply_mask(grad, mask, pruned_scale=step.pruned_scale, transient=True))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cuda, native
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, update_mask
+from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits, update_mask
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparsify import sparsify
+from tests.tiny import kept
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -47,7 +48,7 @@ def on_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_masks_are_those_of_the_plain_code(pattern: NMPattern, dtype: torch.dtype) -> None:
     weight = with_ties(7, pattern.m * 3, dtype)
-    mask = torch.rand(weight.shape) < 0.5
+    mask = pack_bits(torch.rand(weight.shape) < 0.5)
     expected = magnitude_mask(weight.float(), pattern)
     flips = count_flips(mask, expected)
     assert float(cuda.rank(weight, mask, pattern)) == float(flips)
@@ -57,34 +58,35 @@ def test_masks_are_those_of_the_plain_code(pattern: NMPattern, dtype: torch.dtyp
 
 def test_a_mask_by_hand() -> None:
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, -0.0, 5.0, 0.0], [2.0, math.inf, -3.0, -math.inf]])
-    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask = torch.zeros(2, dtype=torch.uint8)
     assert float(cuda.rank(weight, mask, TWO_OF_FOUR)) == 6
-    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+    assert mask.tolist() == [0b0101_0011, 0b1010]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, 600])
 def test_every_number_of_groups(rows: int) -> None:
     """Blocks hold 256 groups of four."""
     weight = torch.randn(rows, 4)
-    mask = torch.zeros(rows, 4, dtype=torch.bool)
+    mask = torch.zeros(-(-rows // 2), dtype=torch.uint8)
     assert float(cuda.rank(weight, mask, TWO_OF_FOUR)) == 2 * rows
     assert torch.equal(mask, magnitude_mask(weight, TWO_OF_FOUR))
-    gradient = torch.ones(rows, 4)
+    keeps, gradient = kept(weight, TWO_OF_FOUR), torch.ones(rows, 4)
     cuda.decay_pruned(weight, mask, gradient, 0.5)
-    assert torch.equal(gradient, torch.where(mask, 1.0, 1 + 0.5 * weight))
-    assert torch.equal(cuda.masked(weight, mask), torch.where(mask, weight, 0.0))
+    assert torch.equal(gradient, torch.where(keeps, 1.0, 1 + 0.5 * weight))
+    assert torch.equal(cuda.masked(weight, mask), torch.where(keeps, weight, 0.0))
+    assert torch.equal(cuda.masked(weight, mask, pruned_scale=0.25), torch.where(keeps, weight, weight * 0.25))
 
 
 @pytest.mark.parametrize("place", [0, 5, 4099])
 def test_a_nan_is_told_and_stays_told(place: int) -> None:
     weight = torch.randn(1100, 4)
     weight.view(-1)[place] = math.nan
-    count = cuda.rank(weight, torch.ones(weight.shape, dtype=torch.bool), TWO_OF_FOUR)
+    count = cuda.rank(weight, torch.zeros(550, dtype=torch.uint8), TWO_OF_FOUR)
     assert math.isnan(float(count + 3))
 
 
 def test_the_decay_leaves_kept_weights_alone() -> None:
-    weight, mask = torch.tensor([[2.0, -4.0]]), torch.tensor([[True, False]])
+    weight, mask = torch.tensor([[2.0, -4.0]]), torch.tensor([0b01], dtype=torch.uint8)
     gradient = torch.tensor([[math.inf, 1.0]])
     cuda.decay_pruned(weight, mask, gradient, 0.25)
     assert gradient.tolist() == [[math.inf, 0.0]]
@@ -94,23 +96,24 @@ def test_the_decay_leaves_kept_weights_alone() -> None:
 def test_pruned_weights_are_positive_zeros(dtype: torch.dtype | None) -> None:
     """A bf16 result is left to the tests on a GPU: the interpreter rounds to it by cutting off."""
     weight = torch.tensor([[-1.0, 1 / 3, -math.inf, math.nan, -0.0]])
-    kept = cuda.masked(weight, torch.tensor([[False, True, False, False, True]]), dtype)
+    found = cuda.masked(weight, torch.tensor([0b10010], dtype=torch.uint8), dtype)
     expected = torch.tensor([[0.0, 1 / 3, 0.0, 0.0, -0.0]]).to(dtype or torch.float32)
-    assert kept.dtype == expected.dtype
-    assert torch.equal(kept, expected)
-    assert torch.equal(kept.signbit(), expected.signbit())
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert torch.equal(found.signbit(), expected.signbit())
 
 
 @pytest.mark.usefixtures("on_gpu_kernels")
 def test_the_verbs_on_masks_use_them() -> None:
     weight = torch.randn(6, 8)
     mask = magnitude_mask(weight, TWO_OF_FOUR)
-    assert mask.sum() == 24
+    assert unpack_bits(mask, weight.shape).sum() == 24
     weight[0] = torch.tensor([9.0, 9, 9, 9, 9, 9, 9, 9])
     before = mask.clone()
     assert float(update_mask(mask, weight, TWO_OF_FOUR)) == float(count_flips(before, mask))
-    assert mask[0].int().tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
-    assert torch.equal(apply_mask(weight, mask, torch.float16), torch.where(mask, weight, 0.0).half())
+    assert mask[0] == 0b0011_0011
+    keeps = unpack_bits(mask, weight.shape)
+    assert torch.equal(apply_mask(weight, mask, torch.float16), torch.where(keeps, weight, 0.0).half())
     with pytest.raises(ValueError, match=r"a weight of shape \[1, 4\] holds NaN, which has no rank"):
         magnitude_mask(torch.tensor([[1.0, 2.0, math.nan, 4.0]]), TWO_OF_FOUR)
 
@@ -162,10 +165,10 @@ from triton.compiler import ASTSource
 from hf_nmsparse.kernels import triton_kernels as kernels
 
 SOURCES = [
-    (kernels.rank, ["*fp32", "*i1", "*fp64", "i32"], {"n": 2, "m": 4, "width": 4, "block": 256}),
-    (kernels.rank, ["*bf16", "*i1", "*fp64", "i32"], {"n": 3, "m": 5, "width": 8, "block": 128}),
-    (kernels.decay_pruned, ["*fp32", "*i1", "*fp32", "fp32", "i32"], {"block": 1024}),
-    (kernels.masked, ["*fp32", "*i1", "*bf16", "i32"], {"block": 1024}),
+    (kernels.rank, ["*fp32", "*u8", "*fp64", "i32"], {"n": 2, "m": 4, "block": 128}),
+    (kernels.rank, ["*bf16", "*u8", "*fp64", "i32"], {"n": 3, "m": 5, "block": 128}),
+    (kernels.decay_pruned, ["*fp32", "*u8", "*fp32", "fp32", "i32"], {"block": 1024}),
+    (kernels.masked, ["*fp32", "*u8", "*bf16", "fp32", "i32"], {"block": 1024}),
 ]
 for capability in (80, 90):
     for kernel, kinds, constants in SOURCES:

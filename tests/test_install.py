@@ -100,7 +100,7 @@ class Installed(NamedTuple):
     package: Path
     library: Path | None
     template: str
-    mask: list[list[bool]]
+    mask: list[int]
     doctor: list[str]
     exit_code: int
 
@@ -148,7 +148,7 @@ def test_installed_package_uses_its_library(native_wheel: Path, tmp_path: Path) 
     assert installed.package == folder / "hf_nmsparse" / "__init__.py"
     assert installed.library == folder / "hf_nmsparse" / "kernels" / LIBRARY
     assert installed.template == (ROOT / "model_cards" / "template.md").read_text(encoding="utf-8")
-    assert installed.mask == [[False, True, True, False]]
+    assert installed.mask == [0b0110]
     assert installed.doctor[0] == f"native library  {installed.library}"
     assert installed.exit_code == 0
 
@@ -159,7 +159,7 @@ def test_package_without_library_works(pure_wheel: Path, tmp_path: Path) -> None
     assert installed.package == folder / "hf_nmsparse" / "__init__.py"
     assert installed.library is None
     assert installed.template == (ROOT / "model_cards" / "template.md").read_text(encoding="utf-8")
-    assert installed.mask == [[False, True, True, False]]
+    assert installed.mask == [0b0110]
     assert installed.doctor[:2] == [
         "native library  not used",
         f"reason          {LIBRARY} is not installed: no C++ compiler was found at installation",

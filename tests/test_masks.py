@@ -20,12 +20,17 @@ from hf_nmsparse.masks import (
     unpack_bits,
 )
 from hf_nmsparse.pattern import NMPattern
+from tests.tiny import kept
 
 INF = math.inf
 
 
 def bits(text: str) -> list[bool]:
     return [digit == "1" for digit in text.replace(" ", "")]
+
+
+def mask_of(*rows: str) -> Tensor:
+    return pack_bits(torch.tensor([bits(row) for row in rows]))
 
 
 @pytest.mark.parametrize(
@@ -62,12 +67,12 @@ def bits(text: str) -> list[bool]:
 )
 def test_by_hand(pattern: str, row: list[float], expected: str) -> None:
     weight = torch.tensor([row], dtype=torch.float32)
-    assert magnitude_mask(weight, NMPattern.parse(pattern)).tolist() == [bits(expected)]
+    assert kept(weight, NMPattern.parse(pattern)).tolist() == [bits(expected)]
 
 
 def test_groups_do_not_cross_rows() -> None:
     weight = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0]])
-    assert magnitude_mask(weight, NMPattern(2, 4)).tolist() == [bits("1100"), bits("0011")]
+    assert kept(weight, NMPattern(2, 4)).tolist() == [bits("1100"), bits("0011")]
 
 
 def stable_sort_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
@@ -81,10 +86,11 @@ def stable_sort_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
 def check_against_the_definition(weight: Tensor, pattern: NMPattern) -> None:
     before = weight.clone()
     mask = magnitude_mask(weight, pattern)
-    assert mask.dtype is torch.bool
-    assert mask.shape == weight.shape
-    assert (mask.reshape(-1, pattern.m).sum(dim=1) == pattern.n).all()
-    assert torch.equal(mask, stable_sort_mask(weight, pattern))
+    assert (mask.dtype, mask.shape) == (torch.uint8, (-(-weight.numel() // 8),))
+    expected = stable_sort_mask(weight, pattern)
+    assert (expected.reshape(-1, pattern.m).sum(dim=1) == pattern.n).all()
+    assert torch.equal(unpack_bits(mask, weight.shape), expected)
+    assert torch.equal(mask, pack_bits(expected))  # zeros fill the last byte
     assert torch.equal(weight, before)
 
 
@@ -134,7 +140,7 @@ def test_other_dtypes(dtype: torch.dtype, pattern: NMPattern) -> None:
 
 def test_fp16_whose_sum_overflows_is_no_nan() -> None:
     weight = torch.tensor([[60000.0, -60000.0, 1.0, 2.0]], dtype=torch.float16)
-    assert magnitude_mask(weight, NMPattern(2, 4)).tolist() == [bits("1100")]
+    assert kept(weight, NMPattern(2, 4)).tolist() == [bits("1100")]
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(1, 16)], ids=str)
@@ -177,7 +183,7 @@ def test_a_row_that_does_not_divide_is_refused() -> None:
 
 def test_apply_mask_makes_no_negative_zero() -> None:
     weight = torch.tensor([[-1.0, -2.0, -INF, -0.0]])
-    masked = apply_mask(weight, torch.tensor([bits("0100")]))
+    masked = apply_mask(weight, mask_of("0100"))
     assert masked.tolist() == [[0.0, -2.0, 0.0, 0.0]]
     assert torch.signbit(masked).tolist() == [bits("0100")]
 
@@ -185,11 +191,20 @@ def test_apply_mask_makes_no_negative_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_apply_mask_keeps_dtype_and_bits(dtype: torch.dtype) -> None:
     weight = torch.randn(4, 8).to(dtype)
-    mask = torch.rand(4, 8) < 0.5
-    masked = apply_mask(weight, mask)
+    keeps = torch.rand(4, 8) < 0.5
+    masked = apply_mask(weight, pack_bits(keeps))
     assert masked.dtype is dtype
-    assert torch.equal(masked[mask], weight[mask])
-    assert not torch.signbit(masked[~mask]).any()
+    assert torch.equal(masked[keeps], weight[keeps])
+    assert not torch.signbit(masked[~keeps]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_pruned_weights_may_fade_instead(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1.0, -2.0, 3.0], [-4.0, INF, -0.0]]).to(dtype)
+    masked = apply_mask(weight, mask_of("100", "010"), pruned_scale=0.5)
+    assert masked.dtype is dtype
+    assert masked.tolist() == [[1.0, -1.0, 1.5], [-2.0, INF, 0.0]]
+    assert torch.signbit(masked).tolist() == [bits("010"), bits("101")]
 
 
 @pytest.mark.parametrize(
@@ -212,26 +227,36 @@ def test_violations_by_hand(pattern: str, row: list[float], violations: int) -> 
 
 
 def test_flips_by_hand() -> None:
-    old = torch.tensor([bits("1100"), bits("0011")])
+    old = mask_of("1100", "0011")
     assert count_flips(old, old).item() == 0
-    assert count_flips(old, torch.tensor([bits("1010"), bits("0011")])).item() == 2
-    assert count_flips(old, torch.tensor([bits("0011"), bits("1100")])).item() == 8
+    assert count_flips(old, mask_of("1010", "0011")).item() == 2
+    assert count_flips(old, mask_of("0011", "1100")).item() == 8
     counted = count_flips(old, ~old)
     assert (counted.shape, counted.dtype) == ((), torch.int64)
 
 
 @given(st.lists(st.booleans(), max_size=70))
 def test_bits_come_back(values: list[bool]) -> None:
-    mask = torch.tensor(values, dtype=torch.bool)
-    packed = pack_bits(mask)
-    assert (packed.dtype, len(packed)) == (torch.uint8, -(-len(values) // 8))
-    assert torch.equal(unpack_bits(packed, mask.shape), mask)
+    booleans = torch.tensor(values, dtype=torch.bool)
+    mask = pack_bits(booleans)
+    assert mask.dtype is torch.uint8
+    padded = values + [False] * (-len(values) % 8)
+    by_hand = [sum(padded[start + i] << i for i in range(8)) for start in range(0, len(padded), 8)]
+    assert mask.tolist() == by_hand
+    assert torch.equal(unpack_bits(mask, booleans.shape), booleans)
+
+
+def test_every_byte_comes_back() -> None:
+    mask = torch.arange(256, dtype=torch.uint8)
+    booleans = unpack_bits(mask, torch.Size([2048]))
+    assert booleans.view(torch.uint8).max() == 1  # other bytes are no booleans, though torch does not say so
+    assert torch.equal(pack_bits(booleans), mask)
 
 
 def test_bits_by_hand() -> None:
-    mask = torch.tensor([[True, False, False, True, False], [True, False, False, False, True]])
-    assert pack_bits(mask).tolist() == [0b00101001, 0b10]
-    assert torch.equal(unpack_bits(torch.tensor([0b00101001, 0b10], dtype=torch.uint8), mask.shape), mask)
+    booleans = torch.tensor([[True, False, False, True, False], [True, False, False, False, True]])
+    assert pack_bits(booleans).tolist() == [0b00101001, 0b10]
+    assert torch.equal(unpack_bits(torch.tensor([0b00101001, 0b10], dtype=torch.uint8), booleans.shape), booleans)
 
 
 def test_bits_of_another_size_are_refused() -> None:
@@ -244,5 +269,5 @@ def test_bits_of_another_size_are_refused() -> None:
 def test_random_masks_keep_n_of_m() -> None:
     generator = torch.Generator().manual_seed(1)
     mask = random_mask(torch.zeros(64, 32), NMPattern(3, 8), generator)
-    assert (mask.reshape(-1, 8).sum(dim=1) == 3).all()
+    assert (unpack_bits(mask, torch.Size([256, 8])).sum(dim=1) == 3).all()
     assert not torch.equal(mask, random_mask(torch.zeros(64, 32), NMPattern(3, 8), generator))

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.layers import KernelLinear, PackedLinear
-from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.packing import pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 
@@ -124,16 +124,21 @@ def check_masks() -> None:
         TWO_OF_FOUR,
         NMPattern(1, 4),
         NMPattern(4, 8),
+        NMPattern(1, 2),
+        NMPattern(1, 16),
         NMPattern(3, 5),
         NMPattern(16, 32),
         NMPattern(31, 32),
     ):
         weight = torch.randn(37, 29 * pattern.m).round(decimals=1)  # with ties
-        mask = torch.rand(weight.shape) < 0.5
+        mask = pack_bits(torch.rand(weight.shape) < 0.5)
         before = mask.clone()
         flips = native.rank(weight, mask, pattern)
         assert torch.equal(mask, magnitude_mask(weight.double(), pattern))  # only fp32 takes the library
-        assert flips == int((mask != before).sum())
+        assert flips == int(count_flips(mask, before))
+        for scale in (0.0, 0.3):
+            expected = apply_mask(weight.double(), mask, torch.float32, pruned_scale=scale)
+            torch.testing.assert_close(native.masked(weight, mask, scale), expected, rtol=2e-7, atol=0)
         gradient = torch.randn(weight.shape)
         expected = gradient.double() + apply_mask(weight.double(), ~mask) * 0.25
         native.decay_pruned(weight, mask, gradient, 0.25)
@@ -696,15 +701,15 @@ def test_masks_are_those_of_torch(data: st.DataObject) -> None:
     inf = float("inf")
     pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, inf, -inf, 1e-45, -1e-45, 3e38]), max_size=6))
     weight = numbers((rows, groups * m), pool, generator)
-    mask = torch.rand(weight.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    mask = pack_bits(torch.rand(weight.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0])))
     before, kept = mask.clone(), weight.clone()
     assert native.can_rank(weight)
     flips = native.rank(weight, mask, pattern)
     assert torch.equal(mask, magnitude_mask(weight.double(), pattern))  # the library takes fp32 alone
-    assert flips == int((mask != before).sum())
+    assert flips == int(count_flips(mask, before))
     assert torch.equal(weight, kept)
     if rows:
-        assert mask[0].tolist() == plain_mask(weight[0].tolist(), pattern)
+        assert unpack_bits(mask, weight.shape)[0].tolist() == plain_mask(weight[0].tolist(), pattern)
         bad = weight.clone()
         place = data.draw(st.integers(0, bad.numel() - 1))
         bad.view(-1)[place] = data.draw(st.sampled_from([float("nan"), -float("nan")]))
@@ -715,13 +720,13 @@ def test_masks_are_those_of_torch(data: st.DataObject) -> None:
     finite = weight.nan_to_num(0.0, 1.0, -1.0).clamp(-1e30, 1e30)
     gradient = numbers((rows, groups * m), [0.0, -0.0, 1e-30], generator)
     found = gradient.clone()
-    mask = torch.rand(weight.shape, generator=generator) < 0.5
-    native.decay_pruned(finite, mask, found, decay)
-    assert torch.equal(found[mask], gradient[mask])
+    keeps = torch.rand(weight.shape, generator=generator) < 0.5
+    native.decay_pruned(finite, pack_bits(keeps), found, decay)
+    assert torch.equal(found[keeps], gradient[keeps])
     term = decay * finite.double()
     # Two roundings, of the product and of the sum, or one where they are one instruction.
     error = 2.0**-23 * (gradient.double().abs() + term.abs()) + 2.0**-149
-    assert ((found.double() - (gradient.double() + term)).abs() <= error)[~mask].all()
+    assert ((found.double() - (gradient.double() + term)).abs() <= error)[~keeps].all()
 
 
 def test_masks_of_many_groups_on_many_threads() -> None:
@@ -729,9 +734,9 @@ def test_masks_of_many_groups_on_many_threads() -> None:
     for pattern in (TWO_OF_FOUR, NMPattern(4, 8), NMPattern(5, 32)):
         expected = magnitude_mask(weight.double(), pattern)
         for count in (1, 2, 3):
-            mask = torch.zeros(weight.shape, dtype=torch.bool)
+            mask = torch.zeros(weight.numel() // 8, dtype=torch.uint8)
             with threads(count):
-                assert native.rank(weight, mask, pattern) == mask.numel() * pattern.n // pattern.m
+                assert native.rank(weight, mask, pattern) == weight.numel() * pattern.n // pattern.m
                 assert torch.equal(mask, expected)
                 assert native.rank(weight, mask, pattern) == 0
     weight[-1, -1] = float("nan")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
+from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask, pack_bits
 from hf_nmsparse.packing import (
     VALUE_DTYPES,
     PackedFormatError,
@@ -166,7 +166,7 @@ def test_round_trip_of_wide_patterns_is_exact(data: st.DataObject) -> None:
     codes = torch.tensor([row_of_codes(ranks, code_bits(pattern))], dtype=torch.uint8)
     mask = decode(codes, pattern, len(ranks))
     assert encode(mask, pattern).tolist() == codes.tolist()
-    weight = apply_mask(-torch.rand(mask.shape) - 1, mask)
+    weight = apply_mask(-torch.rand(mask.shape) - 1, pack_bits(mask))
     packed = pack(weight, pattern)
     assert packed["weight_indices"].tolist() == codes.tolist()
     assert same_bits(unpack(packed["weight"], codes, pattern), weight)

@@ -160,7 +160,7 @@ class TestSavePacked:
     def test_the_mask_in_use_is_the_one_that_is_written(self, tmp_path: Path) -> None:
         model = training()
         layer = model.get_submodule(FC1)
-        layer.mask = torch.tensor([True, True, False, False]).repeat(64, 8)
+        layer.mask = torch.full((64 * 32 // 8,), 0b0011_0011, dtype=torch.uint8)
         save_packed(model, tmp_path)
         assert not load_file(tmp_path / "model.safetensors")[f"{FC1}.weight_indices"].any()
 

@@ -276,7 +276,7 @@ def test_finalize_keeps_what_a_fixed_mask_keeps() -> None:
     layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), NMPattern(2, 4))
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
-    layer.mask, layer.fixed_mask = torch.tensor([[True, True, False, False]]), True
+    layer.mask, layer.fixed_mask = torch.tensor([0b0011], dtype=torch.uint8), True
     finalize(layer)
     assert layer.weight.tolist() == [[1.0, 2.0, 0.0, 0.0]]
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.masks import apply_mask, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.sparsify import sparsify
 from hf_nmsparse.srste import METHODS, StepContext, soft_scale, soft_threshold, straight_through
+from tests.tiny import kept
 
 WEIGHT = [[4.0, -1.0, 2.0, -3.0], [0.5, 1.0, -1.0, 0.25]]
 MASK = [[True, False, False, True], [False, True, True, False]]
@@ -53,7 +54,7 @@ def test_the_forward_uses_the_masked_weight() -> None:
 
 def test_straight_through_passes_the_dense_gradient() -> None:
     weight = torch.tensor(WEIGHT, requires_grad=True)
-    masked = straight_through(weight, apply_mask(weight.detach(), torch.tensor(MASK)))
+    masked = straight_through(weight, apply_mask(weight.detach(), pack_bits(torch.tensor(MASK))))
     assert masked.tolist() == [[4, 0, 0, -3], [0, 1, -1, 0]]
     gradient = torch.arange(8.0).reshape(2, 4)
     masked.backward(gradient)
@@ -63,7 +64,7 @@ def test_straight_through_passes_the_dense_gradient() -> None:
 
 def test_straight_through_is_differentiable_twice() -> None:
     weight = torch.tensor(WEIGHT, requires_grad=True)
-    masked = straight_through(weight, apply_mask(weight.detach(), torch.tensor(MASK)))
+    masked = straight_through(weight, apply_mask(weight.detach(), pack_bits(torch.tensor(MASK))))
     (gradient,) = torch.autograd.grad((masked**2).sum(), weight, create_graph=True)
     assert gradient.tolist() == [[8, 0, 0, -6], [0, 2, -2, 0]]
     (second,) = torch.autograd.grad(gradient.sum(), weight)
@@ -125,7 +126,7 @@ def test_masked_decay_leaves_the_moments_to_the_loss() -> None:
 
 def test_the_soft_threshold_by_hand() -> None:
     # The largest pruned magnitude is 2 in the first group and 0.5 in the second.
-    weight, mask = torch.tensor(WEIGHT), torch.tensor(MASK)
+    weight, mask = torch.tensor(WEIGHT), pack_bits(torch.tensor(MASK))
     assert soft_threshold(weight, mask, NMPattern(2, 4)).tolist() == [[2, 0, 0, -1], [0, 0.5, -0.5, 0]]
     # <w, S> = 8 + 3 + 0.5 + 0.5 over 4 + 1 + 0.25 + 0.25
     assert float(soft_scale(weight, mask, NMPattern(2, 4))) == pytest.approx(12 / 5.5)
@@ -186,10 +187,10 @@ def test_random_masks_are_drawn_and_kept() -> None:
     SparseStep(again, torch.optim.SGD(again.parameters(), lr=LR), "random")
     assert again.mask is not None
     assert torch.equal(again.mask, masks[-1])
-    kept = torch.cat(masks)
-    assert (kept.sum(dim=1) == 2).all()
+    keeps = unpack_bits(torch.cat(masks), torch.Size([80, 4]))
+    assert (keeps.sum(dim=1) == 2).all()
     # 80 groups: each of the four places is kept in half of them, give or take 5 standard deviations.
-    assert ((kept.sum(dim=0) - 40).abs() < 5 * math.sqrt(80 * 0.25)).all()
+    assert ((keeps.sum(dim=0) - 40).abs() < 5 * math.sqrt(80 * 0.25)).all()
 
 
 @pytest.mark.parametrize(("at", "share"), [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)])
@@ -228,7 +229,7 @@ def test_the_default_decay(method: str, decay: float) -> None:
 
 def test_asp_gives_pruned_weights_no_gradient_even_where_it_is_infinite() -> None:
     gradient = torch.tensor([[1.0, math.inf, -math.inf, 2.0]])
-    METHODS["asp"].rule(torch.zeros(1, 4), gradient, torch.tensor([MASK[0]]), StepContext(LR))
+    METHODS["asp"].rule(torch.zeros(1, 4), gradient, pack_bits(torch.tensor([MASK[0]])), StepContext(LR))
     assert gradient.tolist() == [[1.0, 0.0, 0.0, 2.0]]
 
 
@@ -270,12 +271,12 @@ class Problem:
             optimizer.zero_grad()
             (0.5 * (linear(self.input) - self.target) ** 2).sum().div(16).backward()
             optimizer.step()
-        assert not torch.equal(magnitude_mask(linear.weight, NMPattern(2, 4)), self.mask(self.start))
+        assert not torch.equal(self.mask(linear.weight), self.mask(self.start))
         return linear.weight.detach()
 
     @staticmethod
     def mask(weight: Tensor) -> Tensor:
-        return magnitude_mask(weight, NMPattern(2, 4))
+        return kept(weight, NMPattern(2, 4))
 
 
 def test_the_coupled_term_runs_through_momentum() -> None:

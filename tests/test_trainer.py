@@ -42,7 +42,7 @@ from hf_nmsparse.trainer import (
     last_whole_checkpoint,
     pair_lengths,
 )
-from tests.tiny import collator, marian, token_pairs
+from tests.tiny import collator, kept, marian, token_pairs
 
 
 def arguments(folder: Path, **settings: Any) -> SparseTrainingArguments:
@@ -136,7 +136,7 @@ def test_one_step_by_hand(tmp_path: Path) -> None:
     for name, module in model.named_modules():
         if isinstance(module, NMLinear):
             weight = module.weight.detach()
-            pruned = ~magnitude_mask(weight, module.pattern)
+            pruned = ~kept(weight, module.pattern)
             assert module.weight.grad is not None
             expected = weight - 0.05 * (module.weight.grad + 0.5 * pruned * weight)
             # fp32 rounding of weights below 0.1
@@ -194,7 +194,7 @@ def test_flips_counted_over_two_steps_by_hand(tmp_path: Path) -> None:
         if steps:
             train(tmp_path, model=model, optim="adamw_torch", learning_rate=0.01, max_steps=steps)
         layer = model.model.encoder.layers[0].fc1
-        masks.append(magnitude_mask(layer.weight, layer.pattern))
+        masks.append(kept(layer.weight, layer.pattern))
     flips = int((masks[0] != masks[1]).sum()) + int((masks[1] != masks[2]).sum())
     trainer = train(tmp_path, optim="adamw_torch", learning_rate=0.01, max_steps=2, logging_steps=2)
     assert trainer.state.log_history[0]["sad/model.encoder.layers.0.fc1"] == flips / 2
@@ -405,7 +405,7 @@ def test_asp_keeps_its_masks(tmp_path: Path) -> None:
     model = marian()
     sparsify(model, NMSparseConfig("2:4"))
     layer = model.model.decoder.layers[0].fc2
-    mask = magnitude_mask(layer.weight, layer.pattern)
+    mask = kept(layer.weight, layer.pattern)
     trainer = train(
         tmp_path, model=model, sparse_method="asp", sparse_decay=None, optim="adamw_torch", weight_decay=0.1
     )
@@ -494,8 +494,9 @@ def test_layers_are_logged_whole(tmp_path: Path) -> None:
     assert trainer.model is not None
     layer = trainer.model.get_submodule(rows[0]["layer"])
     assert isinstance(layer, NMLinear)
-    assert rows[0]["kept"] == pytest.approx(layer.weight[layer.current_mask()].abs().mean().item())
-    assert rows[0]["pruned"] == pytest.approx(layer.weight[~layer.current_mask()].abs().mean().item())
+    mask = kept(layer.weight, layer.pattern)
+    assert rows[0]["kept"] == pytest.approx(layer.weight[mask].abs().mean().item())
+    assert rows[0]["pruned"] == pytest.approx(layer.weight[~mask].abs().mean().item())
 
 
 def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny configurations and a Marian model of them, and tokenised pairs of uneven length for the tests of training."""
+"""Tiny configurations and a Marian model of them, tokenised pairs of uneven length, and masks as booleans."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
+from hf_nmsparse.masks import magnitude_mask, unpack_bits
+from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.tokenizer import train_tokenizer
 
 VOCABULARY = 300
@@ -61,6 +64,11 @@ def marian(seed: int = 0, **overrides: Any) -> MarianMTModel:
         "forced_eos_token_id": None,
     }
     return MarianMTModel(MarianConfig(**(settings | overrides)))
+
+
+def kept(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """Which weights the magnitude mask keeps, as booleans of their shape."""
+    return unpack_bits(magnitude_mask(weight, pattern), weight.shape)
 
 
 def token_pairs(count: int, seed: int = 0) -> Dataset:

@@ -51,27 +51,25 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
 
     Args:
         weight: ``[..., in_features]`` that `can_rank` takes; ``in_features`` is a multiple of ``pattern.m``.
-        mask: Booleans of the same shape, contiguous.
+        mask: Its bits of before, as `masks` lays them out.
         pattern: The pattern.
 
     Returns:
-        How many entries of ``mask`` changed, a 0-d fp64 tensor on the device; NaN where a weight is NaN, and ``mask``
+        How many bits of ``mask`` changed, a 0-d fp64 tensor on the device; NaN where a weight is NaN, and ``mask``
         is undefined then.
     """
     check_mask(weight, mask)
     changed = torch.zeros((), dtype=torch.float64, device=weight.device)
-    width = 1 << (pattern.m - 1).bit_length()
-    block, groups = max(_BLOCK // width, 1), weight.numel() // pattern.m
-    if groups:
+    if weight.numel():
         with torch.cuda.device_of(weight):
-            _kernels().rank[-(-groups // block),](
-                weight.detach(), mask, changed, groups, pattern.n, pattern.m, width, block
+            _kernels().rank[_blocks(weight)](
+                weight.detach(), mask, changed, weight.numel(), pattern.n, pattern.m, _BLOCK // 8
             )
     return changed
 
 
 def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:
-    """``gradient += decay * weight`` where ``mask`` prunes; all three are contiguous and of one shape."""
+    """``gradient += decay * weight`` where ``mask`` prunes; both are contiguous and of one shape."""
     check_mask(weight, mask)
     assert gradient.is_contiguous()
     assert gradient.shape == weight.shape
@@ -80,13 +78,13 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
             _kernels().decay_pruned[_blocks(weight)](weight.detach(), mask, gradient, decay, weight.numel(), _BLOCK)
 
 
-def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``weight`` where ``mask`` keeps it, +0.0 elsewhere, in ``dtype``; both are contiguous and of one shape."""
+def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None, pruned_scale: float = 0.0) -> Tensor:
+    """``weight`` where ``mask`` keeps it and ``pruned_scale`` times it elsewhere, or +0.0 where that is 0."""
     check_mask(weight, mask)
     kept = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if weight.numel():
         with torch.cuda.device_of(weight):
-            _kernels().masked[_blocks(weight)](weight.detach(), mask, kept, weight.numel(), _BLOCK)
+            _kernels().masked[_blocks(weight)](weight.detach(), mask, kept, pruned_scale, weight.numel(), _BLOCK)
     return kept
 
 

@@ -42,7 +42,7 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
-_ABI = 1
+_ABI = 2
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "dense_int8": torch.int8}
@@ -57,7 +57,7 @@ _SIGNATURES = {
     "nms_multiply": (None, "illlplpppi"),
     "nms_rank": ("l", "pplii"),
     "nms_decay": (None, "pppfl"),
-    "nms_apply": (None, "pppl"),
+    "nms_apply": (None, "pppfl"),
 }
 _TYPES = {
     "i": ctypes.c_int32,
@@ -273,11 +273,11 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> int:
 
     Args:
         weight: ``[..., in_features]`` that `can_rank` takes; ``in_features`` is a multiple of ``pattern.m``.
-        mask: Booleans of the same shape, contiguous.
+        mask: Its bits of before, as `masks` lays them out.
         pattern: The pattern.
 
     Returns:
-        How many entries of ``mask`` changed.
+        How many bits of ``mask`` changed.
 
     Raises:
         ValueError: A weight is NaN; ``mask`` is undefined then.
@@ -293,7 +293,7 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> int:
 def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:
     """``gradient += decay * weight`` where ``mask`` prunes, in one pass.
 
-    All three are contiguous and of one shape; ``weight`` and ``gradient`` are fp32.
+    ``weight`` and ``gradient`` are fp32, contiguous and of one shape.
     """
     check_mask(weight, mask)
     assert gradient.is_contiguous()
@@ -305,12 +305,13 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
 _LENT = threading.local()
 
 
-def masked(weight: Tensor, mask: Tensor, transient: bool = False) -> Tensor:
-    """``weight`` where ``mask`` keeps it, +0.0 elsewhere; both are contiguous and of one shape.
+def masked(weight: Tensor, mask: Tensor, pruned_scale: float = 0.0, transient: bool = False) -> Tensor:
+    """``weight`` where ``mask`` keeps it, ``pruned_scale`` times it elsewhere, or +0.0 where that is 0.
 
     Args:
         weight: What `can_rank` takes.
-        mask: Booleans.
+        mask: Its mask.
+        pruned_scale: As said.
         transient: Whether the caller is done with the result before this thread asks for the next one. It lies in
             memory that is used again then: fresh memory for each product would leave gaps between what stays.
     """
@@ -323,15 +324,15 @@ def masked(weight: Tensor, mask: Tensor, transient: bool = False) -> Tensor:
         kept = lent[: weight.numel()].view(weight.shape)
     else:
         kept = torch.empty_like(weight)
-    _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), weight.numel())
+    _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), pruned_scale, weight.numel())
     return kept
 
 
 def check_mask(weight: Tensor, mask: Tensor) -> None:
-    """What every kernel on masks counts on: booleans of the weight's shape, without gaps."""
-    assert mask.dtype == torch.bool
+    """What every kernel on masks counts on: a bit for each weight, without gaps."""
+    assert mask.dtype == torch.uint8
     assert mask.is_contiguous()
-    assert mask.shape == weight.shape
+    assert mask.shape == (-(-weight.numel() // 8),)
 
 
 def nan_error(weight: Tensor) -> ValueError:

@@ -40,7 +40,7 @@ void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const v
                   const uint8_t* packed, const void* bias, void* y, int32_t number);
 int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m);
 void nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
-void nms_apply(const float* weight, const uint8_t* mask, float* masked, int64_t count);
+void nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
 }
 
 namespace {
@@ -493,7 +493,17 @@ void check_callers() {
 
 // ---- masks ----------------------------------------------------------------------------------------------------------
 
-// The mask of `weight` by sorting, over `mask`; returns how many entries changed.
+// A mask of `count` weights at random; zeros fill the last byte.
+Array<uint8_t> random_mask(int64_t count) {
+    Array<uint8_t> mask((count + 7) / 8);
+    for (int64_t i = 0; i < mask.count; i++) mask[i] = 0;
+    for (int64_t i = 0; i < count; i++) mask[i / 8] = static_cast<uint8_t>(mask[i / 8] | draw.coin() << (i % 8));
+    return mask;
+}
+
+bool kept(const Array<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
+
+// The mask of `weight` by sorting, over `mask`; returns how many bits changed.
 int64_t rank_by_sorting(const Array<float>& weight, const Array<uint8_t>& mask, int64_t groups, int n, int m) {
     int64_t flips = 0;
     for (int64_t g = 0; g < groups; g++) {
@@ -503,9 +513,10 @@ int64_t rank_by_sorting(const Array<float>& weight, const Array<uint8_t>& mask, 
             return std::fabs(weight[g * m + a]) > std::fabs(weight[g * m + b]);
         });
         for (int i = 0; i < m; i++) {
-            uint8_t& keep = mask[g * m + order[static_cast<size_t>(i)]];
-            flips += keep != (i < n);
-            keep = i < n;
+            const int64_t place = g * m + order[static_cast<size_t>(i)];
+            if (kept(mask, place) == (i < n)) continue;
+            mask[place / 8] = static_cast<uint8_t>(mask[place / 8] ^ 1 << (place % 8));
+            flips++;
         }
     }
     return flips;
@@ -516,11 +527,9 @@ void check_rank_of(int64_t groups, int n, int m, bool split) {
     const float few[] = {0.0f, -0.0f, 1.0f, -1.0f, 2.0f, -2.0f, 1e-41f, infinity};
     const bool ties = draw.coin();
     Array<float> weight(groups * m);
-    Array<uint8_t> mask(groups * m), expected(groups * m);
-    for (int64_t i = 0; i < weight.count; i++) {
-        weight[i] = ties ? few[draw.below(8)] : draw.uniform();
-        mask[i] = expected[i] = draw.coin();
-    }
+    const Array<uint8_t> mask = random_mask(groups * m), expected(mask.count);
+    for (int64_t i = 0; i < mask.count; i++) expected[i] = mask[i];
+    for (int64_t i = 0; i < weight.count; i++) weight[i] = ties ? few[draw.below(8)] : draw.uniform();
     const int64_t flips = rank_by_sorting(weight, expected, groups, n, m);
     const auto rank = [&] { return nms_rank(weight.data(), mask.data(), groups, n, m); };
     if (split)
@@ -538,13 +547,12 @@ void check_rank_of(int64_t groups, int n, int m, bool split) {
 void check_decay_of(int64_t count, bool split) {
     describe("decay of %lld weights", static_cast<long long>(count));
     Array<float> weight(count), gradient(count), expected(count);
-    Array<uint8_t> mask(count);
+    const Array<uint8_t> mask = random_mask(count);
     const float decay = 2e-4f;
     for (int64_t i = 0; i < count; i++) {
         weight[i] = draw.uniform();
         gradient[i] = expected[i] = draw.uniform();
-        mask[i] = draw.coin();
-        if (!mask[i]) expected[i] += decay * weight[i];
+        if (!kept(mask, i)) expected[i] += decay * weight[i];
     }
     const auto work = [&] { nms_decay(weight.data(), mask.data(), gradient.data(), decay, count); };
     if (split)
@@ -555,15 +563,15 @@ void check_decay_of(int64_t count, bool split) {
 }
 
 void check_apply_of(int64_t count, bool split) {
-    describe("masking %lld weights", static_cast<long long>(count));
+    const float scale = draw.coin() ? 0.0f : 0.3f;
+    describe("masking %lld weights, the pruned times %g", static_cast<long long>(count), static_cast<double>(scale));
     Array<float> weight(count), masked(count), expected(count);
-    Array<uint8_t> mask(count);
+    const Array<uint8_t> mask = random_mask(count);
     for (int64_t i = 0; i < count; i++) {
         weight[i] = draw.below(8) == 0 ? -infinity : draw.uniform();
-        mask[i] = draw.coin();
-        expected[i] = mask[i] ? weight[i] : 0.0f;
+        expected[i] = kept(mask, i) ? weight[i] : scale == 0 ? 0.0f : scale * weight[i];
     }
-    const auto work = [&] { nms_apply(weight.data(), mask.data(), masked.data(), count); };
+    const auto work = [&] { nms_apply(weight.data(), mask.data(), masked.data(), scale, count); };
     if (split)
         in_parallel(work, "masking was not split");
     else

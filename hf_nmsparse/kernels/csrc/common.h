@@ -5,6 +5,7 @@
 #include <cstring>
 
 #define NMS_INLINE inline __attribute__((always_inline))
+#define NMS_ALWAYS __attribute__((always_inline))  // of lambdas
 #define NMS_NOINLINE __attribute__((noinline))
 #define NMS_UNROLL _Pragma("GCC unroll 16")
 
@@ -55,7 +56,7 @@ struct Unit {
     void (*multiply_pairs)(const Product& product);  // sparse bf16 times bf16; null where `multiply` does it
     void (*rank)(const float* weight, uint8_t* mask, int64_t groups, int n, int m, int64_t* flips, int32_t* nan);
     void (*decay)(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
-    void (*apply)(const float* weight, const uint8_t* mask, float* masked, int64_t count);
+    void (*apply)(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
 };
 
 extern const Unit scalar_unit;

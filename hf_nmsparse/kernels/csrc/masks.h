@@ -1,4 +1,5 @@
-// N:M masks of fp32 weights and the decay of what they prune, one pass each. Plain loops that compilers vectorise.
+// N:M masks of fp32 weights, one pass each. A mask holds a bit a weight, the first of eight in the lowest bit of a byte;
+// zeros fill the last byte.
 #pragma once
 #include "common.h"
 
@@ -6,50 +7,81 @@ namespace nms {
 
 template <class V>
 struct Masks {
-    static constexpr int64_t together = 64;  // groups that are ranked side by side
+    using Float = typename V::Float;
+    using Int = typename V::Int;
 
-    // Magnitudes of finite numbers and infinities order as their bits do; those of NaN lie above.
-    static NMS_INLINE int32_t magnitude(const float* weight) {
-        int32_t bits;
-        std::memcpy(&bits, weight, 4);
-        return bits & 0x7fffffff;
+    static constexpr int64_t together = 64;  // groups that are ranked in one go: their bits are whole bytes
+    static constexpr int widest = 32;        // of all groups
+    static constexpr int32_t infinity = 0x7f800000;
+
+    // Calls work(i, here) for the vectors of [begin, end), the last of which may not be full.
+    template <class Work>
+    static NMS_INLINE void for_vectors(int64_t begin, int64_t end, const Work& work) {
+        int64_t i = begin;
+        for (; i + V::lanes <= end; i += V::lanes) work(i, V::lanes);
+        if (i < end) work(i, static_cast<int>(end - i));
+    }
+    static NMS_INLINE Float load(const float* p, int here) { return here == V::lanes ? V::load(p) : V::load(p, here); }
+    static NMS_INLINE void store(float* p, Float a, int here) {
+        here == V::lanes ? V::store(p, a) : V::store(p, a, here);
     }
 
-    // Of equal magnitudes the lower index wins. `mask` holds the mask of before and gets the new one; returns how many
-    // entries differ. `nan` becomes 1 where a weight is NaN.
-    static NMS_INLINE int64_t rank_two_of_four(const float* w, uint8_t* mask, int64_t groups, int32_t* nan) {
-        uint32_t changed = 0;
-        int32_t largest = 0;
-        for (int64_t g = 0; g < groups; g++) {
-            const int32_t a = magnitude(w + 4 * g), b = magnitude(w + 4 * g + 1), c = magnitude(w + 4 * g + 2),
-                          d = magnitude(w + 4 * g + 3);
-            const uint8_t ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-            const uint8_t keep_a = (ab & ac) | (ad & (ab | ac));  // wins two of its three comparisons
-            const uint8_t lost_b = ab ^ 1, lost_c = ac ^ 1, less_c = bc ^ 1;
-            const uint8_t keep_b = (lost_b & bc) | (bd & (lost_b | bc));
-            const uint8_t keep_c = (lost_c & less_c) | (cd & (lost_c | less_c));
-            const uint8_t keep_d = keep_a ^ keep_b ^ keep_c;
-            uint8_t* m = mask + 4 * g;
-            changed += (m[0] ^ keep_a) + (m[1] ^ keep_b) + (m[2] ^ keep_c) + (m[3] ^ keep_d);
-            m[0] = keep_a;
-            m[1] = keep_b;
-            m[2] = keep_c;
-            m[3] = keep_d;
-            const int32_t ab_most = a > b ? a : b, cd_most = c > d ? c : d;
-            const int32_t most = ab_most > cd_most ? ab_most : cd_most;
-            largest = most > largest ? most : largest;
-        }
-        if (largest > 0x7f800000) *nan = 1;
+    static NMS_INLINE uint32_t load_bits(const uint8_t* mask, int count) {
+        uint32_t bits = 0;
+        std::memcpy(&bits, mask, static_cast<size_t>((count + 7) / 8));
+        return bits;
+    }
+
+    // Over the bits of before; returns how many differ.
+    static NMS_INLINE int64_t renew_bits(uint8_t* mask, uint32_t bits, int count) {
+        const int changed = __builtin_popcount(bits ^ load_bits(mask, count));
+        std::memcpy(mask, &bits, static_cast<size_t>((count + 7) / 8));
         return changed;
     }
 
-    static NMS_INLINE int64_t rank_any(const float* w, uint8_t* mask, int64_t groups, int n, int m, int32_t* nan) {
-        int32_t magnitudes[32][together];
-        int32_t losses[32][together];
+    // The two functions that follow write the masks of `count` weights, of which a weight stays where fewer than n of
+    // its group beat it: those of larger magnitude, and of equal magnitude those before it. They return how many bits
+    // changed. Magnitudes of numbers order as their bits do, and those of NaN, which set `nan`, lie above.
+
+    // Groups that fill a vector together. Every lane meets the others of its group, one after another.
+    template <int m>
+    static NMS_INLINE int64_t rank_lanes(const float* weight, uint8_t* mask, int64_t count, int n, int32_t* nan) {
+        Int places[m], handicaps[m];
+        for (int rival = 1; rival < m; rival++) {
+            int32_t place[V::lanes], handicap[V::lanes];
+            for (int lane = 0; lane < V::lanes; lane++) {
+                place[lane] = lane / m * m + (lane + rival) % m;
+                handicap[lane] = place[lane] < lane ? -1 : 0;  // a tie goes to the one before
+            }
+            places[rival] = V::load_int(place);
+            handicaps[rival] = V::load_int(handicap);
+        }
+        const Int enough = V::set_int(n), limit = V::set_int(infinity), digits = V::set_int(0x7fffffff);
+        int64_t changed = 0;
+        uint32_t broken = 0;
+        for_vectors(0, count, [&](int64_t i, int here) NMS_ALWAYS {
+            const Int own = V::both(V::as_int(load(weight + i, here)), digits);
+            Int lost = V::zero();
+            NMS_UNROLL
+            for (int rival = 1; rival < m; rival++)
+                lost = V::count_less(lost, V::sum(own, handicaps[rival]), V::permute(own, places[rival]));
+            broken |= V::less(limit, own);
+            const uint32_t there = static_cast<uint32_t>((uint64_t{1} << here) - 1);
+            changed += renew_bits(mask + i / 8, V::less(lost, enough) & there, here);
+        });
+        if (broken) *nan = 1;
+        return changed;
+    }
+
+    // Groups of any width, side by side. Of every two members one loses.
+    static NMS_INLINE int64_t rank_any(const float* weight, uint8_t* mask, int64_t count, int n, int m, int32_t* nan) {
+        int32_t magnitudes[widest][together] = {}, losses[widest][together];
         int32_t largest = 0;
-        for (int64_t g = 0; g < groups; g++)
+        for (int64_t g = 0; g < count / m; g++)
             for (int i = 0; i < m; i++) {
-                magnitudes[i][g] = magnitude(w + g * m + i);
+                int32_t bits;
+                std::memcpy(&bits, weight + g * m + i, 4);
+                magnitudes[i][g] = bits & 0x7fffffff;
                 largest = magnitudes[i][g] > largest ? magnitudes[i][g] : largest;
             }
         for (int i = 0; i < m; i++)
@@ -62,31 +94,40 @@ struct Masks {
                     losses[i][g] -= first_wins;
                 }
         int64_t changed = 0;
-        for (int64_t g = 0; g < groups; g++)
+        uint32_t bits = 0;
+        int filled = 0;
+        for (int64_t g = 0; g < count / m; g++)
             for (int i = 0; i < m; i++) {
-                const uint8_t keep = losses[i][g] < n;
-                changed += mask[g * m + i] ^ keep;
-                mask[g * m + i] = keep;
+                bits |= static_cast<uint32_t>(losses[i][g] < n) << filled;
+                if (++filled < 8) continue;
+                changed += renew_bits(mask++, bits, 8);
+                bits = 0;
+                filled = 0;
             }
-        if (largest > 0x7f800000) *nan = 1;
+        if (filled) changed += renew_bits(mask, bits, filled);
+        if (largest > infinity) *nan = 1;
         return changed;
     }
 
+    static NMS_NOINLINE int64_t rank_span(const float* weight, uint8_t* mask, int64_t count, int n, int m,
+                                          int32_t* nan) {
+        if (m == 2) return rank_lanes<2>(weight, mask, count, n, nan);
+        if (m == 4) return rank_lanes<4>(weight, mask, count, n, nan);
+        if (m == 8) return rank_lanes<8>(weight, mask, count, n, nan);
+        if constexpr (V::lanes == 16)
+            if (m == 16) return rank_lanes<16>(weight, mask, count, n, nan);
+        return rank_any(weight, mask, count, n, m, nan);
+    }
+
     static void rank(const float* weight, uint8_t* mask, int64_t groups, int n, int m, int64_t* flips, int32_t* nan) {
-        const int64_t spans = blocks_of(groups, together);
+        const int64_t size = together * m, count = groups * m;
         int64_t all = 0;
         int32_t bad = 0;
-        parallel(spans, larger(1, 32768 / (together * m)), [&](int64_t begin, int64_t end) {
+        parallel(blocks_of(count, size), larger(1, 32768 / size), [&](int64_t begin, int64_t end) {
             int64_t changed = 0;
             int32_t nan_here = 0;
-            for (int64_t span = begin; span < end; span++) {
-                const int64_t first = span * together, count = smaller(together, groups - first);
-                const float* w = weight + first * m;
-                if (n == 2 && m == 4)
-                    changed += rank_two_of_four(w, mask + first * m, count, &nan_here);
-                else
-                    changed += rank_any(w, mask + first * m, count, n, m, &nan_here);
-            }
+            for (int64_t first = begin * size; first < smaller(end * size, count); first += size)
+                changed += rank_span(weight + first, mask + first / 8, smaller(size, count - first), n, m, &nan_here);
             __atomic_fetch_add(&all, changed, __ATOMIC_RELAXED);
             if (nan_here) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
         });
@@ -96,27 +137,33 @@ struct Masks {
 
     static constexpr int64_t span = 4096;
 
+    // gradient += decay * weight where the mask prunes.
     static void decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count) {
         parallel(blocks_of(count, span), 8, [=](int64_t begin, int64_t end) {
-            const int64_t first = begin * span;
-            decay_span(weight + first, mask + first, gradient + first, decay, smaller(end * span, count) - first);
+            for_vectors(begin * span, smaller(end * span, count), [=](int64_t i, int here) NMS_ALWAYS {
+                const uint32_t bits = load_bits(mask + i / 8, here);
+                const Float term = V::keep(~bits, V::mul(V::set(decay), load(weight + i, here)));
+                store(gradient + i, V::add(load(gradient + i, here), term), here);
+            });
         });
-    }
-    static NMS_NOINLINE void decay_span(const float* __restrict weight, const uint8_t* __restrict mask,
-                                        float* __restrict gradient, float decay, int64_t count) {
-        for (int64_t i = 0; i < count; i++) gradient[i] += mask[i] ? 0.0f : decay * weight[i];
     }
 
-    // The weight where the mask keeps it, +0.0 elsewhere.
-    static void apply(const float* weight, const uint8_t* mask, float* masked, int64_t count) {
+    // The weight where the mask keeps it, `scale` times the weight elsewhere; where `scale` is 0, that is +0.0.
+    static void apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count) {
         parallel(blocks_of(count, span), 8, [=](int64_t begin, int64_t end) {
-            const int64_t first = begin * span;
-            apply_span(weight + first, mask + first, masked + first, smaller(end * span, count) - first);
+            const int64_t last = smaller(end * span, count);
+            if (scale == 0)
+                for_vectors(begin * span, last, [=](int64_t i, int here) NMS_ALWAYS {
+                    const uint32_t bits = load_bits(mask + i / 8, here);
+                    store(masked + i, V::keep(bits, load(weight + i, here)), here);
+                });
+            else
+                for_vectors(begin * span, last, [=](int64_t i, int here) NMS_ALWAYS {
+                    const uint32_t bits = load_bits(mask + i / 8, here);
+                    const Float whole = load(weight + i, here), scaled = V::mul(V::set(scale), whole);
+                    store(masked + i, V::either(V::keep(bits, whole), V::keep(~bits, scaled)), here);
+                });
         });
-    }
-    static NMS_NOINLINE void apply_span(const float* __restrict weight, const uint8_t* __restrict mask,
-                                        float* __restrict masked, int64_t count) {
-        for (int64_t i = 0; i < count; i++) masked[i] = mask[i] ? weight[i] : 0.0f;
     }
 };
 

@@ -71,7 +71,7 @@ uint8_t* scratch(int64_t bytes) {
 
 using namespace nms;
 
-NMS_EXPORT int32_t nms_abi() { return 1; }
+NMS_EXPORT int32_t nms_abi() { return 2; }
 
 NMS_EXPORT void nms_set_parallel_for(void* function) { parallel_for = reinterpret_cast<ParallelFor>(function); }
 
@@ -110,7 +110,7 @@ NMS_EXPORT void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t 
         unit->multiply(static_cast<Format>(format), product);
 }
 
-// Renews `mask`; returns how many of its entries changed, or -1 if a weight is NaN.
+// Renews `mask`, a bit a weight; returns how many of its bits changed, or -1 if a weight is NaN.
 NMS_EXPORT int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m) {
     int64_t flips = 0;
     int32_t nan = 0;
@@ -122,6 +122,6 @@ NMS_EXPORT void nms_decay(const float* weight, const uint8_t* mask, float* gradi
     unit->decay(weight, mask, gradient, decay, count);
 }
 
-NMS_EXPORT void nms_apply(const float* weight, const uint8_t* mask, float* masked, int64_t count) {
-    unit->apply(weight, mask, masked, count);
+NMS_EXPORT void nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count) {
+    unit->apply(weight, mask, masked, scale, count);
 }

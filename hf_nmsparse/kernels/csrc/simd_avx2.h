@@ -79,6 +79,7 @@ struct Avx2 {
     static NMS_INLINE Int both(Int a, Int b) { return _mm256_and_si256(a, b); }
     static NMS_INLINE Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static NMS_INLINE Float as_float(Int a) { return _mm256_castsi256_ps(a); }
+    static NMS_INLINE Int as_int(Float a) { return _mm256_castps_si256(a); }
     static NMS_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
     static NMS_INLINE Int round(Float a) { return _mm256_cvtps_epi32(a); }
     static NMS_INLINE void store_low_bytes(uint8_t* p, Int a) {
@@ -88,6 +89,20 @@ struct Avx2 {
         std::memcpy(p, &low, 4);
         std::memcpy(p + 4, &high, 4);
     }
+
+    static NMS_INLINE Int permute(Int a, Int places) { return _mm256_permutevar8x32_epi32(a, places); }
+    static NMS_INLINE uint32_t less(Int a, Int b) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a))));
+    }
+    static NMS_INLINE Int count_less(Int count, Int a, Int b) {
+        return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(b, a));
+    }
+    static NMS_INLINE Float keep(uint32_t bits, Float a) {
+        const Int own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const Int set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits)), own);
+        return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, own)));
+    }
+    static NMS_INLINE Float either(Float a, Float b) { return _mm256_or_ps(a, b); }
 
     static NMS_INLINE Int repeat_dword(const void* p) {
         int32_t value;

@@ -44,11 +44,22 @@ struct Avx512 {
     static NMS_INLINE Int both(Int a, Int b) { return _mm512_and_si512(a, b); }
     static NMS_INLINE Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static NMS_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+    static NMS_INLINE Int as_int(Float a) { return _mm512_castps_si512(a); }
     static NMS_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
     static NMS_INLINE Int round(Float a) { return _mm512_cvtps_epi32(a); }
     static NMS_INLINE void store_low_bytes(uint8_t* p, Int a) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
     }
+
+    static NMS_INLINE Int permute(Int a, Int places) { return _mm512_permutexvar_epi32(places, a); }
+    static NMS_INLINE uint32_t less(Int a, Int b) { return _mm512_cmplt_epi32_mask(a, b); }
+    static NMS_INLINE Int count_less(Int count, Int a, Int b) {
+        return _mm512_mask_add_epi32(count, _mm512_cmplt_epi32_mask(a, b), count, _mm512_set1_epi32(1));
+    }
+    static NMS_INLINE Float keep(uint32_t bits, Float a) {
+        return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a);
+    }
+    static NMS_INLINE Float either(Float a, Float b) { return _mm512_or_ps(a, b); }
 
     static NMS_INLINE Int repeat_dword(const void* p) {
         int32_t value;

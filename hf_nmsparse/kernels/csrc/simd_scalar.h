@@ -130,6 +130,7 @@ struct Scalar {
         std::memcpy(r.lane, a.byte, sizeof r.lane);
         return r;
     }
+    static NMS_INLINE Int as_int(Float a) { return load_int(a.lane); }
     static NMS_INLINE Float to_float(Int a) {
         int32_t x[lanes];
         std::memcpy(x, a.byte, sizeof x);
@@ -144,6 +145,41 @@ struct Scalar {
     }
     static NMS_INLINE void store_low_bytes(uint8_t* p, Int a) {
         for (int i = 0; i < lanes; i++) p[i] = a.byte[4 * i];
+    }
+
+    // Lane i of the result is the lane of `a` that lane i of `places` names.
+    static NMS_INLINE Int permute(Int a, Int places) {
+        Int r;
+        for (int i = 0; i < lanes; i++) std::memcpy(r.byte + 4 * i, a.byte + 4 * (places.byte[4 * i] & 7), 4);
+        return r;
+    }
+    // A bit for every lane, the first in the lowest.
+    static NMS_INLINE uint32_t less(Int a, Int b) {
+        int32_t x[lanes], y[lanes];
+        std::memcpy(x, a.byte, sizeof x);
+        std::memcpy(y, b.byte, sizeof y);
+        uint32_t bits = 0;
+        for (int i = 0; i < lanes; i++) bits |= static_cast<uint32_t>(x[i] < y[i]) << i;
+        return bits;
+    }
+    static NMS_INLINE Int count_less(Int count, Int a, Int b) {
+        int32_t sums[lanes], x[lanes], y[lanes];
+        std::memcpy(sums, count.byte, sizeof sums);
+        std::memcpy(x, a.byte, sizeof x);
+        std::memcpy(y, b.byte, sizeof y);
+        for (int i = 0; i < lanes; i++) sums[i] += x[i] < y[i];
+        return load_int(sums);
+    }
+    // The lanes whose bit is set, +0.0 in the others.
+    static NMS_INLINE Float keep(uint32_t bits, Float a) {
+        for (int i = 0; i < lanes; i++) a.lane[i] = bits >> i & 1 ? a.lane[i] : 0.0f;
+        return a;
+    }
+    // The bits of both, for numbers of which one is +0.0.
+    static NMS_INLINE Float either(Float a, Float b) {
+        Int x = as_int(a), y = as_int(b);
+        for (int i = 0; i < lanes * 4; i++) x.byte[i] |= y.byte[i];
+        return as_float(x);
     }
 
     static NMS_INLINE Int repeat_dword(const void* p) {
