@@ -145,15 +145,19 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
 
 
 def _flips(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
+    curves: list[tuple[list[float], list[int], str]] = []
     for label, runs in settings.items():
         points: dict[int, list[float]] = {}
         for run in runs:
             for row in run.curve:
                 if "flip_rate" in row:
                     points.setdefault(row["step"], []).append(row["flip_rate"])
-        if any(rate > 0 for rates in points.values() for rate in rates):  # fixed masks have no place on a log scale
-            steps = sorted(points)
-            axes.plot(steps, [statistics.fmean(points[step]) for step in steps], label=_with_seeds(label, runs))
+        steps = sorted(points)
+        rates = [statistics.fmean(points[step]) for step in steps]
+        if any(rates):  # fixed masks have no place on a log scale
+            curves.append((rates, steps, _with_seeds(label, runs)))
+    for rates, steps, label in sorted(curves, key=lambda curve: -curve[0][-1]):  # the legend is read as the curves end
+        axes.plot(steps, rates, label=label)
     axes.set(xlabel="optimizer step", ylabel="flip rate: fraction of the mask that a step changes", yscale="log")
 
 
@@ -169,10 +173,13 @@ def _sparsity(axes: Axes, groups: Iterable[list[LoggedRun]], dense: Sequence[Log
         [line] = axes.plot(places, means, label=group[0].settings.removeprefix(f"{group[0].evaluation.pattern}, "))
         for place, (pattern, runs) in points.items():
             axes.plot(*place, marker="o", color=line.get_color())
-            axes.annotate(str(pattern), place, textcoords="offset points", xytext=(6, 5), fontsize="small")
+            best = place == max(other for other in points if other[0] == place[0])
+            # On either side, so that two labels do not meet.
+            beside, side = ((6, 5), "left") if best else ((-6, -12), "right")
+            axes.annotate(str(pattern), place, textcoords="offset points", xytext=beside, ha=side, fontsize="small")
             _repetitions(axes, place[0], runs, line.get_color())
     _level(axes, dense)
-    axes.set(xlabel="fraction of the weights pruned", ylabel="BLEU")
+    axes.set(xlabel="fraction of the weights pruned", ylabel="BLEU", xmargin=0.1)
 
 
 def _decay(axes: Axes, groups: Iterable[list[LoggedRun]], dense: Sequence[LoggedRun]) -> None:

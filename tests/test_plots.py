@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def test_every_picture_that_there_are_numbers_for(runs: list[LoggedRun], tmp_pat
     sparsity = files[1].read_text(encoding="utf-8")
     assert [f"<!-- {pattern} -->" in sparsity for pattern in ("2:4", "1:4", "4:8")] == [True, True, False]
     assert "<!-- fc1 -->" in files[3].read_text(encoding="utf-8")
+
+
+def test_the_legend_is_in_the_order_in_which_the_curves_end(runs: list[LoggedRun], tmp_path: Path) -> None:
+    low = replace(runs[1], curve=[{"step": 10, "flip_rate": 0.9}, {"step": 20, "flip_rate": 0.01}])
+    high = replace(runs[3], curve=[{"step": 10, "flip_rate": 0.02}, {"step": 20, "flip_rate": 0.03}])
+    [flips, *_] = plot_runs([low, high], tmp_path / "plots", "svg")
+    text = flips.read_text(encoding="utf-8")
+    assert 0 < text.index(f"<!-- {high.settings} -->") < text.index(f"<!-- {low.settings} -->")
 
 
 def test_one_run_has_its_flips(runs: list[LoggedRun], tmp_path: Path) -> None:
