@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer --note "what else the machine was doing"
 
-It takes about five minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
+It takes about ten minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
 Transformer-Tiny of recipes/configs/multi30k_tiny.yaml with random weights, the pairs are random tokens of lengths like
 those of Multi30k, cut into batches as the recipe cuts them. The bare loop is what one would write by hand on the same
 batches, collated before it starts: forward, loss with label smoothing, backward, clipping, fused AdamW, schedule of the
@@ -39,8 +39,16 @@ from recipes import results_table
 
 Loss = Callable[[Any, Tensor], Tensor]
 Wait = Callable[[], None]
-BARE, DENSE, DISTILLED = "bare loop", "dense", "sr-ste, distilled"
+BARE, DENSE = "bare loop", "dense"
 WARM_UP = 3
+
+# The arguments of `trainer` in `candidates`: every method, then the other runs of recipes/studies.
+RUNS: list[dict[str, Any]] = [
+    *({"method": method} for method in (DENSE, *METHODS)),
+    *({"method": "sr-ste", "pattern": pattern} for pattern in ("4:8", "1:4", "2:8", "1:16")),
+    {"method": "sr-ste", "targets": ("fc1", "fc2")},
+    *({"method": method, "distilled": True} for method in (DENSE, "sr-ste")),
+]
 
 
 class Training:
@@ -160,23 +168,24 @@ def candidates(tiny: bool, steps: int, folder: Path) -> tuple[dict[str, Training
         "use_cpu": True,
     }
 
-    def trainer(method: str, **more: Any) -> SparseTrainer:
+    def trainer(
+        method: str, pattern: str = "2:4", targets: tuple[str, ...] | None = None, distilled: bool = False
+    ) -> SparseTrainer:
         model = transformer(*shape)
         if method != DENSE:
-            sparsify(model, NMSparseConfig("2:4", soft=METHODS[method].soft))
-        args = SparseTrainingArguments(**settings, sparse_method=method, **more)
+            sparsify(model, NMSparseConfig(pattern, targets=targets, soft=METHODS[method].soft))
+        teacher = str(folder / "teacher") if distilled else None
+        args = SparseTrainingArguments(**settings, sparse_method=method, distill_from=teacher)
         collator = DataCollatorForSeq2Seq(tokenizer, model=model)
         return SparseTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
 
+    transformer(*shape).save_pretrained(folder / "teacher")
     batches = list(trainer(DENSE).get_train_dataloader())
     found = {
         name: Training(partial(by_hand, transformer(*shape), batches, loss))
         for name, loss in {BARE: our_loss, f"{BARE}, again": our_loss, f"{BARE}, torch's loss": torchs_loss}.items()
     }
-    found |= {method: Training(partial(by_trainer, trainer(method))) for method in (DENSE, *METHODS)}
-    transformer(*shape).save_pretrained(folder / "teacher")
-    distilled = trainer("sr-ste", distill_from=str(folder / "teacher"))
-    found[DISTILLED] = Training(partial(by_trainer, distilled))
+    found |= {results_table.training_name(**run): Training(partial(by_trainer, trainer(**run))) for run in RUNS}
     about = {
         "model": f"Transformer of {layers}+{layers} layers, d {d_model}, vocabulary {vocabulary:,}, random weights",
         "batch": f"{tokens:,} source and target tokens",

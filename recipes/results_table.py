@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare_statistics
+from hf_nmsparse.metrics import Comparison, Evaluation, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,61 +64,98 @@ def studies() -> list[Path]:
     return sorted({file.parents[1] for file in RESULTS.glob("*/*/evaluation.json")})
 
 
-def study_table() -> str:
-    """One table for each study."""
-    return "\n\n".join(study_of(folder) for folder in studies())
-
-
 def study_of(folder: Path) -> str:
     """A row for each setting of a study: means over the seeds, beside the dense runs of the same seeds.
 
-    The dense runs come first and then what is best beside them.
+    The dense runs come first and then what is best beside them. A run that starts from a model or learns from one is
+    also set beside the dense run that does the same.
     """
-    settings: dict[str, dict[int, LoggedRun]] = {}
-    for run in [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]:
-        settings.setdefault(run.name.rpartition("-s")[0], {})[run.evaluation.seed] = run
-    dense = settings.get("dense", {})
-    head = table_head(
-        ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "chrF", "flip rate", "step time"]
-    )
+    runs = [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]
+    settings: dict[str, list[LoggedRun]] = {}
+    for run in runs:
+        settings.setdefault(run.name.rpartition("-s")[0], []).append(run)
+    dense = {run.evaluation.seed: run for run in settings.get("dense", [])}
+    alike = {beginning_of(run): run for run in runs if run.evaluation.method == "dense"}
+    columns = ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "to dense trained alike (95%)"]
+    head = table_head([*columns, "chrF", "flip rate", "step time"])
     rows: list[tuple[float, str]] = []
-    for name, runs in settings.items():
-        evaluations = [run.evaluation for run in runs.values()]
+    for name, repetitions in settings.items():
+        evaluations = [run.evaluation for run in repetitions]
         bleu = [run.bleu for run in evaluations]
         spread = f" ± {statistics.stdev(bleu):.2f}" if len(bleu) > 1 else ""
-        compared, verdict, place = "", "", -math.inf if name == "dense" else math.inf
-        pairs = sorted(runs.keys() & dense.keys())
-        if name != "dense" and pairs:
-            sides = [[statistics_of(folder, runs[seed]) for seed in pairs] for runs in (runs, dense)]
-            test = compare_statistics(*sides)
-            compared = f"{test.difference:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
-            verdict = f"{test.verdict}, p {test.p:.3f}".replace("the baseline", "dense")
-            place = -test.difference
+        baselines = [None if name == "dense" else dense.get(run.evaluation.seed) for run in repetitions]
+        test = compare_runs(folder, repetitions, baselines)
+        verdict = "" if test is None else f"{test.verdict}, p {test.p:.3f}".replace("the baseline", "dense")
+        twins = [alike.get(beginning_of(run)) for run in repetitions]
+        twins = [
+            None if twin in (run, baseline) else twin
+            for run, baseline, twin in zip(repetitions, baselines, twins, strict=True)
+        ]
+        compared = difference_of(compare_runs(folder, repetitions, twins))
+        found = len(twins) - twins.count(None)
+        compared += f", {found} of {len(twins)} seeds" if 0 < found < len(twins) else ""
         rates = [run.flip_rate for run in evaluations if run.flip_rate is not None]
-        cells = [name, next(iter(runs.values())).settings, len(runs), f"{statistics.fmean(bleu):.2f}{spread}", compared]
-        cells += [verdict, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
+        cells = [name, repetitions[0].settings, len(bleu), f"{statistics.fmean(bleu):.2f}{spread}", difference_of(test)]
+        cells += [verdict, compared, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
         cells += [f"{statistics.fmean(rates):.2g}" if rates else "", step_time(evaluations[0])]
+        place = -math.inf if name == "dense" else math.inf if test is None else -test.difference
         rows.append((place, table_row(cells)))
-    every = [run.evaluation for runs in settings.values() for run in runs.values()]
-    return "\n".join([*head, *(row for _, row in sorted(rows)), "", *notes(every)])
+    lines = [*head, *(row for _, row in sorted(rows)), "", *beside_ste(folder, settings)]
+    return "\n".join([*lines, *notes([run.evaluation for run in runs])])
 
 
-def statistics_of(folder: Path, run: LoggedRun) -> SentenceStatistics:
-    """The sentence statistics of a run of a study."""
-    return SentenceStatistics.read(folder / run.name / "sentences.json")
+def beside_ste(folder: Path, settings: Mapping[str, list[LoggedRun]]) -> list[str]:
+    """A line on what several seeds say of each setting beside STE, which no decay helps; none without such seeds."""
+    ste = {run.evaluation.seed: run for run in settings.get("ste", [])}
+    found = []
+    for name, repetitions in settings.items():
+        baselines = [None if name == "ste" else ste.get(run.evaluation.seed) for run in repetitions]
+        if len(baselines) - baselines.count(None) > 1:
+            test = compare_runs(folder, repetitions, baselines)
+            found.append(f"{name} {difference_of(test)}")
+    return [f"- To ste, over the seeds of both: {'; '.join(found)}"] if found else []
+
+
+def beginning_of(run: LoggedRun) -> tuple[int, str | None, str | None]:
+    """The seed of a run, the model that it starts from and the one that it learns from."""
+    return run.evaluation.seed, run.evaluation.base_model, run.evaluation.options.get("distill_from")
+
+
+def compare_runs(folder: Path, runs: list[LoggedRun], others: list[LoggedRun | None]) -> Comparison | None:
+    """Compares the runs that have another beside them with these others; None where none has."""
+    pairs = [(run, other) for run, other in zip(runs, others, strict=True) if other is not None]
+    if not pairs:
+        return None
+    sides = zip(*pairs, strict=True)
+    return compare_statistics(
+        *([SentenceStatistics.read(folder / run.name / "sentences.json") for run in side] for side in sides)
+    )
+
+
+def difference_of(test: Comparison | None) -> str:
+    """``+0.22 (-0.61 to +1.02)``."""
+    return "" if test is None else f"{test.difference:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
 
 
 def step_time(run: Evaluation) -> str:
-    """A step of the method at 2:4 relative to a dense one, as benchmarks/trainer.py measured it; empty if it did not.
+    """A step relative to a dense one, as benchmarks/trainer.py measured it; empty if it did not.
 
     Runs of a study take turns on a machine that has other work too, so that their own times are not compared.
     """
     file = MEASURED / "trainer.json"
-    if not file.is_file() or run.method == "dense" or run.pattern != "2:4" or run.targets:
+    if not file.is_file():
         return ""
-    steps = {row["name"]: 1 + row["to_dense"][0] for row in read(file)["rows"]}
-    name = f"{run.method}, distilled" if "distill_from" in (run.options or {}) else run.method
+    steps = {row["name"]: 1 + row["to_dense"][0] for row in read(file)["rows"] if row["name"] != "dense"}
+    name = training_name(run.method, run.pattern, run.targets, "distill_from" in run.options)
     return f"{steps[name]:.2f}" if name in steps else ""
+
+
+def training_name(
+    method: str, pattern: str | None = "2:4", targets: Iterable[str] | None = None, distilled: bool = False
+) -> str:
+    """How benchmarks/trainer.py names a training, by what its evaluation records: ``sr-ste, 1:4``."""
+    words = [method, *([pattern] if pattern not in (None, "2:4") else []), *(targets or ())]
+    return ", ".join([*words, "distilled"] if distilled else words)
 
 
 def notes(runs: list[Evaluation]) -> list[str]:
@@ -453,17 +490,13 @@ OF = {
 FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")} | {"kernels": "kernels_*.json"}
 MAKERS: dict[str, Callable[[], str]] = {
     "results": table,
-    "study": study_table,
     "masks": masks_table,
     "kernels": kernels_table,
     "quality": quality_table,
     **{name: partial(measured_table, name) for name in OF},
+    **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
-TABLES = {
-    name: make
-    for name, make in MAKERS.items()
-    if (name not in FILES or any(MEASURED.glob(FILES[name]))) and (name != "study" or studies())
-}
+TABLES = {name: make for name, make in MAKERS.items() if name not in FILES or any(MEASURED.glob(FILES[name]))}
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -114,8 +114,9 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer.main()
     rows = {row["name"]: row for row in results_table.read(file)["rows"]}
     assert rows.keys() == {
-        *("bare loop", "bare loop, again", "bare loop, torch's loss"),
-        *("dense", *METHODS, "sr-ste, distilled"),
+        *("bare loop", "bare loop, again", "bare loop, torch's loss", "dense", *METHODS),
+        *("sr-ste, 4:8", "sr-ste, 1:4", "sr-ste, 2:8", "sr-ste, 1:16", "sr-ste, fc1, fc2"),
+        *("dense, distilled", "sr-ste, distilled"),
     }
     assert rows["bare loop"]["to_bare"] == rows["dense"]["to_dense"] == [0, 0, 0]
     assert all(row["median_ms"] > 0 and row["to_bare"][1] <= row["to_bare"][2] for row in rows.values())
@@ -250,8 +251,8 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["memory", "--tiny", "--rounds", "1", "--note", "a test", "--output", str(file)])
     memory.main()
     dense, sparse = results_table.read(file)["rows"]
-    # 64 x 64 of 4 + 8 projections, and 64 x 256 of 2 x 2 feed-forward layers, one byte each
-    assert (dense["masks_mib"], sparse["masks_mib"]) == (0, round((12 * 64**2 + 4 * 64 * 256) / 2**20, 2))
+    # 64 x 64 of 4 + 8 projections, and 64 x 256 of 2 x 2 feed-forward layers, one bit each
+    assert (dense["masks_mib"], sparse["masks_mib"]) == (0, round((12 * 64**2 + 4 * 64 * 256) / 8 / 2**20, 2))
     shared = 64 / 1024  # the sparse weight of the largest layer
     assert sparse["tensors_mib"] - dense["tensors_mib"] == pytest.approx(sparse["masks_mib"] + shared, abs=0.02)
     assert 0 < dense["range_mib"][0] <= dense["process_mib"] <= dense["range_mib"][1]

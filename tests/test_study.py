@@ -15,10 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from hf_nmsparse.metrics import Evaluation
+from hf_nmsparse.metrics import Evaluation, SentenceStatistics
 from recipes import results_table
 from recipes.study import Runner, Study, main, only_one
 from recipes.wmt_en_de import parse
+from tests.test_plots import write_run
 from tests.test_recipe import tiny, write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -223,3 +224,31 @@ def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "2:4, sr-ste, λ 0.0002, distilled 0.5" in table
     shutil.rmtree(results / "dense-s1")  # a study whose dense runs are still to come
     assert "| 2:4, asp, after dense | 1 |" in results_table.study_of(results)
+
+
+def test_runs_are_set_beside_the_dense_run_that_was_trained_alike(tmp_path: Path) -> None:
+    taught = {"distill_from": "dense-s1", "distill_weight": 0.5, "distill_temperature": 1.0}
+    sparse = {"method": "asp", "pattern": "2:4", "base_model": "dense-s1"}
+    # In so many of eight sentences the last word is right, as the others are.
+    for name, right, facts in (
+        ("dense-s1", 0, {"method": "dense"}),
+        ("dense-s2", 4, {"method": "dense", "seed": 2}),
+        ("again-s1", 8, {"method": "dense", "base_model": "dense-s1"}),
+        ("asp-s1", 4, sparse),
+        ("asp-s2", 4, {**sparse, "base_model": "dense-s2", "seed": 2}),
+        ("taught-s1", 8, {"method": "ste", "pattern": "2:4", "options": taught}),
+        ("plain-s1", 0, {"method": "ste", "pattern": "2:4"}),
+    ):
+        write_run(tmp_path / name, 50.0, **facts)
+        words = ["a b c d e"] * right + ["a b c d x"] * (8 - right)
+        SentenceStatistics.of(words, ["a b c d e"] * 8).write(tmp_path / name / "sentences.json")
+    lines = [line.strip("| ").split("|") for line in results_table.study_of(tmp_path).splitlines()]
+    rows = {cells[0].strip(): [cell.strip() for cell in cells] for cells in lines if len(cells) > 5}
+    place = rows["run"].index("to dense trained alike (95%)")
+    alike = {name: cells[place] for name, cells in rows.items() if name != "run" and "---" not in name}
+    assert alike.keys() == {"dense", "again", "asp", "taught", "plain"}
+    assert alike["asp"].startswith("-")
+    assert alike["asp"].endswith(", 1 of 2 seeds")
+    assert alike["dense"] == alike["again"] == alike["taught"] == alike["plain"] == ""
+    assert rows["asp"][place - 2].startswith("+")  # beside the plain dense runs of both seeds
+    assert rows["plain"][place - 2] == "+0.00 (+0.00 to +0.00)"
