@@ -34,7 +34,9 @@ from hf_nmsparse.files import flush
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
+from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.quantizer import prepare_for_training
+from hf_nmsparse.record import one_of
 from hf_nmsparse.saving import retied, save_packed
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.srste import METHODS
@@ -116,6 +118,13 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Number type of the packed file that push_to_hub sends: fp32, fp16, bf16 or int8."},
     )
+    sparse_standalone: bool = field(
+        default=False,
+        metadata={
+            "help": "push_to_hub sends one file of Python more, with which transformers alone loads the packed model "
+            "where the reader passes trust_remote_code=True."
+        },
+    )
     tokens_per_batch: int | None = field(
         default=None,
         metadata={
@@ -146,6 +155,11 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         else:
             self.sparse_decay, schedule = check_method(self.sparse_method, self.sparse_decay, self.sparse_schedule())
             self.sparse_fade = schedule.fade
+        one_of("sparse_values", self.sparse_values, (None, *VALUE_DTYPES), "SparseTrainingArguments")
+        if self.sparse_method == DENSE and (self.sparse_values is not None or self.sparse_standalone):
+            raise ValueError(
+                "sparse_method: 'dense' pushes a dense model; leave sparse_values and sparse_standalone out"
+            )
         if not 0 < self.distill_weight <= 1:
             raise ValueError(f"distill_weight: is above 0 and at most 1, got {self.distill_weight!r}")
         if not 0 < self.distill_temperature < float("inf"):
@@ -451,7 +465,8 @@ class SparseTrainer(Seq2SeqTrainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             assert isinstance(self.model, PreTrainedModel)
-            save_packed(self.model, folder, values=self.args.sparse_values, state_dict=weights)
+            values, standalone = self.args.sparse_values, self.args.sparse_standalone
+            save_packed(self.model, folder, values=values, standalone=standalone, state_dict=weights)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 

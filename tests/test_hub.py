@@ -76,7 +76,8 @@ import sys
 from pathlib import Path
 from tests.test_trainer import train
 from tests.tiny import tokenizer
-trainer = train(Path(sys.argv[1]), sparse_values="bf16", hub_model_id="user/tiny", max_steps=1)
+settings = {"sparse_values": "bf16", "sparse_standalone": True}
+trainer = train(Path(sys.argv[1]), hub_model_id="user/tiny", max_steps=1, **settings)
 trainer.processing_class = tokenizer()
 (Path(sys.argv[1]) / "README.md").write_text(sys.argv[2])
 trainer.push_to_hub()
@@ -131,6 +132,7 @@ def test_a_model_is_packed_on_its_way(hub: LocalHub, tmp_path: Path) -> None:
 def test_the_trainer_pushes_packed_and_keeps_the_card(hub: LocalHub, tmp_path: Path) -> None:
     process(hub, tmp_path / "pusher", PUSH_TRAINER, str(tmp_path / "run"), CARD)
     assert hub.repos["user/tiny"]["README.md"].decode() == CARD
+    assert "modeling_nmsparse.py" in hub.repos["user/tiny"]
     assert process(hub, tmp_path / "puller", PULL) == "torch.bfloat16 32\n"
 
 

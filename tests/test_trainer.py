@@ -363,6 +363,23 @@ def test_transformers_own_way_with_sigterm_is_refused(tmp_path: Path) -> None:
         arguments(tmp_path, enable_jit_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparse_values": "int4"}, "sparse_values is one of 'fp32', 'fp16', 'bf16', 'int8', got 'int4'"),
+        ({"sparse_method": "dense", "sparse_values": "bf16"}, "leave sparse_values and sparse_standalone out"),
+        ({"sparse_method": "dense", "sparse_standalone": True}, "leave sparse_values and sparse_standalone out"),
+    ],
+)
+def test_what_a_push_could_not_send_is_refused_before_the_training(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    if settings.get("sparse_method") == "dense":
+        settings = {"sparse_decay": None, **settings}
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path) is None
     with pytest.raises(ValueError, match="holds no whole checkpoint to resume from"):
