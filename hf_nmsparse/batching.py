@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
-__all__ = ["TokenBatchSampler"]
+__all__ = ["TokenBatchSampler", "TokenBatchStream"]
+
+Pair = Mapping[str, Any]
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -47,17 +51,9 @@ class TokenBatchSampler(Sampler[list[int]]):
             raise ValueError("batches: no sentence pairs; check the corpus and its length filter")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"batches: process {process_index} of {num_processes}; count from 0")
-        longest = int((source + target).argmax())
-        if source[longest] + target[longest] > tokens_per_batch:
-            raise ValueError(
-                f"batches: pair {longest} alone has {source[longest] + target[longest]} tokens, over the budget of "
-                f"{tokens_per_batch}; raise tokens_per_batch or truncate"
-            )
         self.seed, self.num_processes, self.process_index = seed, num_processes, process_index
         self.epoch = 0
-        shuffled = np.random.default_rng(seed).permutation(len(source)).astype(np.int32)
-        order = shuffled[np.lexsort((source[shuffled], target[shuffled]))]
-        self._batches = _fill(order, source[order], target[order], tokens_per_batch)
+        self._batches = _batches(source, target, tokens_per_batch, np.random.default_rng(seed))
         padded = sum(len(batch) * int(source[batch].max() + target[batch].max()) for batch in self._batches)
         self.padding_waste = 1 - int(source.sum(dtype=np.int64) + target.sum(dtype=np.int64)) / padded
 
@@ -73,6 +69,80 @@ class TokenBatchSampler(Sampler[list[int]]):
         for start in range(0, len(order), self.num_processes):
             index = (start + self.process_index) % len(order)
             yield self._batches[order[index]].tolist()
+
+
+class TokenBatchStream(IterableDataset[list[Pair]]):
+    """Yields batches of pairs, cut by token budget, of a corpus that is read as it comes.
+
+    A window of pairs is read, cut into batches as `TokenBatchSampler` cuts a corpus, and yielded in shuffled order;
+    then the next. The corpus is read again and again, so that the batches never end, and another pass cuts and shuffles
+    otherwise. They depend on pairs and seed alone: of P processes all read the whole corpus, and of the one order that
+    one process would see, step k of process p takes batch ``k * P + p``. A loader reads it itself or in one worker.
+
+    Args:
+        pairs: Mappings with ``input_ids`` and ``labels``; what can be read more than once, such as a
+            ``datasets.IterableDataset``, whose own shuffling is told the number of the pass.
+        tokens_per_batch: As `TokenBatchSampler` takes it.
+        seed: Seed of the shuffles.
+        num_processes: Processes that share the batches.
+        process_index: Which of them this is.
+        window: Pairs in memory at a time.
+
+    Raises:
+        ValueError: While it is read: a pass has no pairs, or a pair exceeds the budget by itself.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        tokens_per_batch: int,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        window: int = 20_000,
+    ) -> None:
+        self.pairs, self.tokens_per_batch, self.seed, self.window = pairs, tokens_per_batch, seed, window
+        self.num_processes, self.process_index = num_processes, process_index
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        reader = get_worker_info()
+        assert reader is None or reader.num_workers == 1  # a ``datasets.IterableDataset`` would share its files out
+        return islice(self._endless(), self.process_index, None, self.num_processes)
+
+    def _endless(self) -> Iterator[list[Pair]]:
+        read = 0  # in the passes so far
+        for epoch in range(2**62):
+            if hasattr(self.pairs, "set_epoch"):
+                self.pairs.set_epoch(epoch)
+            random, pairs, before = np.random.default_rng((self.seed, epoch)), iter(self.pairs), read
+            while window := list(islice(pairs, self.window)):
+                lengths = np.array([(len(pair["input_ids"]), len(pair["labels"])) for pair in window], np.int32)
+                source, target = lengths.T
+                batches = _batches(source, target, self.tokens_per_batch, random, read - before)
+                for place in random.permutation(len(batches)):
+                    yield [window[pair] for pair in batches[place]]
+                read += len(window)
+            if read == before:
+                raise ValueError(
+                    "batches: the stream has no sentence pairs; check the corpus and its length filter"
+                    if not epoch
+                    else "batches: the stream came to its end and cannot be read again; give one that can"
+                )
+
+
+def _batches(
+    source: np.ndarray, target: np.ndarray, budget: int, random: np.random.Generator, before: int = 0
+) -> list[np.ndarray]:
+    """The places of pairs in batches of like length, of which ``before`` others stand before these in their corpus."""
+    longest = int((source + target).argmax())
+    if source[longest] + target[longest] > budget:
+        raise ValueError(
+            f"batches: pair {before + longest} alone has {source[longest] + target[longest]} tokens, over the budget "
+            f"of {budget}; raise tokens_per_batch or truncate"
+        )
+    shuffled = random.permutation(len(source)).astype(np.int32)
+    order = shuffled[np.lexsort((source[shuffled], target[shuffled]))]
+    return _fill(order, source[order], target[order], budget)
 
 
 def _fill(order: np.ndarray, source: np.ndarray, target: np.ndarray, budget: int) -> list[np.ndarray]:

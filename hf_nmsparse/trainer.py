@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_worker
 
 from hf_nmsparse.averaging import checkpoints
-from hf_nmsparse.batching import TokenBatchSampler
+from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream
 from hf_nmsparse.files import flush
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
@@ -129,7 +129,7 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "Source and target tokens of a batch on one device, padding counted; replaces "
-            "per_device_train_batch_size, and the dataset needs input_ids and labels."
+            "per_device_train_batch_size, and the dataset, which may be a stream, needs input_ids and labels."
         },
     )
 
@@ -350,25 +350,32 @@ class SparseTrainer(Seq2SeqTrainer):
             return super().get_train_dataloader()
         if self.train_dataset is None:
             raise ValueError("SparseTrainer: training needs a train_dataset")
-        source_lengths, target_lengths = pair_lengths(self.train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        sampler = TokenBatchSampler(
-            source_lengths,
-            target_lengths,
-            self.args.tokens_per_batch,
-            seed,
-            self.args.world_size,
-            self.args.process_index,
-        )
-        if self.is_world_process_zero():
-            print(
-                f"{len(sampler):,} batches an epoch for each of {self.args.world_size} processes, at most "
-                f"{self.args.tokens_per_batch:,} tokens a batch, {sampler.padding_waste:.1%} of them padding"
-            )
+        shares = self.args.tokens_per_batch, seed, self.args.world_size, self.args.process_index
+        dataset: Any = self.train_dataset
+        collate, batches = self.data_collator, dict[str, Any]()
+        if hasattr(dataset, "__len__"):
+            sampler = TokenBatchSampler(*pair_lengths(dataset), *shares)
+            dataset = self._remove_unused_columns(dataset, description="training")
+            batches["batch_sampler"] = sampler
+            if self.is_world_process_zero():
+                print(
+                    f"{len(sampler):,} batches an epoch for each of {self.args.world_size} processes, at most "
+                    f"{self.args.tokens_per_batch:,} tokens a batch, {sampler.padding_waste:.1%} of them padding"
+                )
+        else:
+            if self.args.dataloader_num_workers > 1:
+                raise ValueError(
+                    f"dataloader_num_workers: a stream with tokens_per_batch is read by one process, got "
+                    f"{self.args.dataloader_num_workers}; set it to 0 or 1"
+                )
+            dataset = TokenBatchStream(dataset, *shares)
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+            batches["batch_size"] = None  # what the stream yields are batches
         loader = DataLoader(
-            self._remove_unused_columns(self.train_dataset, description="training"),
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            dataset,
+            **batches,
+            collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -377,7 +384,7 @@ class SparseTrainer(Seq2SeqTrainer):
                 seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
             ),
         )
-        # The sampler knows the processes: to accelerate, each loader stands alone.
+        # Sampler and stream know the processes: to accelerate, each loader stands alone.
         prepared: DataLoader[Any] = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0)
         return prepared
 
@@ -609,13 +616,8 @@ def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int
     """Tokens of the source and target sentences of a tokenised dataset, from its length columns if it has them.
 
     Raises:
-        ValueError: The dataset is a stream, or has neither the length columns nor ``input_ids`` and ``labels``.
+        ValueError: The dataset has neither the length columns nor ``input_ids`` and ``labels``.
     """
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(
-            "tokens_per_batch: a streamed dataset does not know its lengths; leave it out and give "
-            "per_device_train_batch_size and max_steps"
-        )
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     known = {"source_length", "target_length"} <= set(columns)
     if known and isinstance(dataset, Dataset):  # millions of numbers, which row by row would take minutes

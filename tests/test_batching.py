@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from hf_nmsparse.batching import TokenBatchSampler
+from hf_nmsparse.batching import Pair, TokenBatchSampler, TokenBatchStream
 
 
 def batches_of(sampler: TokenBatchSampler, epoch: int = 0) -> list[list[int]]:
@@ -88,3 +93,92 @@ def test_cutting_goes_through_long_corpora_in_parts() -> None:
     batches = list(TokenBatchSampler(source, target, 64))
     assert sorted(index for batch in batches for index in batch) == list(range(70_000))
     assert all(len(batch) * (source[batch].max() + target[batch].max()) <= 64 for batch in batches)
+
+
+def of_lengths(pairs: Iterable[tuple[int, int]]) -> list[Pair]:
+    """Pairs of so many tokens, each the number of its pair."""
+    return [{"input_ids": [n] * source, "labels": [n] * target} for n, (source, target) in enumerate(pairs)]
+
+
+def numbers(batches: Iterable[list[Pair]]) -> Iterator[list[int]]:
+    return ([pair["labels"][0] for pair in batch] for batch in batches)
+
+
+def a_pass(stream: TokenBatchStream, pairs: int, of: int = 0) -> list[list[int]]:
+    """The batches of one pass through so many pairs."""
+    batches: list[list[int]] = []
+    for batch in numbers(stream):
+        seen = sum(map(len, batches))
+        if seen == (of + 1) * pairs:
+            return [b for b, end in zip(batches, np.cumsum([len(b) for b in batches]), strict=True) if end > of * pairs]
+        batches.append(batch)
+    raise AssertionError("a stream does not end")
+
+
+def test_a_stream_batches_pairs_of_like_length_in_each_window() -> None:
+    # Windows of pairs 0 to 3 (as in the first test) and 4 to 5, which do not meet 0 to 3 though they are as long.
+    pairs = of_lengths([(9, 10), (5, 5), (12, 12), (5, 5), (5, 5), (5, 5)])
+    batches = a_pass(TokenBatchStream(pairs, tokens_per_batch=24, window=4), len(pairs))
+    assert sorted(sorted(batch) for batch in batches[:3]) == [[0], [1, 3], [2]]
+    assert sorted(batches[3]) == [4, 5]
+
+
+@given(lengths, st.integers(60, 300), st.integers(0, 3), st.integers(1, 80))
+def test_a_stream_has_every_pair_once_a_pass_within_the_budget(
+    pairs: list[tuple[int, int]], budget: int, seed: int, window: int
+) -> None:
+    stream = TokenBatchStream(of_lengths(pairs), budget, seed, window=window)
+    source, target = np.array(pairs).T
+    for of in range(2):
+        batches = a_pass(stream, len(pairs), of)
+        assert sorted(number for batch in batches for number in batch) == list(range(len(pairs)))
+        assert all(len(batch) * (source[batch].max() + target[batch].max()) <= budget for batch in batches)
+        ends = np.cumsum([len(batch) for batch in batches])
+        assert set(range(window, len(pairs), window)) <= set(ends)  # no batch holds pairs of two windows
+
+
+def test_the_passes_of_a_stream_differ_and_come_back() -> None:
+    pairs = of_lengths(np.random.default_rng(0).integers(1, 20, (200, 2)).tolist())
+    passes = [a_pass(TokenBatchStream(pairs, 100, seed), 200, of) for seed, of in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    assert passes[0] == passes[3]
+    assert passes[0] != passes[1]
+    assert passes[0] != passes[2]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_take_the_one_order_of_a_stream_in_turn(processes: int, workers: int) -> None:
+    pairs = of_lengths(np.random.default_rng(0).integers(1, 20, (150, 2)).tolist())
+    alone = list(numbers(islice(iter(TokenBatchStream(pairs, 90, 7, window=40)), 60)))
+    for process in range(processes):
+        stream = TokenBatchStream(pairs, 90, 7, processes, process, window=40)
+        loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
+        found = numbers(islice(loader, 60 // processes))
+        assert list(found) == alone[process::processes]
+
+
+def test_a_stream_of_datasets_is_told_its_pass() -> None:
+    pairs = (
+        Dataset.from_list([dict(pair) for pair in of_lengths([(3, 3)] * 64)])
+        .to_iterable_dataset()
+        .shuffle(seed=5, buffer_size=64)
+    )
+    stream = TokenBatchStream(pairs, 6)  # one pair a batch, in windows that hold them all
+    alone = [pair["labels"][0] for pair in pairs]
+    pairs.set_epoch(1)
+    assert [pair["labels"][0] for pair in pairs] != alone
+    narrow = TokenBatchStream(pairs, 6, window=1)  # in the order in which they come
+    assert [number for [number] in a_pass(narrow, 64)] == alone
+    assert a_pass(stream, 64) != a_pass(stream, 64, of=1)
+
+
+def test_streams_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="batches: the stream has no sentence pairs; check the corpus"):
+        next(iter(TokenBatchStream([], 10)))
+    batches = numbers(TokenBatchStream(iter(of_lengths([(2, 2)])), 10))
+    assert next(batches) == [0]
+    with pytest.raises(ValueError, match="batches: the stream came to its end and cannot be read again"):
+        next(batches)
+    pairs = of_lengths([(2, 2), (3, 3), (9, 9)])
+    with pytest.raises(ValueError, match="batches: pair 2 alone has 18 tokens, over the budget of 10; raise tokens"):
+        list(islice(TokenBatchStream(pairs, 10, window=2), 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -562,8 +563,33 @@ def test_a_stream_trains_by_sentences(tmp_path: Path) -> None:
     )
     trainer.train()
     assert largest_difference(weights(twin), weights(trainer)) == 0
-    with pytest.raises(ValueError, match="a streamed dataset does not know its lengths; leave it out and give"):
-        pair_lengths(pairs.to_iterable_dataset())
+
+
+def test_a_stream_trains_by_tokens_and_resumes_in_its_second_pass(tmp_path: Path) -> None:
+    pairs = token_pairs(32).map(lambda row: {"source_length": len(row["input_ids"])})  # a column that no model takes
+
+    def run(name: str, max_steps: int, resume: bool = False, **settings: Any) -> SparseTrainer:
+        model = marian(dropout=0.1)
+        sparsify(model, NMSparseConfig("2:4"))
+        batches = {"tokens_per_batch": 100, "save_strategy": "steps", "save_steps": 10, "max_steps": max_steps}
+        trainer = SparseTrainer(
+            model=model,
+            args=arguments(tmp_path / name, **batches, **settings),
+            train_dataset=pairs.to_iterable_dataset().shuffle(seed=3, buffer_size=32),
+            data_collator=collator(model),
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    through = run("through", 16)
+    batches = list(itertools.islice(through.get_train_dataloader(), 10))
+    assert 32 < sum(len(batch["labels"]) for batch in batches) < 64  # step 10 is in the second pass
+    assert "source_length" not in batches[0]
+    run("resumed", 10)
+    resumed = run("resumed", 16, resume=True)
+    assert largest_difference(weights(through), weights(resumed)) == 0
+    with pytest.raises(ValueError, match="dataloader_num_workers: a stream with tokens_per_batch is read by one proc"):
+        run("readers", 16, dataloader_num_workers=2)
 
 
 def test_decoder_inputs_are_the_models_own() -> None:
