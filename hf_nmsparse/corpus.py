@@ -9,13 +9,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
-__all__ = ["SPLITS", "homeassistant_corpus", "load_corpus"]
+__all__ = ["SPLITS", "Rows", "homeassistant_corpus", "load_corpus"]
+
+Rows: TypeAlias = Dataset | IterableDataset
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,7 +29,9 @@ _WHEEL_SHA256 = "7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f
 _HELD_OUT = 500
 
 
-def load_corpus(corpus: str, source_lang: str, target_lang: str, config: str | None = None) -> dict[str, Dataset]:
+def load_corpus(
+    corpus: str, source_lang: str, target_lang: str, config: str | None = None, streaming: bool = False
+) -> dict[str, Rows]:
     """The splits of a parallel corpus, each with the columns ``source`` and ``target``: raw text.
 
     Args:
@@ -40,15 +45,18 @@ def load_corpus(corpus: str, source_lang: str, target_lang: str, config: str | N
         source_lang: Key of the source sentence in a row, or suffix of its file.
         target_lang: The same for the target.
         config: Configuration of a Hub dataset, such as ``"de-en"``.
+        streaming: Whether the training split is a stream: read as it comes, each time anew, and not kept on disk.
 
     Raises:
-        ValueError: Files are missing, empty, of unequal length, or a row lacks one of its sides.
+        ValueError: Files are missing, empty, of unequal length, or a row lacks one of its sides. Of a stream a row is
+            looked at when it comes.
     """
     if corpus == "homeassistant":
-        return homeassistant_corpus(source_lang, target_lang)
+        pairs = homeassistant_corpus(source_lang, target_lang)
+        return {**pairs, "train": pairs["train"].to_iterable_dataset()} if streaming else {**pairs}
     if Path(corpus).is_dir():
         splits = {
-            split: _read_split(Path(corpus), split, source_lang, target_lang)
+            split: _read_split(Path(corpus), split, source_lang, target_lang, streaming)
             for split in SPLITS
             if any(Path(corpus).glob(f"{split}.*"))
         }
@@ -56,42 +64,45 @@ def load_corpus(corpus: str, source_lang: str, target_lang: str, config: str | N
             raise ValueError(f"corpus {corpus}: no file named train.*, validation.* or test.* in that folder")
     else:
         try:
-            loaded = datasets.load_dataset(corpus, config)
+            loaded = datasets.load_dataset(corpus, config, streaming=streaming)
         except (FileNotFoundError, ConnectionError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"corpus {corpus!r}: no local folder, and the Hub has not answered: {reason}") from error
         splits = {split: loaded[split] for split in SPLITS if split in loaded}
         if not splits:
             raise ValueError(f"corpus {corpus!r}: no split train, validation or test; it has {', '.join(loaded)}")
-    return {
+    texts = {
         split: _two_columns(rows, f"corpus {corpus}, split {split}", source_lang, target_lang)
         for split, rows in splits.items()
     }
+    whole = {split: Dataset.from_list(list(rows)) for split, rows in texts.items() if streaming and split != "train"}
+    return texts | whole
 
 
-def _read_split(folder: Path, split: str, source_lang: str, target_lang: str) -> Dataset:
+def _read_split(folder: Path, split: str, source_lang: str, target_lang: str, streaming: bool) -> Rows:
     source_file, target_file = folder / f"{split}.{source_lang}", folder / f"{split}.{target_lang}"
     if source_file.is_file() or target_file.is_file():
         for file in (source_file, target_file):
             if not file.is_file():
                 raise ValueError(f"corpus: {file} is missing beside its other half")
-        source, target = _read("text", source_file), _read("text", target_file)
-        if len(source) != len(target):
+        source, target = _read("text", source_file, streaming), _read("text", target_file, streaming)
+        lines = [len(rows) if isinstance(rows, Dataset) else sum(1 for _ in rows) for rows in (source, target)]
+        if lines[0] != lines[1]:
             raise ValueError(
-                f"corpus: {source_file} has {len(source)} lines, {target_file} has {len(target)}; they are not aligned"
+                f"corpus: {source_file} has {lines[0]} lines, {target_file} has {lines[1]}; they are not aligned"
             )
         pair = [source.rename_column("text", source_lang), target.rename_column("text", target_lang)]
         return datasets.concatenate_datasets(pair, axis=1)
     for suffix, loader in _FORMATS.items():
         for file in (folder / f"{split}.{suffix}", folder / f"{split}.{suffix}.gz"):
             if file.is_file():
-                return _read(loader, file)
+                return _read(loader, file, streaming)
     found = ", ".join(sorted(path.name for path in folder.glob(f"{split}.*")))
     known = ", ".join([*_FORMATS, source_lang + "+" + target_lang])
     raise ValueError(f"corpus {folder}: cannot read {found}; the formats are {known}")
 
 
-def _read(loader: str, file: Path) -> Dataset:
+def _read(loader: str, file: Path, streaming: bool) -> Rows:
     if not file.stat().st_size:
         raise ValueError(f"corpus: {file} is empty")
     options: dict[str, Any] = {}
@@ -100,19 +111,28 @@ def _read(loader: str, file: Path) -> Dataset:
     if loader == "text":
         options = {"keep_linebreaks": False}
     try:
-        return datasets.load_dataset(loader, data_files=str(file), split="train", **options)
+        rows = datasets.load_dataset(loader, data_files=str(file), split="train", streaming=streaming, **options)
+        _first(rows)  # of a stream nothing has been read yet
+        return rows
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"corpus: cannot read {file}: {str(cause).splitlines()[0]}") from error
 
 
-def _two_columns(rows: Dataset, where: str, source_lang: str, target_lang: str) -> Dataset:
-    if not len(rows):
+def _first(rows: Rows) -> dict[str, Any] | None:
+    """The first row; None if there is none."""
+    with closing(iter(rows)) as found:  # with it the file that a stream has opened
+        return next(found, None)
+
+
+def _two_columns(rows: Rows, where: str, source_lang: str, target_lang: str) -> Rows:
+    first = _first(rows)
+    if first is None:
         raise ValueError(f"{where}: it has no rows")
-    nested = "translation" in rows.column_names
-    if nested and not isinstance(rows[0]["translation"], dict):
-        raise ValueError(f"{where}: translation holds {type(rows[0]['translation']).__name__}, not one text a language")
-    available = list(rows[0]["translation"]) if nested else rows.column_names
+    nested = "translation" in first
+    if nested and not isinstance(first["translation"], dict):
+        raise ValueError(f"{where}: translation holds {type(first['translation']).__name__}, not one text a language")
+    available = list(first["translation"] if nested else first)
     for lang in (source_lang, target_lang):
         if lang not in available:
             raise ValueError(f"{where}: no language {lang!r}; it has {', '.join(map(str, available))}")
@@ -128,13 +148,9 @@ def _two_columns(rows: Dataset, where: str, source_lang: str, target_lang: str) 
                     raise ValueError(f"{where}: row {index} has no {lang!r} text, got {text!r}; drop the row")
         return {"source": sides[0], "target": sides[1]}
 
-    return rows.map(
-        split_columns,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        new_fingerprint=_fingerprint(rows, source_lang, target_lang),
-    )
+    # A stream is not cached and takes no name.
+    name = {"new_fingerprint": _fingerprint(rows, source_lang, target_lang)} if isinstance(rows, Dataset) else {}
+    return rows.map(split_columns, batched=True, with_indices=True, remove_columns=list(first), **name)
 
 
 def _fingerprint(rows: Dataset, *parts: str) -> str:

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset
+from datasets import IterableDataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from hf_nmsparse.corpus import Rows
 
 __all__ = ["tokenise", "train_tokenizer"]
 
@@ -61,20 +63,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
 
 
 def tokenise(
-    pairs: Dataset,
+    pairs: Rows,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     source_prefix: str = "",
     processes: int | None = None,
-) -> Dataset:
-    """Turns the columns ``source`` and ``target`` into tokens, cached on disk beside the corpus.
+) -> Rows:
+    """Turns the columns ``source`` and ``target`` into tokens, cached on disk beside the corpus; a stream as it comes.
 
     Args:
         pairs: Raw text as `load_corpus` gives it.
         tokenizer: For multilingual ones, with its source and target language set.
-        max_length: Pairs with a side of more tokens are left out; how many is logged.
+        max_length: Pairs with a side of more tokens are left out; how many is logged, of a stream only that.
         source_prefix: Put before every source text.
-        processes: Processes that share the work; this one alone if None. Another number does not find the cache.
+        processes: Processes that share the work; this one alone if None. Another number does not find the cache. A
+            stream has no use for it.
 
     Returns:
         The columns ``input_ids``, ``labels``, ``source_length`` and ``target_length``.
@@ -94,6 +97,9 @@ def tokenise(
         columns = list(zip(*rows, strict=True)) or [()] * 4
         return dict(zip(("input_ids", "labels", "source_length", "target_length"), map(list, columns), strict=True))
 
+    if isinstance(pairs, IterableDataset):
+        logger.warning(f"tokens: pairs of over {max_length} tokens are left out of the stream")
+        return pairs.map(encode, batched=True, remove_columns=["source", "target"])
     vocabulary = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     )

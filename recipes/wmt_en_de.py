@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset, concatenate_datasets
+from datasets import IterableDataset, concatenate_datasets
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -46,7 +46,7 @@ from hf_nmsparse import (
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.checking import check_folder
-from hf_nmsparse.corpus import load_corpus
+from hf_nmsparse.corpus import Rows, load_corpus
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
@@ -56,6 +56,9 @@ from hf_nmsparse.pipeline import translate
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from hf_nmsparse.trainer import Preempted, last_whole_checkpoint
+
+# Of a stream: how many pairs the tokenizer is trained on, and among how many the next one is drawn.
+TOKENIZER_PAIRS, SHUFFLED = 1_000_000, 100_000
 
 # Of the training arguments, what the card lists.
 SETTINGS = (
@@ -83,6 +86,9 @@ class RecipeArguments:
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
     target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training pairs as they come and keep nothing; needs max_steps."}
+    )
     token_processes: int | None = field(default=None, metadata={"help": "Processes that turn the texts into tokens."})
     max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are left out."})
 
@@ -130,19 +136,22 @@ def main() -> None:
     check_writable(output)
 
     # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
-    corpus = load_corpus(recipe.corpus, recipe.source_lang, recipe.target_lang, recipe.corpus_config)
+    languages = recipe.source_lang, recipe.target_lang
+    corpus = load_corpus(recipe.corpus, *languages, recipe.corpus_config, recipe.streaming)
     for split in ("train", recipe.split):
         if split not in corpus:
             raise ValueError(f"corpus {recipe.corpus}: no split {split!r}; it has {', '.join(corpus)}")
     for name in recipe.more_train or ():
-        more = load_corpus(name, recipe.source_lang, recipe.target_lang)
+        more = load_corpus(name, *languages, streaming=recipe.streaming)
         if "train" not in more:
             raise ValueError(f"more_train: {name} has no split 'train'; it has {', '.join(more)}")
         corpus["train"] = concatenate_datasets([corpus["train"], more["train"]])
     if recipe.max_train_pairs is not None:
-        corpus["train"] = corpus["train"].select(range(min(recipe.max_train_pairs, len(corpus["train"]))))
+        corpus["train"] = first_of(corpus["train"], recipe.max_train_pairs)
     with args.main_process_first(desc="tokenizer"):
         tokenizer = load_tokenizer(recipe, corpus["train"], output)
+    if recipe.streaming:
+        corpus["train"] = corpus["train"].shuffle(seed=args.seed, buffer_size=SHUFFLED)
     model = load_model(recipe, tokenizer)
     # Nothing to translate, but model, tokenizer and languages are checked here rather than after the training.
     translate(model, tokenizer, [""], src_lang=recipe.source_code, tgt_lang=recipe.target_code)
@@ -245,12 +254,21 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
         raise ValueError("values: 'int8' is for packed models and sparse_method is 'dense'; choose fp32, fp16 or bf16")
     if args.sparse_dense_tail and recipe.values == "int8":
         raise ValueError("values: 'int8' is for packed models and a dense tail leaves a dense one; choose fp32 or bf16")
+    if recipe.streaming and args.max_steps <= 0:
+        raise ValueError("streaming: a stream has no length; give max_steps")
+    if recipe.streaming and recipe.token_processes is not None:
+        raise ValueError("token_processes: a stream becomes tokens where it is read; leave it out")
     if recipe.standalone and (args.sparse_method == "dense" or args.sparse_dense_tail):
         raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
     return recipe, args
 
 
-def load_tokenizer(recipe: RecipeArguments, train: Dataset, output: Path) -> PreTrainedTokenizerBase:
+def first_of(rows: Rows, count: int) -> Rows:
+    """The first so many pairs, or all if there are fewer."""
+    return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
+
+
+def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
     if recipe.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
@@ -260,7 +278,8 @@ def load_tokenizer(recipe: RecipeArguments, train: Dataset, output: Path) -> Pre
         return tokenizer
     folder = output / "tokenizer"
     if not folder.is_dir():
-        texts = (text for column in ("source", "target") for text in train[column])
+        rows = first_of(train, TOKENIZER_PAIRS) if recipe.streaming else train
+        texts = (text for column in ("source", "target") for text in rows[column])
         with replaced(folder) as beside:
             train_tokenizer(texts, recipe.vocab_size, recipe.max_length).save_pretrained(beside)
     return AutoTokenizer.from_pretrained(folder)

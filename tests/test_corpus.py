@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
+import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, IterableDataset
 
 from hf_nmsparse import corpus
 from hf_nmsparse.corpus import homeassistant_corpus, load_corpus
 
 PAIRS = [("A man sleeps.", "Ein Mann schläft."), ('He said "no".', "Er sagte „nein“."), ("NA", "null")]
 MULTI30K = Path("../shared/data/multi30k")
+
+
+@pytest.fixture
+def files_left_open() -> Iterator[None]:
+    """Has the collector close, within this test, the files that a stream of datasets leaves to it."""
+    yield
+    gc.collect()
+
+
+def streams(test: Callable[..., None]) -> Any:
+    """A test that reads streams."""
+    ignoring = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")(test)
+    return pytest.mark.usefixtures("files_left_open")(ignoring)
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +53,45 @@ def write(folder: Path, kind: str) -> None:
         lines = ["en\tde", *("\t".join(pair) for pair in PAIRS)]
         (folder / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     elif kind == "parquet":
-        from datasets import Dataset
-
         Dataset.from_list(nested).to_parquet(folder / "train.parquet")
     else:
         for index, lang in enumerate(("en", "de")):
             (folder / f"train.{lang}").write_text("\n".join(pair[index] for pair in PAIRS), encoding="utf-8")
 
 
+@streams
 @pytest.mark.parametrize("kind", ["nested.jsonl", "flat.jsonl.gz", "tsv", "parquet", "text"])
-def test_every_format_gives_the_same_text(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_format_gives_the_same_text(tmp_path: Path, kind: str, streaming: bool) -> None:
     write(tmp_path / "corpus", kind)
-    splits = load_corpus(str(tmp_path / "corpus"), "en", "de")
+    splits = load_corpus(str(tmp_path / "corpus"), "en", "de", streaming=streaming)
     assert list(splits) == ["train"]
-    assert splits["train"].column_names == ["source", "target"]
+    assert isinstance(splits["train"], IterableDataset if streaming else Dataset)
+    for _ in range(2):
+        assert [list(row.items()) for row in splits["train"]] == [[("source", a), ("target", b)] for a, b in PAIRS]
     assert list(zip(splits["train"]["source"], splits["train"]["target"], strict=True)) == PAIRS
+
+
+@streams
+def test_of_a_stream_only_the_training_split_is_one(tmp_path: Path) -> None:
+    write(tmp_path / "corpus", "nested.jsonl")
+    for split in ("validation", "test"):
+        shutil.copy(tmp_path / "corpus" / "train.jsonl", tmp_path / "corpus" / f"{split}.jsonl")
+    splits = load_corpus(str(tmp_path / "corpus"), "en", "de", streaming=True)
+    assert {split: type(rows) for split, rows in splits.items()} == {
+        "train": IterableDataset,
+        "validation": Dataset,
+        "test": Dataset,
+    }
+    assert list(splits["test"]) == list(splits["train"])
+
+
+@streams
+def test_a_bad_row_of_a_stream_is_told_when_it_comes(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("en\tde\na\tb\nc\t \n")
+    rows = load_corpus(str(tmp_path), "en", "de", streaming=True)["train"]
+    with pytest.raises(ValueError, match=r"split train: row 1 has no 'de' text, got ' '; drop the row"):
+        list(rows)
 
 
 def test_the_languages_can_be_turned_round(tmp_path: Path) -> None:

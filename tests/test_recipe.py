@@ -20,7 +20,7 @@ from transformers import NllbTokenizer
 
 from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.diagnostics import read_layers
+from hf_nmsparse.diagnostics import read_curve, read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.sparsify import select_layers
 from recipes.wmt_en_de import describe, load_model, parse, read_lines, run
@@ -170,6 +170,8 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
         (("--values", "int8", "--sparse_dense_tail", "0.1"), "a dense tail leaves a dense one; choose fp32 or bf16"),
         (("--standalone", "true", "--sparse_method", "dense"), "standalone: is for packed models and this run ends"),
         (("--standalone", "true", "--sparse_dense_tail", "0.1"), "standalone: is for packed models and this run ends"),
+        (("--streaming", "true", "--max_steps", "-1"), "streaming: a stream has no length; give max_steps"),
+        (("--streaming", "true", "--token_processes", "2"), "token_processes: a stream becomes tokens where it is"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
     ],
 )
@@ -269,6 +271,25 @@ def test_a_dense_tail_ends_in_a_dense_model(tmp_path: Path) -> None:
     assert (evaluation.pattern, evaluation.packed_bytes) == (None, None)
     assert evaluation.options == {"sparse_dense_tail": 0.5}
     assert "quantization_config" not in json.loads((tmp_path / "run" / "dense" / "config.json").read_text())
+
+
+def test_a_streamed_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """On two corpora together, their first 200 pairs."""
+    corpus, more = write_corpus(tmp_path / "corpus"), write_corpus(tmp_path / "more")
+    settings = {"streaming": "true", "max_train_pairs": 200, "more_train": more, "save_steps": 2, "average": 2}
+
+    def run(name: str, steps: int) -> dict[int, float]:
+        config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+        schedule = {"max_steps": steps, "lr_scheduler_type": "constant"}
+        launch("one_process.yaml", config, *tiny(corpus, tmp_path / name, **settings, **schedule))
+        return {row["step"]: row["loss"] for row in read_curve(tmp_path / name / "curve.json") if "loss" in row}
+
+    through = run("through", 6)
+    assert sorted(through) == [1, 2, 3, 4, 5, 6]
+    run("stopped", 4)
+    assert run("stopped", 6) == through
+    evaluation = Evaluation.read(tmp_path / "stopped" / "evaluation.json")
+    assert (evaluation.corpus, evaluation.steps, evaluation.sentences) == ("corpus + more", 6, 12)
 
 
 def test_a_multilingual_checkpoint(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -84,6 +84,14 @@ def test_long_pairs_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
         tokenise(pairs, tokenizer, max_length=2)
 
 
+def test_a_stream_becomes_the_same_tokens(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = Dataset.from_dict({"source": ["A man", "garden " * 30, "A dog"], "target": ["Ein Mann", "b", "Ein Hund"]})
+    stream = tokenise(pairs.to_iterable_dataset(), tokenizer, max_length=20, source_prefix="to German: ")
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == list(tokenise(pairs, tokenizer, max_length=20, source_prefix="to German: "))
+    assert "pairs of over 20 tokens are left out of the stream" in caplog.text
+
+
 def test_the_second_run_reads_the_cache(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     Dataset.from_dict({"source": ["The garden"], "target": ["Der Garten"]}).save_to_disk(tmp_path / "pairs")
     pairs = Dataset.load_from_disk(tmp_path / "pairs")
@@ -104,7 +112,7 @@ def test_processes_share_the_work(tokenizer: PreTrainedTokenizerFast) -> None:
 # A process that has loaded as little as a training has: the pool forks new workers from a thread once one is gone.
 KILLED = """
 import os, signal, sys
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 
