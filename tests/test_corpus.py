@@ -116,16 +116,29 @@ def test_the_languages_can_be_turned_round(tmp_path: Path) -> None:
         ({"train.jsonl": '{"translation": "a"}'}, "translation holds str, not one text a language"),
         ({"train.jsonl": '{"en": "a", "de": "b"}\n{"en": "a", "de": " "}'}, "row 1 has no 'de' text, got ' '"),
         ({"train.jsonl": '{"en": "a", "de": "b"}\n{"en": null, "de": "b"}'}, "row 1 has no 'en' text, got None"),
-        ({"train.tsv": "en\tde\n"}, "cannot read .*train.tsv: .* no data"),
     ],
 )
-def test_refusals(tmp_path: Path, files: dict[str, str], message: str) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+@streams
+def test_refusals(tmp_path: Path, files: dict[str, str], message: str, streaming: bool) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message) as refused:
-        load_corpus(str(folder), "en", "de")
+        list(load_corpus(str(folder), "en", "de", streaming=streaming)["train"])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "message"),
+    [(False, "cannot read .*train.tsv: .* no data"), (True, "corpus .*, split train: it has no rows")],
+)
+@streams
+def test_a_header_alone_is_refused(tmp_path: Path, streaming: bool, message: str) -> None:
+    (tmp_path / "train.tsv").write_text("en\tde\n")
+    with pytest.raises(ValueError, match=message) as refused:
+        load_corpus(str(tmp_path), "en", "de", streaming=streaming)
     assert "\n" not in str(refused.value)
 
 
