@@ -1,26 +1,29 @@
-"""What SparseTrainer adds to a training step, and what each method does: steps taken in turns in one process.
+"""What SparseTrainer adds to a training step, and what each method does: steps of many trainings, taken in turns.
 
     python -m benchmarks.trainer --note "what else the machine was doing"
 
-It takes about ten minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
+It takes about fifteen minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
 Transformer-Tiny of recipes/configs/multi30k_tiny.yaml with random weights, the pairs are random tokens of lengths like
 those of Multi30k, cut into batches as the recipe cuts them. The bare loop is what one would write by hand on the same
 batches, collated before it starts: forward, loss with label smoothing, backward, clipping, fused AdamW, schedule of the
 rate. It has the package's loss, once more the same, which shows how far two equal loops are apart, and torch's. Each
-training runs in a thread of its own and takes a step when it is its turn, on one core: torch gives every Python thread
-a pool of its own.
+training runs in a process of its own, as trainings do, and takes a step when it is its turn, on one core. One of them
+keeps the memory that it frees, as `KEEPS_MEMORY` says.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import multiprocessing
 import statistics
 import tempfile
-import threading
+import traceback
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +45,7 @@ Wait = Callable[[], None]
 BARE, DENSE = "bare loop", "dense"
 WARM_UP = 3
 
-# The arguments of `trainer` in `candidates`: every method, then the other runs of recipes/studies.
+# What `Setting.trainer` takes: every method, then the other runs of recipes/studies.
 RUNS: list[dict[str, Any]] = [
     *({"method": method} for method in (DENSE, *METHODS)),
     *({"method": "sr-ste", "pattern": pattern} for pattern in ("4:8", "1:4", "2:8", "1:16")),
@@ -50,39 +53,54 @@ RUNS: list[dict[str, Any]] = [
     *({"method": method, "distilled": True} for method in (DENSE, "sr-ste")),
 ]
 
+KEEPS_MEMORY = (-1, -3)
+"""glibc's numbers of what MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ set: above them freed memory goes back to
+the system, which clears it again, page by page, when the next step asks for it."""
+
 
 class Training:
-    """A training that takes one step a call.
+    """A training in a process of its own, which takes one step a call.
 
     Args:
-        train: Trains, and calls its argument after every step.
+        train: Trains, and calls its argument after every step; it travels to the process as a pickle.
     """
 
     def __init__(self, train: Callable[[Wait], None]) -> None:
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.failure: BaseException | None = None
-        threading.Thread(target=self._run, args=(train,), daemon=True).start()
-
-    def _run(self, train: Callable[[Wait], None]) -> None:
-        self.go.acquire()
-        torch.set_num_threads(1)  # of this thread
-        try:
-            train(self._wait)
-            raise RuntimeError("the training ended before the benchmark")
-        except BaseException as failure:
-            self.failure = failure
-        self.done.release()
-
-    def _wait(self) -> None:
-        self.done.release()
-        self.go.acquire()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imports once for all of them
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_train, args=(train, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
 
     def __call__(self) -> None:
         """Takes the next step."""
-        self.go.release()
-        self.done.acquire()
-        if self.failure is not None:
-            raise self.failure
+        self._pipe.send(None)
+        failure = self._pipe.recv()
+        if failure is not None:
+            raise RuntimeError(failure)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def _train(train: Callable[[Wait], None], pipe: Connection) -> None:
+    def wait() -> None:
+        pipe.send(None)
+        pipe.recv()
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    pipe.recv()
+    try:
+        train(wait)
+        failure = "the training ended before the benchmark"
+    except Exception:
+        failure = traceback.format_exc()
+    pipe.send(failure)
 
 
 class _Turns(TrainerCallback):
@@ -122,8 +140,54 @@ def torchs_loss(outputs: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs["logits"].flatten(0, -2), labels.flatten(), label_smoothing=0.1)
 
 
-def by_hand(model: MarianMTModel, batches: list[dict[str, Tensor]], loss_of: Loss, wait: Wait) -> None:
+class Setting(NamedTuple):
+    """What the trainings have in common."""
+
+    vocabulary: int
+    d_model: int
+    layers: int
+    tokens: int
+    steps: int
+    folder: Path
+
+    def model(self) -> MarianMTModel:
+        """The same weights in every call."""
+        return transformer(self.vocabulary, self.d_model, self.layers)
+
+    def trainer(
+        self, method: str, pattern: str = "2:4", targets: tuple[str, ...] | None = None, distilled: bool = False
+    ) -> SparseTrainer:
+        """The recipe's trainer, which has more steps before it than are taken."""
+        args = SparseTrainingArguments(
+            output_dir=str(self.folder),
+            num_train_epochs=2,
+            tokens_per_batch=self.tokens,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=600,
+            adam_beta2=0.98,
+            adam_epsilon=1e-9,
+            label_smoothing_factor=0.1,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            sparse_method=method,
+            distill_from=str(self.folder / "teacher") if distilled else None,
+        )
+        model = self.model()
+        if method != DENSE:
+            sparsify(model, NMSparseConfig(pattern, targets=targets, soft=METHODS[method].soft))
+        tokenizer = train_tokenizer(["a tokenizer that only pads"] * 2, 300, 64)
+        data = pairs(self.tokens // 26 * (self.steps + 1), self.vocabulary)
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+        return SparseTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
+
+
+def by_hand(setting: Setting, loss_of: Loss, wait: Wait) -> None:
     """The bare loop."""
+    batches, model = list(setting.trainer(DENSE).get_train_dataloader()), setting.model()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True
     )
@@ -139,58 +203,24 @@ def by_hand(model: MarianMTModel, batches: list[dict[str, Tensor]], loss_of: Los
         wait()
 
 
-def by_trainer(trainer: SparseTrainer, wait: Wait) -> None:
+def by_trainer(setting: Setting, run: dict[str, Any], keeps_memory: bool, wait: Wait) -> None:
     """The recipe's training."""
+    if keeps_memory:
+        for parameter in KEEPS_MEMORY:
+            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
+    trainer = setting.trainer(**run)
     trainer.add_callback(_Turns(wait))
     trainer.train()
 
 
-def candidates(tiny: bool, steps: int, folder: Path) -> tuple[dict[str, Training], dict[str, Any]]:
-    """The trainings, each with a model of the same weights, and what a reader has to know of them."""
-    vocabulary, d_model, layers, tokens = (300, 32, 1, 256) if tiny else (6_000, 128, 4, 4_096)
-    shape = (vocabulary, d_model, layers)
-    tokenizer = train_tokenizer(["a tokenizer that only pads"] * 2, 300, 64)
-    data = pairs(tokens // 26 * (steps + 1), vocabulary)
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": 2,
-        "tokens_per_batch": tokens,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 600,
-        "adam_beta2": 0.98,
-        "adam_epsilon": 1e-9,
-        "label_smoothing_factor": 0.1,
-        "logging_steps": 50,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-
-    def trainer(
-        method: str, pattern: str = "2:4", targets: tuple[str, ...] | None = None, distilled: bool = False
-    ) -> SparseTrainer:
-        model = transformer(*shape)
-        if method != DENSE:
-            sparsify(model, NMSparseConfig(pattern, targets=targets, soft=METHODS[method].soft))
-        teacher = str(folder / "teacher") if distilled else None
-        args = SparseTrainingArguments(**settings, sparse_method=method, distill_from=teacher)
-        collator = DataCollatorForSeq2Seq(tokenizer, model=model)
-        return SparseTrainer(model=model, args=args, train_dataset=data, data_collator=collator)
-
-    transformer(*shape).save_pretrained(folder / "teacher")
-    batches = list(trainer(DENSE).get_train_dataloader())
-    found = {
-        name: Training(partial(by_hand, transformer(*shape), batches, loss))
-        for name, loss in {BARE: our_loss, f"{BARE}, again": our_loss, f"{BARE}, torch's loss": torchs_loss}.items()
-    }
-    found |= {results_table.training_name(**run): Training(partial(by_trainer, trainer(**run))) for run in RUNS}
-    about = {
-        "model": f"Transformer of {layers}+{layers} layers, d {d_model}, vocabulary {vocabulary:,}, random weights",
-        "batch": f"{tokens:,} source and target tokens",
-    }
-    return found, about
+def candidates(setting: Setting) -> dict[str, Training]:
+    """The trainings, by the names that the table has for them."""
+    losses = {BARE: our_loss, f"{BARE}, again": our_loss, f"{BARE}, torch's loss": torchs_loss}
+    found: dict[str, Callable[[Wait], None]] = {name: partial(by_hand, setting, loss) for name, loss in losses.items()}
+    found |= {results_table.training_name(**run): partial(by_trainer, setting, run, False) for run in RUNS}
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        found[f"{DENSE}, keeps freed memory"] = partial(by_trainer, setting, {"method": DENSE}, True)
+    return {name: Training(train) for name, train in found.items()}
 
 
 def main() -> None:
@@ -202,11 +232,17 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a very small model: tries the script")
     options = parser.parse_args()
     machine = timing.machine()  # before this run is its load
-    logging.set_verbosity_error()
+    vocabulary, d_model, layers, tokens = (300, 32, 1, 256) if options.tiny else (6_000, 128, 4, 4_096)
     with tempfile.TemporaryDirectory() as folder:
-        found, about = candidates(options.tiny, options.rounds + WARM_UP, Path(folder))
-        timing.in_turns(found, WARM_UP)
-        seconds = timing.in_turns(found, options.rounds)
+        setting = Setting(vocabulary, d_model, layers, tokens, options.rounds + WARM_UP, Path(folder))
+        setting.model().save_pretrained(setting.folder / "teacher")
+        found = candidates(setting)
+        try:
+            timing.in_turns(found, WARM_UP)
+            seconds = timing.in_turns(found, options.rounds)
+        finally:
+            for training in found.values():
+                training.stop()
     rows = []
     for name, taken in seconds.items():
         row: dict[str, Any] = {"name": name, "median_ms": round(statistics.median(taken) * 1000, 2)}
@@ -217,7 +253,8 @@ def main() -> None:
     record = {
         "benchmark": "steps of whole trainings, medians of interleaved steps",
         **machine,
-        **about,
+        "model": f"Transformer of {layers}+{layers} layers, d {d_model}, vocabulary {vocabulary:,}, random weights",
+        "batch": f"{tokens:,} source and target tokens",
         "threads": 1,
         "optimizer": "fused AdamW",
         "rounds": options.rounds,

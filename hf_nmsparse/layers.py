@@ -83,15 +83,16 @@ class NMLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        weight = self.weight
         if self.pruned_scale == 1:
-            return F.linear(input, self.weight, self.bias)
-        if self.master_dtype not in (None, self.weight.dtype):
+            return F.linear(input, weight, self.bias)
+        if self.master_dtype is not None and self.master_dtype != weight.dtype:
             raise ValueError(
-                f"NMLinear: masks are ranked on the master in {self.master_dtype}, got a copy in {self.weight.dtype}; "
+                f"NMLinear: masks are ranked on the master in {self.master_dtype}, got a copy in {weight.dtype}; "
                 "give FSDP2 no param_dtype and train under autocast"
             )
         mask = self.current_mask()
-        return masked_linear(input, self.weight, self.bias, mask, self.pattern, self.soft, self.pruned_scale)
+        return masked_linear(input, weight, self.bias, mask, self.pattern, self.soft, self.pruned_scale)
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The N:M sparse weight that the layer makes of ``weight`` and its mask."""

@@ -7,6 +7,8 @@ first in the lowest bit; zeros fill the last byte. So it takes a thirty-second o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     pattern.groups(weight.shape[-1])
     if native.can_rank(weight) or cuda.can_rank(weight):
         mask = torch.zeros(-(-weight.numel() // 8), dtype=torch.uint8, device=weight.device)
-        if torch.isnan(update_mask(mask, weight, pattern)):
+        if math.isnan(update_mask(mask, weight, pattern)):
             raise native.nan_error(weight)
         return mask
     magnitude = weight.detach().abs()
@@ -63,18 +65,18 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     return pack_bits(torch.stack(kept, dim=1))
 
 
-def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:
+def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor | int:
     """Writes the magnitude mask of ``weight`` over ``mask``.
 
     Returns:
-        SAD: how many bits changed, a 0-d tensor. From a GPU it is NaN where a weight is, so that training need not
+        SAD: how many bits changed. From a GPU it is a 0-d tensor, NaN where a weight is, so that training need not
         wait for it.
 
     Raises:
         ValueError: As `magnitude_mask`, but for a NaN on a GPU.
     """
     if native.can_rank(weight):
-        return torch.tensor(native.rank(weight, mask, pattern), device="cpu")
+        return native.rank(weight, mask, pattern)
     if cuda.can_rank(weight):
         return cuda.rank(weight, mask, pattern)
     new = magnitude_mask(weight, pattern)
@@ -131,10 +133,10 @@ def apply_mask(
         transient: The caller is done with the result before this thread asks for the next one, and it may lie in
             memory that is used again.
     """
-    if cuda.can_rank(weight):
-        return cuda.masked(weight, mask, dtype, pruned_scale)
     if native.can_rank(weight):
         kept = native.masked(weight, mask, pruned_scale, transient)
+    elif cuda.can_rank(weight):
+        return cuda.masked(weight, mask, dtype, pruned_scale)
     else:
         keeps, bits = unpack_bits(mask, weight.shape), _BITS.get(weight.dtype)
         if pruned_scale or bits is None or weight.device.type != "cpu":

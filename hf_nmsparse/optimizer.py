@@ -114,7 +114,7 @@ class SparseStep:
         self._shards: dict[str, Tensor] = {}  # masks of sharded weights, for the length of a step
         self._name, self._track_groups = method, track_groups
         self._check_shards()
-        self._flips: dict[str, Tensor] = {}
+        self._flips: dict[str, Tensor | int] = {}
         self._counted = 0
         self._changed: dict[str, Tensor] | None = None
         self._handles = [
@@ -159,7 +159,7 @@ class SparseStep:
         flips = {}
         for name, count in counts.items():
             weight = self.layers[name].weight
-            sad = float(_over_shards(count, weight))
+            sad = float(_over_shards(torch.as_tensor(count), weight))
             if math.isnan(sad):
                 raise ValueError(f"SparseStep: the weight of {name} holds NaN, which has no rank; check the loss")
             flips[name] = Flips(sad / steps, weight.numel())
@@ -237,7 +237,8 @@ class SparseStep:
     def _set_pruned_scale(self) -> None:
         scale = self.schedule.pruned_scale(self.step, self.steps)
         for layer in self.layers.values():
-            layer.pruned_scale = scale
+            if layer.pruned_scale != scale:
+                layer.pruned_scale = scale
 
     def _parameter_groups(self, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
         """The group of each parameter, by identity; some engines give an optimizer other parameters later."""
@@ -266,7 +267,7 @@ class SparseStep:
             mask = layer.current_mask()
             if is_sharded(weight):
                 self._shards[name] = mask
-            else:
+            elif layer.mask is None:
                 layer.mask = mask
             group = groups.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
             if grad is not None and group is not None:
@@ -281,16 +282,17 @@ class SparseStep:
             return
         renewed = not self.method.fixed_mask and self.schedule.renews_masks(self.step)
         for name, layer in self.layers.items():
-            mask = self._shards.pop(name) if is_sharded(layer.weight) else layer.mask
+            weight = layer.weight
+            mask = self._shards.pop(name) if is_sharded(weight) else layer.mask
             assert mask is not None
-            flips = torch.zeros((), dtype=torch.int64)
+            flips: Tensor | int = 0
             if renewed:
                 before = None if self._changed is None else mask.clone()
-                flips = update_mask(mask, local(layer.weight), layer.pattern)
+                flips = update_mask(mask, local(weight), layer.pattern)
                 if self._changed is not None and before is not None:
-                    flipped = unpack_bits(before ^ mask, layer.weight.shape)
+                    flipped = unpack_bits(before ^ mask, weight.shape)
                     self._changed[name] |= flipped.reshape(-1, layer.pattern.m).any(dim=1)
-            self._flips[name] = self._flips[name] + flips if name in self._flips else flips
+            self._flips[name] = self._flips.get(name, 0) + flips
         self._counted += 1
         self.step += 1
         self._set_pruned_scale()

@@ -66,28 +66,27 @@ class _MaskedLinear(torch.autograd.Function):
         pruned_scale: float,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        ctx.rule, ctx.biased = (pattern, soft, pruned_scale), bias is not None
+        ctx.rule = pattern, soft, pruned_scale
         used = sparse_weight(weight, mask, pattern, soft, pruned_scale, x.dtype, transient=True)
         return F.linear(x, used, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask = ctx.saved_tensors
-        [upstream] = grads
-        wanted = ctx.needs_input_grad
-        to_input = to_weight = to_bias = None
-        if wanted[0]:
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        rows = grads[0].reshape(-1, len(weight))  # [rows, out_features]
+        to_x = to_weight = to_bias = None
+        if wants_x:
             pattern, soft, pruned_scale = ctx.rule
-            transient = not torch.is_grad_enabled()  # a gradient of this gradient would need it later
+            twice = torch.is_grad_enabled()  # a gradient of this gradient needs the sparse weight later
             with torch.no_grad():
-                used = sparse_weight(weight, mask, pattern, soft, pruned_scale, upstream.dtype, transient)
-            to_input = upstream @ straight_through(weight, used)
-        if wanted[1]:
-            rows = upstream.reshape(-1, upstream.shape[-1])
-            to_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if ctx.biased and wanted[2]:
-            to_bias = upstream.reshape(-1, upstream.shape[-1]).sum(dim=0).to(weight.dtype)
-        return to_input, to_weight, to_bias, None, None, None, None
+                used = sparse_weight(weight, mask, pattern, soft, pruned_scale, rows.dtype, transient=not twice)
+            to_x = rows.mm(straight_through(weight, used) if twice else used).reshape(x.shape)
+        if wants_weight:
+            to_weight = rows.t().mm(x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if wants_bias:
+            to_bias = rows.sum(dim=0).to(weight.dtype)
+        return to_x, to_weight, to_bias, None, None, None, None
 
 
 def masked_linear(
@@ -214,9 +213,10 @@ def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> N
 
 def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
     """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments."""
-    kernels = next((unit for unit in (native, cuda) if unit.can_rank(weight) and unit.can_rank(grad)), None)
-    if kernels is not None:
-        kernels.decay_pruned(weight, mask, grad, step.decay)
+    if native.can_rank(weight) and native.can_rank(grad):
+        native.decay_pruned(weight, mask, grad, step.decay)
+    elif cuda.can_rank(weight) and cuda.can_rank(grad):
+        cuda.decay_pruned(weight, mask, grad, step.decay)
     else:
         grad.add_(apply_mask(weight, ~mask, transient=True), alpha=step.decay)
 

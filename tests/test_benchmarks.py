@@ -113,10 +113,11 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     trainer.main()
     rows = {row["name"]: row for row in results_table.read(file)["rows"]}
+    kept = ["dense, keeps freed memory"] if sys.platform == "linux" else []
     assert rows.keys() == {
         *("bare loop", "bare loop, again", "bare loop, torch's loss", "dense", *METHODS),
         *("sr-ste, 4:8", "sr-ste, 1:4", "sr-ste, 2:8", "sr-ste, 1:16", "sr-ste, fc1, fc2"),
-        *("dense, distilled", "sr-ste, distilled"),
+        *("dense, distilled", "sr-ste, distilled", *kept),
     }
     assert rows["bare loop"]["to_bare"] == rows["dense"]["to_dense"] == [0, 0, 0]
     assert all(row["median_ms"] > 0 and row["to_bare"][1] <= row["to_bare"][2] for row in rows.values())
@@ -162,15 +163,17 @@ def test_faults(tmp_path: Path) -> None:
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["killed in", "kills"])
 
 
-def test_a_training_that_fails_says_so_in_its_step() -> None:
-    def fails(wait: Callable[[], None]) -> None:
-        wait()
-        raise ValueError("the second step")
+def fails_in_its_second_step(wait: Callable[[], None]) -> None:
+    wait()
+    raise ValueError("the second step")
 
-    training = trainer.Training(fails)
+
+def test_a_training_that_fails_says_so_in_its_step() -> None:
+    training = trainer.Training(fails_in_its_second_step)
     training()
-    with pytest.raises(ValueError, match="the second step"):
+    with pytest.raises(RuntimeError, match="the second step"):
         training()
+    training.stop()
 
 
 def test_a_step_without_the_library_does_not_call_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def _kernels() -> Any:
 def can_rank(weight: Tensor) -> bool:
     """Whether the kernels take this weight: on a GPU, in fp32, bf16 or fp16, an ordinary tensor without gaps."""
     return (
-        weight.device.type == "cuda"
+        weight.is_cuda
         and type(weight) in (Tensor, torch.nn.Parameter)
         and weight.dtype in _NUMBERS
         and weight.is_contiguous()

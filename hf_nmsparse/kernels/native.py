@@ -260,7 +260,7 @@ def can_rank(weight: Tensor) -> bool:
     """Whether the library ranks and decays this weight: fp32 on the CPU, an ordinary tensor without gaps."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
+        and weight.is_cpu
         and weight.dtype == torch.float32
         and weight.is_contiguous()
         and not torch.compiler.is_compiling()
@@ -321,7 +321,7 @@ def masked(weight: Tensor, mask: Tensor, pruned_scale: float = 0.0, transient: b
         if lent is None or lent.numel() < weight.numel():
             with torch.inference_mode(False):  # or training could not use what an evaluation made
                 lent = _LENT.memory = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
-        kept = lent[: weight.numel()].view(weight.shape)
+        kept = lent.as_strided(weight.shape, weight.stride())
     else:
         kept = torch.empty_like(weight)
     _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), pruned_scale, weight.numel())
