@@ -147,11 +147,11 @@ def sparse_weight(
     """
     if not soft:
         return apply_mask(weight, mask, dtype, pruned_scale, transient)
-    used = soft_threshold(weight, mask, pattern)
+    used = soft_threshold(weight, mask, pattern, transient)
     return used if dtype is None else used.to(dtype)
 
 
-def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
+def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern, transient: bool = False) -> Tensor:
     """S-STE's sparse weight: kept weights move towards zero by the largest magnitude that is pruned in their group.
 
     So the forward is continuous where a kept and a pruned weight change places (Hu et al., "S-STE: Continuous Pruning
@@ -161,7 +161,12 @@ def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
         weight: ``[..., in_features]``.
         mask: Its magnitude mask.
         pattern: The N:M pattern.
+        transient: As in `apply_mask`.
     """
+    if native.can_rank(weight):
+        return native.soft_threshold(weight, mask, pattern, transient)
+    if cuda.can_rank(weight):
+        return cuda.soft_threshold(weight, mask, pattern)
     pruned = apply_mask(weight, ~mask, transient=True).abs_().reshape(-1, pattern.m)
     threshold = pruned[:, 0]
     for member in range(1, pattern.m):  # columns: a reduction over rows of M has no room for a vector unit

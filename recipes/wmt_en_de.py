@@ -43,6 +43,7 @@ from hf_nmsparse import (
     save_packed,
     sparsify,
 )
+from hf_nmsparse.allocator import keep_freed_memory
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.checking import check_folder
@@ -134,6 +135,8 @@ def main() -> None:
     set_seed(args.seed)
     output = Path(args.output_dir)
     check_writable(output)
+    if args.device.type == "cpu":
+        keep_freed_memory()
 
     # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
     languages = recipe.source_lang, recipe.target_lang

@@ -19,6 +19,7 @@ from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.srste import soft_threshold
 from tests.tiny import kept
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
@@ -74,7 +75,21 @@ def test_every_number_of_groups(rows: int) -> None:
     cuda.decay_pruned(weight, mask, gradient, 0.5)
     assert torch.equal(gradient, torch.where(keeps, 1.0, 1 + 0.5 * weight))
     assert torch.equal(cuda.masked(weight, mask), torch.where(keeps, weight, 0.0))
+    soft = soft_threshold(weight.double(), mask, TWO_OF_FOUR).float()
+    assert torch.equal(cuda.soft_threshold(weight, mask, TWO_OF_FOUR), soft)
     assert torch.equal(cuda.masked(weight, mask, pruned_scale=0.25), torch.where(keeps, weight, weight * 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_soft_thresholds_are_those_of_the_plain_code(pattern: NMPattern, dtype: torch.dtype) -> None:
+    """A bf16 result is left to the tests on a GPU: the interpreter rounds to it by cutting off."""
+    weight = with_ties(7, pattern.m * 3, dtype)
+    mask = magnitude_mask(weight.float(), pattern)
+    soft = cuda.soft_threshold(weight, mask, pattern)
+    assert soft.dtype == dtype
+    assert torch.equal(soft, soft_threshold(weight.double(), mask, pattern).to(dtype))
+    assert not soft.signbit()[~unpack_bits(mask, weight.shape)].any()
 
 
 @pytest.mark.parametrize("place", [0, 5, 4099])
@@ -122,7 +137,7 @@ def trained(method: str) -> tuple[nn.Module, dict[str, float]]:
     """A small network after three steps, and the flips of its layers."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    sparsify(model, NMSparseConfig("2:4", ignore=()))
+    sparsify(model, NMSparseConfig("2:4", ignore=(), soft=method == "s-ste"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     step = SparseStep(model, optimizer, method, decay=0.25 if method == "sr-ste" else None)
     for _ in range(3):
@@ -133,7 +148,7 @@ def trained(method: str) -> tuple[nn.Module, dict[str, float]]:
     return model, {name: flips.sad for name, flips in step.take_flips().items()}
 
 
-@pytest.mark.parametrize("method", ["ste", "sr-ste"])
+@pytest.mark.parametrize("method", ["ste", "sr-ste", "s-ste"])
 def test_training_is_that_of_the_plain_code(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as plain:
         plain.setattr(native, "can_rank", lambda weight: False)
@@ -169,6 +184,7 @@ SOURCES = [
     (kernels.rank, ["*bf16", "*u8", "*fp64", "i32"], {"n": 3, "m": 5, "block": 128}),
     (kernels.decay_pruned, ["*fp32", "*u8", "*fp32", "fp32", "i32"], {"block": 1024}),
     (kernels.masked, ["*fp32", "*u8", "*bf16", "fp32", "i32"], {"block": 1024}),
+    (kernels.soft_threshold, ["*fp32", "*u8", "*fp32", "i32"], {"m": 4, "block": 1024}),
 ]
 for capability in (80, 90):
     for kernel, kinds, constants in SOURCES:
@@ -184,5 +200,6 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     process = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
-    lines = [f"{name} {unit} True" for unit in (80, 90) for name in ("rank", "rank", "decay_pruned", "masked")]
+    names = ("rank", "rank", "decay_pruned", "masked", "soft_threshold")
+    lines = [f"{name} {unit} True" for unit in (80, 90) for name in names]
     assert process.stdout.splitlines() == lines

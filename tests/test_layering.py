@@ -18,6 +18,7 @@ BANDS = (
         "checking",
         "saving",
         "trainer",
+        "allocator",
         "batching",
         "bitmask",
         "averaging",

@@ -28,6 +28,7 @@ from hf_nmsparse.layers import KernelLinear, PackedLinear
 from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.packing import pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.srste import soft_threshold
 
 pytestmark = pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
 
@@ -139,6 +140,9 @@ def check_masks() -> None:
         for scale in (0.0, 0.3):
             expected = apply_mask(weight.double(), mask, torch.float32, pruned_scale=scale)
             torch.testing.assert_close(native.masked(weight, mask, scale), expected, rtol=2e-7, atol=0)
+        soft = native.soft_threshold(weight, mask, pattern)
+        assert torch.equal(soft, soft_threshold(weight.double(), mask, pattern).float())
+        assert not soft.signbit()[~unpack_bits(mask, weight.shape)].any()
         gradient = torch.randn(weight.shape)
         expected = gradient.double() + apply_mask(weight.double(), ~mask) * 0.25
         native.decay_pruned(weight, mask, gradient, 0.25)
@@ -770,6 +774,9 @@ def test_transient_weights_share_memory_within_a_thread_alone() -> None:
         mask = magnitude_mask(weight, TWO_OF_FOUR)
         kept = native.masked(weight, mask, transient=True)
         assert torch.equal(kept, native.masked(weight, mask))
+        soft = native.soft_threshold(weight, mask, TWO_OF_FOUR, transient=True)
+        assert torch.equal(soft, native.soft_threshold(weight, mask, TWO_OF_FOUR))
+        assert soft.data_ptr() == kept.data_ptr()
         return kept
 
     with torch.inference_mode():

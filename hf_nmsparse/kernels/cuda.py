@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_nmsparse.kernels.native import check_mask
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["can_rank", "decay_pruned", "masked", "rank"]
+__all__ = ["can_rank", "decay_pruned", "masked", "rank", "soft_threshold"]
 
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
@@ -86,6 +86,16 @@ def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None, prune
         with torch.cuda.device_of(weight):
             _kernels().masked[_blocks(weight)](weight.detach(), mask, kept, pruned_scale, weight.numel(), _BLOCK)
     return kept
+
+
+def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
+    """What ``mask`` keeps of ``weight``, nearer to zero by the largest magnitude that it prunes in the group."""
+    check_mask(weight, mask)
+    soft = torch.empty_like(weight, requires_grad=False)
+    if weight.numel():
+        with torch.cuda.device_of(weight):
+            _kernels().soft_threshold[_blocks(weight)](weight.detach(), mask, soft, weight.numel(), pattern.m, _BLOCK)
+    return soft
 
 
 def _blocks(weight: Tensor) -> tuple[int]:

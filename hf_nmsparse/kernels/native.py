@@ -34,6 +34,7 @@ __all__ = [
     "rank",
     "repack",
     "restore",
+    "soft_threshold",
     "status",
 ]
 
@@ -42,7 +43,7 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
-_ABI = 2
+_ABI = 3
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "dense_int8": torch.int8}
@@ -58,6 +59,7 @@ _SIGNATURES = {
     "nms_rank": ("l", "pplii"),
     "nms_decay": (None, "pppfl"),
     "nms_apply": (None, "pppfl"),
+    "nms_soften": (None, "pppli"),
 }
 _TYPES = {
     "i": ctypes.c_int32,
@@ -316,16 +318,35 @@ def masked(weight: Tensor, mask: Tensor, pruned_scale: float = 0.0, transient: b
             memory that is used again then: fresh memory for each product would leave gaps between what stays.
     """
     check_mask(weight, mask)
-    if transient:
-        lent: Tensor | None = getattr(_LENT, "memory", None)
-        if lent is None or lent.numel() < weight.numel():
-            with torch.inference_mode(False):  # or training could not use what an evaluation made
-                lent = _LENT.memory = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
-        kept = lent.as_strided(weight.shape, weight.stride())
-    else:
-        kept = torch.empty_like(weight)
+    kept = _room(weight, transient)
     _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), pruned_scale, weight.numel())
     return kept
+
+
+def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern, transient: bool = False) -> Tensor:
+    """What ``mask`` keeps of ``weight``, nearer to zero by the largest magnitude that it prunes in the group.
+
+    Args:
+        weight: ``[..., in_features]`` that `can_rank` takes; ``in_features`` is a multiple of ``pattern.m``.
+        mask: Its mask.
+        pattern: The pattern.
+        transient: As in `masked`.
+    """
+    check_mask(weight, mask)
+    soft, groups = _room(weight, transient), weight.numel() // pattern.m
+    _library().nms_soften(weight.data_ptr(), mask.data_ptr(), soft.data_ptr(), groups, pattern.m)
+    return soft
+
+
+def _room(weight: Tensor, transient: bool) -> Tensor:
+    """Memory for what a kernel makes of ``weight``."""
+    if not transient:
+        return torch.empty_like(weight)
+    lent: Tensor | None = getattr(_LENT, "memory", None)
+    if lent is None or lent.numel() < weight.numel():
+        with torch.inference_mode(False):  # or training could not use what an evaluation made
+            lent = _LENT.memory = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
+    return lent.as_strided(weight.shape, weight.stride())
 
 
 def check_mask(weight: Tensor, mask: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["decay_pruned", "masked", "rank"]
+__all__ = ["decay_pruned", "masked", "rank", "soft_threshold"]
 
 
 @triton.jit
@@ -60,3 +60,20 @@ def masked(weight, mask, kept, pruned_scale, count, block: tl.constexpr):
     weights = tl.load(weight + place, mask=there & (keeps | (pruned_scale != 0)), other=0.0)
     used = tl.where(keeps | (pruned_scale == 0), weights, (weights * pruned_scale).to(weights.dtype))
     tl.store(kept + place, used.to(kept.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def soft_threshold(weight, mask, soft, count, m: tl.constexpr, block: tl.constexpr):
+    """Writes kept weights, nearer to zero by the largest pruned magnitude of their group of ``m``, and +0.0."""
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    there = place < count
+    first = place // m * m
+    threshold = tl.zeros([block], tl.float32)
+    for member in tl.static_range(m):
+        rival = first + member
+        magnitude = tl.abs(tl.load(weight + rival, mask=there, other=0.0).to(tl.float32))
+        threshold = tl.maximum(threshold, tl.where(_keeps(mask, rival, there), 0.0, magnitude))
+    weights = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
+    nearer = tl.where(weights < 0, weights + threshold, weights - threshold)
+    kept = tl.where(_keeps(mask, place, there), nearer, 0.0)
+    tl.store(soft + place, kept.to(soft.dtype.element_ty), mask=there)

@@ -18,6 +18,7 @@ from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.srste import soft_threshold
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
@@ -65,6 +66,15 @@ def test_kept_weights_are_rounded_as_torch_rounds(given: torch.dtype, asked: tor
     expected = torch.where(kept, weight, torch.zeros_like(weight)).to(asked or given)
     assert torch.equal(apply_mask(weight, mask, asked), expected)
     assert not apply_mask(-weight.abs(), mask).signbit()[~kept].any()
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_soft_thresholds_are_those_of_the_cpu(pattern: NMPattern, dtype: torch.dtype) -> None:
+    weight = torch.randn(33, pattern.m * 9).to(dtype)
+    mask = magnitude_mask(weight.float(), pattern)
+    expected = soft_threshold(weight.double(), mask, pattern).to(dtype)
+    assert torch.equal(soft_threshold(weight.cuda(), mask.cuda(), pattern).cpu(), expected)
 
 
 def test_a_nan_is_found() -> None:

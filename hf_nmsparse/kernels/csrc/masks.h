@@ -165,6 +165,62 @@ struct Masks {
                 });
         });
     }
+
+    // The two functions that follow write the weights that the mask keeps, nearer to zero by the largest magnitude that
+    // it prunes in their group, and +0.0 elsewhere.
+
+    // Groups that fill a vector together.
+    template <int m>
+    static NMS_INLINE void soften_lanes(const float* weight, const uint8_t* mask, float* soft, int64_t count) {
+        constexpr int steps = m == 2 ? 1 : m == 4 ? 2 : m == 8 ? 3 : 4;
+        Int places[steps];  // after the steps every lane has met all of its group
+        for (int step = 0; step < steps; step++) {
+            int32_t place[V::lanes];
+            for (int lane = 0; lane < V::lanes; lane++) place[lane] = lane ^ (1 << step);
+            places[step] = V::load_int(place);
+        }
+        const Int digits = V::set_int(0x7fffffff), sign = V::set_int(INT32_MIN);
+        for_vectors(0, count, [&](int64_t i, int here) NMS_ALWAYS {
+            const uint32_t bits = load_bits(mask + i / 8, here);
+            const Float whole = load(weight + i, here);
+            Float threshold = V::as_float(V::both(V::as_int(V::keep(~bits, whole)), digits));
+            NMS_UNROLL
+            for (int step = 0; step < steps; step++)
+                threshold = V::max(threshold, V::as_float(V::permute(V::as_int(threshold), places[step])));
+            const Float towards = V::either(threshold, V::as_float(V::both(V::as_int(whole), sign)));
+            store(soft + i, V::keep(bits, V::fma(V::set(-1.0f), towards, whole)), here);
+        });
+    }
+
+    // Groups of any width.
+    static NMS_INLINE void soften_any(const float* weight, const uint8_t* mask, float* soft, int64_t count, int m) {
+        for (int64_t first = 0; first < count; first += m) {
+            float threshold = 0.0f;
+            for (int64_t i = first; i < first + m; i++) {
+                const float pruned = mask[i / 8] >> i % 8 & 1 ? 0.0f : __builtin_fabsf(weight[i]);
+                threshold = pruned > threshold ? pruned : threshold;
+            }
+            for (int64_t i = first; i < first + m; i++)
+                soft[i] = mask[i / 8] >> i % 8 & 1 ? weight[i] - __builtin_copysignf(threshold, weight[i]) : 0.0f;
+        }
+    }
+
+    static NMS_NOINLINE void soften_span(const float* weight, const uint8_t* mask, float* soft, int64_t count, int m) {
+        if (m == 2) return soften_lanes<2>(weight, mask, soft, count);
+        if (m == 4) return soften_lanes<4>(weight, mask, soft, count);
+        if (m == 8) return soften_lanes<8>(weight, mask, soft, count);
+        if constexpr (V::lanes == 16)
+            if (m == 16) return soften_lanes<16>(weight, mask, soft, count);
+        return soften_any(weight, mask, soft, count, m);
+    }
+
+    static void soften(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int m) {
+        const int64_t size = together * m, count = groups * m;
+        parallel(blocks_of(count, size), larger(1, 32768 / size), [=](int64_t begin, int64_t end) {
+            for (int64_t first = begin * size; first < smaller(end * size, count); first += size)
+                soften_span(weight + first, mask + first / 8, soft + first, smaller(size, count - first), m);
+        });
+    }
 };
 
 }  // namespace nms

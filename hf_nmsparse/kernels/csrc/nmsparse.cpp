@@ -71,7 +71,7 @@ uint8_t* scratch(int64_t bytes) {
 
 using namespace nms;
 
-NMS_EXPORT int32_t nms_abi() { return 2; }
+NMS_EXPORT int32_t nms_abi() { return 3; }
 
 NMS_EXPORT void nms_set_parallel_for(void* function) { parallel_for = reinterpret_cast<ParallelFor>(function); }
 
@@ -124,4 +124,8 @@ NMS_EXPORT void nms_decay(const float* weight, const uint8_t* mask, float* gradi
 
 NMS_EXPORT void nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count) {
     unit->apply(weight, mask, masked, scale, count);
+}
+
+NMS_EXPORT void nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int32_t m) {
+    unit->soften(weight, mask, soft, groups, m);
 }

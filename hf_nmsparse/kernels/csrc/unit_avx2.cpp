@@ -14,6 +14,7 @@ const Unit avx2_unit = {
     Masks<Avx2>::rank,
     Masks<Avx2>::decay,
     Masks<Avx2>::apply,
+    Masks<Avx2>::soften,
 };
 
 }  // namespace nms

@@ -14,6 +14,7 @@ const Unit avx512_unit = {
     Masks<Avx512>::rank,
     Masks<Avx512>::decay,
     Masks<Avx512>::apply,
+    Masks<Avx512>::soften,
 };
 
 const Unit avx512_bf16_unit = {
@@ -26,6 +27,7 @@ const Unit avx512_bf16_unit = {
     Masks<Avx512>::rank,
     Masks<Avx512>::decay,
     Masks<Avx512>::apply,
+    Masks<Avx512>::soften,
 };
 
 }  // namespace nms

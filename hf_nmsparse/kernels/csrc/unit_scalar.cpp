@@ -14,6 +14,7 @@ const Unit scalar_unit = {
     Masks<Scalar>::rank,
     Masks<Scalar>::decay,
     Masks<Scalar>::apply,
+    Masks<Scalar>::soften,
 };
 
 }  // namespace nms
