@@ -144,7 +144,7 @@ def apply_mask(
             kept = torch.where(keeps, weight, pruned)
         else:  # on CPUs a select takes several times as long as an "and" with all ones or none
             kept = (weight.view(bits) & keeps.to(bits).neg_()).view(weight.dtype)
-    return kept if dtype is None else kept.to(dtype)
+    return kept if dtype in (None, kept.dtype) else kept.to(dtype)
 
 
 _BITS = {

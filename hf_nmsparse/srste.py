@@ -68,7 +68,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask)
         ctx.rule = pattern, soft, pruned_scale
         used = sparse_weight(weight, mask, pattern, soft, pruned_scale, x.dtype, transient=True)
-        return F.linear(x, used, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, used, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
