@@ -4,9 +4,10 @@
 
 The corpus is the folder's training text, repeated to as many pairs as WMT14 has, each repetition marked by its number,
 so that all texts differ. A process of its own starts as the recipe does, text to tokens to batches, and takes a hundred
-batches; then another does, which finds the tokens on the disk; the same with a tenth of the pairs. Memory is what the
-process has for itself: pages of the corpus on the disk, which the system drops when it needs the room, do not count. It
-takes about fifteen minutes and writes benchmarks/results/startup.json and a table beside it.
+batches; then another does, which finds the tokens on the disk; a third reads the text as a stream. All of it with a
+tenth of the pairs as well. Memory is what the process has for itself: pages of the corpus on the disk, which the system
+drops when it needs the room, do not count. It takes about fifteen minutes and writes benchmarks/results/startup.json
+and a table beside it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from hf_nmsparse import SparseTrainer, SparseTrainingArguments
 from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from recipes import results_table
+from recipes.wmt_en_de import SHUFFLED, first_of
 
 BATCHES = 100
+STARTS = ("first", "cached", "stream")
 
 
 class OwnMemory:
@@ -76,31 +79,39 @@ def write_corpus(folder: Path, pairs: int, output: Path) -> None:
             file.write(json.dumps({"translation": row}, ensure_ascii=False) + "\n")
 
 
-def start(corpus: Path, processes: int | None) -> dict[str, Any]:
+def start(corpus: Path, processes: int | None, stream: bool = False) -> dict[str, Any]:
     """Starts as the recipe does; seconds to the end of each part, and the memory before, at the peak and after."""
     disable_progress_bars()
     with OwnMemory() as memory:
         before = memory.now()
-        seconds = first_batches(corpus, processes)
+        seconds = first_batches(corpus, processes, stream)
         after = memory.now()
     return {**seconds, "MiB before": before, "MiB at the peak": memory.peak, "MiB after": after}
 
 
-def first_batches(corpus: Path, processes: int | None) -> dict[str, float]:
+def first_batches(corpus: Path, processes: int | None, stream: bool) -> dict[str, float]:
     """Takes the batches; seconds to the end of each part."""
     began, found = time.perf_counter(), dict[str, float]()
 
     def at(name: str) -> None:
         found[name] = round(time.perf_counter() - began, 2)
 
-    pairs = load_corpus(str(corpus), "en", "de")["train"]
+    pairs = load_corpus(str(corpus), "en", "de", streaming=stream)["train"]
     at("corpus")
-    tokenizer = train_tokenizer((text for row in pairs.select(range(2_000)) for text in row.values()), 6_000, 256)
+    texts = (text for row in first_of(pairs, 2_000) for text in row.values())
+    tokenizer = train_tokenizer(texts, 6_000, 256)
+    if stream:
+        pairs = pairs.shuffle(seed=0, buffer_size=SHUFFLED)
     tokens = tokenise(pairs, tokenizer, 256, processes=processes)
     at("tokens")
     model = transformer(len(tokenizer), 32, 1)
     args = SparseTrainingArguments(
-        output_dir=str(corpus / "out"), sparse_method="dense", tokens_per_batch=4_096, report_to="none", use_cpu=True
+        output_dir=str(corpus / "out"),
+        max_steps=BATCHES,
+        sparse_method="dense",
+        tokens_per_batch=4_096,
+        report_to="none",
+        use_cpu=True,
     )
     collator = DataCollatorForSeq2Seq(tokenizer, model=model)
     batches = iter(
@@ -122,22 +133,23 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="processes that turn the texts into tokens")
     parser.add_argument("--note", default="", help="what the reader has to know about this run")
     parser.add_argument("--output", type=Path, default=timing.RESULTS / "startup.json", help="a table goes beside it")
-    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--start", choices=STARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
-        print(json.dumps(start(options.corpus, options.processes)))
+        print(json.dumps(start(options.corpus, options.processes, options.start == "stream")))
         return
     machine, rows = timing.machine(), []
-    command = [sys.executable, "-m", "benchmarks.startup", "--start", "--corpus"]
+    command = [sys.executable, "-m", "benchmarks.startup", "--corpus"]
     processes = [] if options.processes is None else ["--processes", str(options.processes)]
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "HF_DATASETS_CACHE": f"{scratch}/cache", "TOKENIZERS_PARALLELISM": "false"}
         for pairs in (options.pairs // 10, options.pairs):
             folder = Path(scratch) / str(pairs)
             write_corpus(options.corpus, pairs, folder)
-            for kind in ("first", "cached"):
+            for kind in STARTS:
+                arguments = [str(folder), "--start", kind, *([] if kind == "stream" else processes)]
                 done = subprocess.run(
-                    [*command, str(folder), *processes], env=environment, stdout=subprocess.PIPE, text=True, check=True
+                    [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
                 )
                 rows.append({"pairs": pairs, "start": kind, **json.loads(done.stdout.splitlines()[-1])})
                 print(rows[-1], flush=True)

@@ -8,13 +8,15 @@ those of Multi30k, cut into batches as the recipe cuts them. The bare loop is wh
 batches, collated before it starts: forward, loss with label smoothing, backward, clipping, fused AdamW, schedule of the
 rate. It has the package's loss, once more the same, which shows how far two equal loops are apart, and torch's. Each
 training runs in a process of its own, as trainings do, and takes a step when it is its turn, on one core. The processes
-keep the memory that they free, as the recipe's do, but for one that shows what this is worth.
+keep the memory that they free, as the recipe's do, but for one that shows what this is worth. Equal processes differ by
+hundredths for as long as they live, by where in memory they came to lie, so that all of them are started several times.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import random
 import statistics
 import tempfile
 import traceback
@@ -32,7 +34,6 @@ from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, Tr
 from transformers.utils import logging
 
 from benchmarks import timing
-from benchmarks.training import interval, overhead
 from hf_nmsparse import NMSparseConfig, SparseTrainer, SparseTrainingArguments, sparsify
 from hf_nmsparse.allocator import keep_freed_memory
 from hf_nmsparse.losses import token_loss
@@ -42,8 +43,9 @@ from recipes import results_table
 
 Loss = Callable[[Any, Tensor], Tensor]
 Wait = Callable[[], None]
+Seconds = dict[str, list[float]]
 BARE, DENSE = "bare loop", "dense"
-WARM_UP = 3
+WARM_UP = 2
 
 # What `Setting.trainer` takes: every method, then the other runs of recipes/studies.
 RUNS: list[dict[str, Any]] = [
@@ -218,31 +220,61 @@ def candidates(setting: Setting) -> dict[str, Training]:
     return {name: Training(train) for name, train in found.items()}
 
 
+def steps(trainings: dict[str, Training], rounds: int) -> Seconds:
+    """Seconds of steps that the trainings take in turns; their processes end with it."""
+    try:
+        timing.in_turns(trainings, WARM_UP)
+        return timing.in_turns(trainings, rounds)
+    finally:
+        for training in trainings.values():
+            training.stop()
+
+
+def median(starts: list[Seconds], name: str) -> float:
+    """The median step of a training, the mean over its processes."""
+    return statistics.mean(statistics.median(seconds[name]) for seconds in starts)
+
+
+def overhead(starts: list[Seconds], name: str, base: str) -> float:
+    """How much longer a step takes than one of ``base``, as a fraction."""
+    return median(starts, name) / median(starts, base) - 1
+
+
+def interval(starts: list[Seconds], name: str, base: str, samples: int = 1000) -> tuple[float, float]:
+    """95% interval of the overhead by bootstrap, over the starts and over the rounds of each."""
+    draws, found = random.Random(0), []
+    for _ in range(samples):
+        drawn = []
+        for seconds in draws.choices(starts, k=len(starts)):
+            rounds = draws.choices(range(len(seconds[base])), k=len(seconds[base]))
+            drawn.append({key: [seconds[key][i] for i in rounds] for key in {name, base}})
+        found.append(overhead(drawn, name, base))
+    found.sort()
+    return round(found[samples // 40], 4), round(found[-samples // 40 - 1], 4)
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41, help="steps of each training; medians are over these")
+    parser.add_argument("--starts", type=int, default=6, help="how often all processes are started")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each training and start")
     parser.add_argument("--note", default="", help="what the reader has to know about this run")
     parser.add_argument("--output", type=Path, default=timing.RESULTS / "trainer.json", help="a table goes beside it")
     parser.add_argument("--tiny", action="store_true", help="a very small model: tries the script")
     options = parser.parse_args()
     machine = timing.machine()  # before this run is its load
     vocabulary, d_model, layers, tokens = (300, 32, 1, 256) if options.tiny else (6_000, 128, 4, 4_096)
+    starts: list[Seconds] = []
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(vocabulary, d_model, layers, tokens, options.rounds + WARM_UP, Path(folder))
         setting.model().save_pretrained(setting.folder / "teacher")
-        found = candidates(setting)
-        try:
-            timing.in_turns(found, WARM_UP)
-            seconds = timing.in_turns(found, options.rounds)
-        finally:
-            for training in found.values():
-                training.stop()
+        for _ in range(options.starts):
+            starts.append(steps(candidates(setting), options.rounds))
     rows = []
-    for name, taken in seconds.items():
-        row: dict[str, Any] = {"name": name, "median_ms": round(statistics.median(taken) * 1000, 2)}
+    for name in starts[0]:
+        row: dict[str, Any] = {"name": name, "median_ms": round(median(starts, name) * 1000, 2)}
         for key, base in (("to_bare", BARE), ("to_dense", DENSE)):
-            row[key] = [round(overhead(taken, seconds[base]), 4), *interval(taken, seconds[base])]
+            row[key] = [round(overhead(starts, name, base), 4), *interval(starts, name, base)]
         rows.append(row)
         print(row, flush=True)
     record = {
@@ -252,6 +284,7 @@ def main() -> None:
         "batch": f"{tokens:,} source and target tokens",
         "threads": 1,
         "optimizer": "fused AdamW",
+        "starts": options.starts,
         "rounds": options.rounds,
         "seed": 0,
         "note": options.note,

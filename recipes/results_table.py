@@ -319,8 +319,8 @@ def trainer_of(record: dict[str, Any]) -> str:
     rows += [
         "",
         f"{record['model']}, {record['batch']} a batch, {record['threads']} thread, {record['optimizer']}, label "
-        f"smoothing, clipping; medians of {record['rounds']} interleaved steps, intervals by bootstrap over the "
-        f"rounds. {machine(record)}",
+        f"smoothing, clipping; medians of {record['rounds']} interleaved steps, their means over {record['starts']} "
+        f"starts of all processes, intervals by bootstrap over starts and steps. {machine(record)}",
     ]
     return "\n".join(rows)
 
