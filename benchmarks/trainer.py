@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer --note "what else the machine was doing"
 
-It takes about fifteen minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
+It takes about twenty-five minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
 Transformer-Tiny of recipes/configs/multi30k_tiny.yaml with random weights, the pairs are random tokens of lengths like
 those of Multi30k, cut into batches as the recipe cuts them. The bare loop is what one would write by hand on the same
 batches, collated before it starts: forward, loss with label smoothing, backward, clipping, fused AdamW, schedule of the

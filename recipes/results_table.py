@@ -479,7 +479,6 @@ OF = {
     "generate": generate_of,
     "training": training_of,
     "trainer": trainer_of,
-    "trainer_intel": trainer_of,
     "faults": faults_of,
     "startup": startup_of,
     "scaling": scaling_of,

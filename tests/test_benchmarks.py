@@ -109,7 +109,9 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "trainer.json"
     monkeypatch.setattr(
-        sys, "argv", ["benchmark", "--tiny", "--starts", "2", "--rounds", "2", "--note", "a test", "--output", str(file)]
+        sys,
+        "argv",
+        ["benchmark", "--tiny", "--starts", "2", "--rounds", "2", "--note", "a test", "--output", str(file)],
     )
     trainer.main()
     rows = {row["name"]: row for row in results_table.read(file)["rows"]}
