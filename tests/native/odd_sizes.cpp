@@ -41,6 +41,7 @@ void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const v
 int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m);
 void nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
 void nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
+void nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int32_t m);
 }
 
 namespace {
@@ -579,11 +580,34 @@ void check_apply_of(int64_t count, bool split) {
     require(masked.same(expected), "the masked weight is wrong");
 }
 
+void check_soften_of(int64_t groups, int m, bool split) {
+    describe("thresholds of %lld groups of %d", static_cast<long long>(groups), m);
+    Array<float> weight(groups * m), soft(weight.count), expected(weight.count);
+    const Array<uint8_t> mask = random_mask(weight.count);
+    for (int64_t i = 0; i < weight.count; i++) weight[i] = draw.below(8) == 0 ? -0.0f : draw.uniform();
+    for (int64_t i = 0; i < weight.count; i++) {
+        float threshold = 0.0f;
+        for (int64_t rival = i / m * m; rival < i / m * m + m; rival++)
+            if (!kept(mask, rival)) threshold = std::max(threshold, std::fabs(weight[rival]));
+        expected[i] = kept(mask, i) ? weight[i] - std::copysign(threshold, weight[i]) : 0.0f;
+    }
+    const auto work = [&] { nms_soften(weight.data(), mask.data(), soft.data(), groups, m); };
+    if (split)
+        in_parallel(work, "softening was not split");
+    else
+        work();
+    require(soft.same(expected), "the softened weight is wrong");
+}
+
 void check_masks() {
     constexpr int patterns[][2] = {{2, 4}, {4, 8}, {1, 4}, {1, 16}, {3, 5}, {16, 32}};
     for (const auto& [n, m] : patterns) {
-        for (int64_t groups : {0, 1, 2, 5, 63, 64, 65, 100, 127, 128, 130}) check_rank_of(groups, n, m, false);
+        for (int64_t groups : {0, 1, 2, 5, 63, 64, 65, 100, 127, 128, 130}) {
+            check_rank_of(groups, n, m, false);
+            check_soften_of(groups, m, false);
+        }
         check_rank_of(40000 / m, n, m, true);
+        check_soften_of(40000 / m, m, true);
     }
     for (int64_t count : {0, 1, 3, 7, 15, 17, 33, 100, 4095, 4096, 4097, 9000, 40001}) {
         check_decay_of(count, count > 40000);
