@@ -240,17 +240,17 @@ def overhead(starts: list[Seconds], name: str, base: str) -> float:
     return median(starts, name) / median(starts, base) - 1
 
 
-def interval(starts: list[Seconds], name: str, base: str, samples: int = 1000) -> tuple[float, float]:
+def interval(starts: list[Seconds], name: str, base: str) -> tuple[float, float]:
     """95% interval of the overhead by bootstrap, over the starts and over the rounds of each."""
-    draws, found = random.Random(0), []
-    for _ in range(samples):
+
+    def draw(draws: random.Random) -> float:
         drawn = []
         for seconds in draws.choices(starts, k=len(starts)):
             rounds = draws.choices(range(len(seconds[base])), k=len(seconds[base]))
             drawn.append({key: [seconds[key][i] for i in rounds] for key in {name, base}})
-        found.append(overhead(drawn, name, base))
-    found.sort()
-    return round(found[samples // 40], 4), round(found[-samples // 40 - 1], 4)
+        return overhead(drawn, name, base)
+
+    return timing.bootstrap(draw)
 
 
 def main() -> None:

@@ -74,15 +74,14 @@ def overhead(seconds: list[float], dense: list[float]) -> float:
     return statistics.median(seconds) / statistics.median(dense) - 1
 
 
-def interval(seconds: list[float], dense: list[float], samples: int = 1000) -> tuple[float, float]:
+def interval(seconds: list[float], dense: list[float]) -> tuple[float, float]:
     """95% interval of the overhead by paired bootstrap over the rounds."""
-    draws, rounds = random.Random(0), range(len(dense))
-    found = []
-    for _ in range(samples):
-        drawn = draws.choices(rounds, k=len(dense))
-        found.append(overhead([seconds[i] for i in drawn], [dense[i] for i in drawn]))
-    found.sort()
-    return round(found[samples // 40], 4), round(found[-samples // 40 - 1], 4)
+
+    def draw(draws: random.Random) -> float:
+        drawn = draws.choices(range(len(dense)), k=len(dense))
+        return overhead([seconds[i] for i in drawn], [dense[i] for i in drawn])
+
+    return timing.bootstrap(draw)
 
 
 def main() -> None:

@@ -237,7 +237,7 @@ class SparseStep:
     def _set_pruned_scale(self) -> None:
         scale = self.schedule.pruned_scale(self.step, self.steps)
         for layer in self.layers.values():
-            if layer.pruned_scale != scale:
+            if layer.pruned_scale != scale:  # a module takes its time over each attribute
                 layer.pruned_scale = scale
 
     def _parameter_groups(self, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
