@@ -1,33 +1,40 @@
-"""Files that are there whole or not at all, whenever the writing process is killed."""
+"""Files that are there whole or not at all, whenever the writing process is killed and whoever else writes there."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows, where folders cannot be locked
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["check_writable", "flush", "model_folder", "replaced"]
+
+_UNFINISHED = ".nmsparse-saving-"
+
+# The weights of a model as transformers names them; other files of like names are the user's.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; what stands there at the end takes the place of ``path`` in one move.
+    """A path to write to; what stands there at the end takes the place of ``path`` in one move.
 
     It may be a folder where ``path`` is not there yet. Where the block fails, ``path`` stays as it was.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        beside = Path(folder) / path.name
         yield beside
         flush(beside)
         beside.replace(path)
-    finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -36,30 +43,88 @@ def model_folder(path: str | Path) -> Iterator[Path]:
 
     No reader takes a mixture of two models for one: ``config.json`` of the old model goes first, its weights go where
     the new ones do not replace them, and ``config.json`` of the new model comes last. Without it nothing loads the
-    folder. Other files of ``path`` stay. Where the block fails before any file moves, so does the old model.
+    folder. Of several processes that save there at a time each moves its files alone, and the last one's model stays.
+    Other files of ``path`` stay. Where the block fails before any file moves, so does the old model, and a folder that
+    was not there before is not there then.
     """
     path = Path(path)
+    new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
+    with _locked(path):  # no other process takes the folder for left behind before it is locked
+        beside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path))
+        lock = _lock(beside)
     try:
         yield beside
         flush(beside)
-        written = sorted(beside.iterdir(), key=lambda file: file.name == "config.json")
-        if not written:  # a process that leaves the writing to another
-            return
-        (path / "config.json").unlink(missing_ok=True)
-        for old in path.glob("model*.safetensors*"):
-            if not (beside / old.name).exists():
-                old.unlink()
-        for file in written:
-            if file.name == "config.json":
-                flush(path)
-            file.replace(path / file.name)
-        flush(path)
-        for left in path.glob(".saving-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        with _locked(path):
+            _move(beside, path)
+            _sweep(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        _unlock(lock)
+        if new:
+            with suppress(OSError):  # it holds something now
+                path.rmdir()
+
+
+def _move(beside: Path, path: Path) -> None:
+    """Moves a saved model to where it belongs."""
+    written = sorted(beside.iterdir(), key=lambda file: file.name == "config.json")
+    if not written:  # a process that leaves the writing to another
+        return
+    (path / "config.json").unlink(missing_ok=True)
+    for old in path.iterdir():
+        if _WEIGHTS.fullmatch(old.name) and not (beside / old.name).exists():
+            old.unlink()
+    for file in written:
+        if file.name == "config.json":
+            flush(path)
+        file.replace(path / file.name)
+    flush(path)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed processes left in ``path``: unfinished folders that nobody holds."""
+    for left in path.glob(f"{_UNFINISHED}*"):
+        lock = _lock(left, wait=False)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            _unlock(lock)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds ``folder`` alone among the processes that ask for it; the lock ends with the process at the latest."""
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+def _lock(folder: Path, wait: bool = True) -> int | None:
+    """Locks ``folder`` until `_unlock` gets the descriptor that is returned, or the process ends.
+
+    None if it is held elsewhere and ``wait`` is false, if it is a link or gone, or where folders cannot be locked.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if not wait else os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held, or a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor open, too
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:
