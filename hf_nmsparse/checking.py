@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, check_packed, check_quantized, packed_shapes
 from hf_nmsparse.pattern import NMPattern
@@ -23,16 +31,21 @@ __all__ = [
     "READER",
     "SCALE",
     "PackedSummary",
+    "check_complete",
     "check_folder",
     "check_layer",
     "check_number_types",
+    "check_numbers",
+    "check_places",
     "is_reader",
     "names_in_model",
     "open_files",
+    "refuse_missing",
 ]
 
 CODES = ".weight_indices"
 SCALE = ".weight_scale"
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors spells them
 READER = "modeling_nmsparse"  # what `standalone.py` is called beside the weights
 
 
@@ -93,10 +106,11 @@ def check_folder(path: str | Path) -> PackedSummary:
     layers: dict[str, tuple[int, int]] = {}
     packed = dense = 0
     with ExitStack() as stack:
-        files = open_files(_weight_files(folder), stack)
+        files = _open_folder(folder, stack)
         ends = (CODES, SCALE)
         for prefix in sorted({key.rpartition(".")[0] for key in files if key.endswith(ends)}):
             check_layer(files, prefix, None, config)
+        check_numbers(files)
         for key, (_, opened) in files.items():
             prefix, _, leaf = key.rpartition(".")
             tensor = opened.get_tensor(key)
@@ -141,34 +155,125 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint: one, or the shards that its index names."""
+def _open_folder(folder: Path, stack: ExitStack) -> dict[str, tuple[str, Any]]:
+    """Opens the safetensors files of a checkpoint: one, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file() and not (folder / "model.safetensors").is_file():  # transformers prefers the one file, too
+    if not index.is_file() or (folder / "model.safetensors").is_file():  # transformers prefers the one file, too
+        files = open_files([_inside(folder, "model.safetensors")], stack)
+    else:
         weight_map = _read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise PackedFormatError(f"{index.name}: weight_map is missing")
-        names = set(map(str, weight_map.values()))
-    for name in sorted(names):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise PackedFormatError(f"{name}: there is no such file in the folder")
-    return [str(folder / name) for name in sorted(names)]
+        files = open_files([_inside(folder, name) for name in sorted(set(map(str, weight_map.values())))], stack)
+        for key in sorted(weight_map.keys() | files.keys()):
+            named, found = weight_map.get(key, "no file"), files[key][0] if key in files else "no file"
+            if named != found:
+                raise PackedFormatError(f"{index.name}: {key} is in {found}, and the index says {named}")
+    return files
+
+
+def _inside(folder: Path, name: str) -> str:
+    """The path of a file of ``folder`` itself."""
+    if Path(name).name != name or not (folder / name).is_file():
+        raise PackedFormatError(f"{name}: there is no such file in the folder")
+    return str(folder / name)
+
+
+def check_places(paths: list[str], source: str | None) -> None:
+    """Refuses files that an index has named outside of the folder, or the copy of a repository, that they belong to.
+
+    Args:
+        paths: The files that are about to be read.
+        source: What `from_pretrained` was given: a folder or the name of a repository.
+
+    Raises:
+        PackedFormatError: A file lies elsewhere.
+    """
+    for path in paths:
+        below = os.path.relpath(path, source) if source and Path(source).is_dir() else path
+        if ".." in Path(below).parts:
+            raise PackedFormatError(f"model.safetensors.index.json: {path} is not in the folder of the model")
 
 
 def open_files(paths: list[str], stack: ExitStack) -> dict[str, tuple[str, Any]]:
     """For each key of a checkpoint the name of its file and the open file."""
-    files = {}
+    files: dict[str, tuple[str, Any]] = {}
     for path in paths:
         name = Path(path).name
         if not name.endswith(".safetensors"):
-            raise PackedFormatError(f"{name}: a packed checkpoint is a safetensors file")
+            raise PackedFormatError(f"{name}: a sparse checkpoint is a safetensors file")
         try:
             opened = stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise PackedFormatError(f"{name}: the file is not a whole safetensors file ({error})") from None
-        files.update(dict.fromkeys(opened.keys(), (name, opened)))
+        for key in opened.keys():  # noqa: SIM118  # it is no mapping
+            if key in files:
+                raise PackedFormatError(f"{name}: {key}: the tensor is in {files[key][0]}, too")
+            files[key] = name, opened
+    wrapper = wrapper_of(files)
+    if wrapper is not None:
+        raise PackedFormatError(f"{name}: {wrapper}; save the model again")
     return files
+
+
+def wrapper_of(keys: Iterable[str]) -> str | None:
+    """What wrapped a model whose state dict has ``keys``, in words; None if nothing did."""
+    first = {key.partition(".")[0] for key in keys}
+    wrappers = {"_orig_mod": "torch.compile's", "module": "DistributedDataParallel's"}
+    if len(first) == 1 and (name := first.pop()) in wrappers:
+        return f"the keys begin with '{name}.', {wrappers[name]} prefix, under which no model looks for them"
+    return None
+
+
+def check_complete(
+    files: Mapping[str, tuple[str, Any]], model: PreTrainedModel, conversions: Sequence[WeightTransform]
+) -> None:
+    """Checks that the files hold every tensor of the model but those that transformers makes itself.
+
+    These are tied tensors of which another is there, and tables of positions. Whatever else is missing would be random.
+
+    Args:
+        files: The files, as `open_files` gives them.
+        model: The model, in the form whose tensors the files hold.
+        conversions: How transformers makes tensors of the model of those in the files.
+
+    Raises:
+        PackedFormatError: A tensor is missing.
+    """
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    expected = model.state_dict()
+    found = {rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0] for key in files}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found = {tied.get(key, key) for key in found}
+    prefix, computed = f"{model.base_model_prefix}.", list(model._keys_to_ignore_on_load_missing or ())
+    if any(key.startswith(prefix) for key in files):  # files of a model with a head have the bias of its logits
+        computed = [pattern for pattern in computed if pattern != "final_logits_bias"]
+    missing = {
+        tied.get(key, key)
+        for key in expected
+        if tied.get(key, key) not in found and not any(re.search(pattern, prefix + key) for pattern in computed)
+    }
+    refuse_missing(missing, files, min(file for file, _ in files.values()), "save the whole model again")
+
+
+def refuse_missing(missing: Collection[str], keys: Collection[str], where: str, remedy: str) -> None:
+    """Refuses a checkpoint that lacks tensors of the model.
+
+    Args:
+        missing: Their names.
+        keys: The names that the checkpoint has, or those of them that the model does not know.
+        where: Begins the message.
+        remedy: Ends it.
+
+    Raises:
+        PackedFormatError: There are such tensors.
+    """
+    if missing:
+        first, number = min(missing, key=dot_natural_key), len(missing)
+        tensors = f"{first} is missing" if number == 1 else f"{first} and {number - 1} more tensors are missing"
+        reason = wrapper_of(keys)
+        raise PackedFormatError(f"{where}: {tensors}{f': {reason}' if reason else ''}; {remedy}")
 
 
 def names_in_model(
@@ -184,17 +289,41 @@ def names_in_model(
 
 
 def check_number_types(
-    files: Mapping[str, tuple[str, Any]], model: PreTrainedModel, renamings: list[WeightRenaming], packed: set[str]
+    files: Mapping[str, tuple[str, Any]], model: PreTrainedModel, renamings: list[WeightRenaming]
 ) -> None:
-    """Checks that what the model has in floating point is so in the files; ``packed`` modules have other rules."""
+    """Checks that what the model has in floating point is so in the files, but for packed weights."""
     expected = model.state_dict()
     for key, (file, opened) in files.items():
         name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
-        if name not in expected or key.rpartition(".")[0] in packed:
+        if name not in expected or is_packed(key, files):
             continue
         found = opened.get_slice(key).get_dtype()
-        if expected[name].is_floating_point() != found.startswith(("F", "BF")):
+        if expected[name].is_floating_point() != (found in FLOATS):
             raise PackedFormatError(f"{file}: {key}: the model has {expected[name].dtype} here, got {found}")
+
+
+def check_numbers(files: Mapping[str, tuple[str, Any]]) -> None:
+    """Checks what stands beside the packed weights: weights and biases are in floating point, and all that is, finite.
+
+    Raises:
+        PackedFormatError: A tensor is not.
+    """
+    for key, (file, opened) in files.items():
+        if is_packed(key, files):
+            continue
+        found = opened.get_slice(key).get_dtype()
+        if found in FLOATS:
+            if not opened.get_tensor(key).isfinite().all():
+                raise PackedFormatError(f"{file}: {key}: numbers must be finite, got NaN or infinity")
+        elif key.endswith((".weight", ".bias")) or found.startswith(("F", "BF")):
+            raise PackedFormatError(f"{file}: {key}: weights and biases are {', '.join(sorted(FLOATS))}, got {found}")
+
+
+def is_packed(key: str, files: Collection[str]) -> bool:
+    """Whether ``key`` is part of a packed weight or of one in int8: these have rules of their own."""
+    prefix, _, leaf = key.rpartition(".")
+    packed = prefix + CODES in files or prefix + SCALE in files
+    return packed and leaf in ("weight", CODES[1:], SCALE[1:])
 
 
 def check_layer(

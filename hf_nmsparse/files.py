@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
+if sys.platform != "win32":  # where folders cannot be locked
     import fcntl
-except ImportError:  # Windows, where folders cannot be locked
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["check_writable", "flush", "model_folder", "replaced"]
 
@@ -107,7 +106,7 @@ def _lock(folder: Path, wait: bool = True) -> int | None:
 
     None if it is held elsewhere and ``wait`` is false, if it is a link or gone, or where folders cannot be locked.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if not wait else os.O_RDONLY)
@@ -122,7 +121,7 @@ def _lock(folder: Path, wait: bool = True) -> int | None:
 
 
 def _unlock(descriptor: int | None) -> None:
-    if descriptor is not None:
+    if sys.platform != "win32" and descriptor is not None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor open, too
         os.close(descriptor)
 

@@ -27,8 +27,19 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
-from hf_nmsparse.checking import CODES, SCALE, check_layer, check_number_types, names_in_model, open_files
+from hf_nmsparse.checking import (
+    CODES,
+    SCALE,
+    check_complete,
+    check_layer,
+    check_number_types,
+    check_numbers,
+    check_places,
+    names_in_model,
+    open_files,
+)
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cpu, native, semi_structured
 from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, SemiStructuredLinear, sparse_layers
@@ -37,8 +48,11 @@ from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
 from hf_nmsparse.sparsify import select_layers, sparsify
+from hf_nmsparse.wrappers import unwrapped
 
 __all__ = ["NMSparseQuantizer", "prepare_for_training", "set_compute"]
+
+logger = logging.get_logger(__name__)
 
 # A second import of this file, as importlib.reload does it, replaces what the first one registered.
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
@@ -83,16 +97,20 @@ class NMSparseQuantizer(HfQuantizer):
                 "without, then call sparsify(model, config)"
             )
         self._converters: list[WeightConverter] = []
+        self._files: list[str] = []
+        self._holds_dense = quantization_config.format == "dense"
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Checks the files, then gives the layers that they hold packed the form that `compute` asks for."""
         config = self.quantization_config
-        if config.format == "dense":
-            return
         if not checkpoint_files:
-            raise ValueError("from_pretrained: a packed model is loaded from its files, not from a state_dict")
+            raise ValueError("from_pretrained: a sparse model is loaded from its files, not from a state_dict")
+        check_places(checkpoint_files, model.config.name_or_path)
+        self._files = checkpoint_files
+        if self._holds_dense:
+            return
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         layers: dict[str, str] = {}  # name in the file: name in the model
         with ExitStack() as stack:
@@ -103,12 +121,14 @@ class NMSparseQuantizer(HfQuantizer):
                     layers[prefix] = found
                 elif found is not None and prefix + SCALE in files:
                     self._converters.append(_converter(prefix, renamings, config.pattern, ("weight", "weight_scale")))
-            others = {key.rpartition(".")[0] for key in files if key.endswith((CODES, SCALE))}
-            check_number_types(files, model, renamings, others)
+            check_number_types(files, model, renamings)
+            check_numbers(files)
+            if not any(key.endswith((CODES, SCALE)) for key in files):
+                # A model that was made of a packed one's configuration and is not sparse: it is loaded as what it is.
+                self._holds_dense = True
+                return
         if not layers:
-            raise PackedFormatError(
-                f"{Path(checkpoint_files[0]).name}: no key ends in {CODES}, or none fits a layer of the model"
-            )
+            raise PackedFormatError(f"{Path(checkpoint_files[0]).name}: no key with {CODES} fits a layer of the model")
         linears = {name: model.get_submodule(name) for name in layers.values()}
         packed = _computing_packed(linears, config.compute, config.pattern, kwargs.get("device_map"))
         int8 = config.values == "int8"
@@ -136,14 +156,24 @@ class NMSparseQuantizer(HfQuantizer):
         """How the weights of the layers that compute dense are made from the file."""
         return self._converters
 
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        """All conversions of a loading that is about to begin; what the files lack is told of here."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        with ExitStack() as stack:
+            check_complete(open_files(self._files, stack), model, conversions)
+        return conversions
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Leaves nothing behind that a later `save_pretrained` would trip over."""
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 drop_reader(module.config)
-        if self.quantization_config.format == "dense":
-            _detach(model)
-            sparsify(model, self.quantization_config.sparse_config(), trained=True)
+        if self._holds_dense:
+            self.remove_quantization_config(model)
+            if self.quantization_config.format == "dense":
+                sparsify(model, self.quantization_config.sparse_config(), trained=True)
+            else:
+                logger.warning("config.json says packed, and the files hold a dense model: it is loaded as one")
             return model
         self._converters = []
         if self.quantization_config.compute != "reference":
@@ -170,6 +200,20 @@ class NMSparseQuantizer(HfQuantizer):
         else:
             record.values, record.embeddings = values_name(model.dtype), None
         return packed_state_dict(model, model.state_dict(), record), {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        set_compute(model, "dense", "dense")
+        for name in sparse_layers(model):
+            del model.get_submodule(name).pattern
+        model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Makes a model that `from_pretrained` took for quantized an ordinary one."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -202,6 +246,7 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
     """
     one_of("compute", compute, COMPUTES, where="set_compute")
     one_of("head", head, (None, *HEADS), where="set_compute")
+    model = unwrapped(model)
     config = _attached(model, "set_compute").quantization_config
     layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
     for name, layer in layers.items():
@@ -232,6 +277,7 @@ def prepare_for_training(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model was loaded from neither, or it is spread over devices.
     """
+    model = unwrapped(model)
     if any(isinstance(module, NMLinear) for module in model.modules()):
         return
     quantizer = _attached(model, "prepare_for_training")
@@ -244,7 +290,7 @@ def prepare_for_training(model: PreTrainedModel) -> None:
         same = select_layers(model, config)[0].keys() == set(names)
     except ValueError:  # the rules were written for a model with other prefixes
         same = False
-    _detach(model)
+    quantizer.remove_quantization_config(model)
     sparsify(model, config if same else NMSparseConfig(config.pattern, names, ()))
 
 
@@ -349,14 +395,6 @@ def _attached(model: PreTrainedModel, where: str) -> NMSparseQuantizer:
     if not isinstance(quantizer, NMSparseQuantizer):
         raise ValueError(f"{where}: the model was not loaded from a packed checkpoint")
     return quantizer
-
-
-def _detach(model: PreTrainedModel) -> None:
-    """Makes a model that `from_pretrained` took for quantized an ordinary one."""
-    _attached(model, "detach").remove_quantization_config(model)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config.__dict__.pop("_is_quantized", None)
 
 
 def _converter(

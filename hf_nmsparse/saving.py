@@ -20,13 +20,14 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 import hf_nmsparse
 from hf_nmsparse import standalone as reader
-from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader
+from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader, refuse_missing
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
-from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import NMSparseQuantizationConfig, one_of, record_of
+from hf_nmsparse.wrappers import is_adapted, stock_name, unwrapped
 
 __all__ = [
     "drop_reader",
@@ -38,6 +39,8 @@ __all__ = [
     "save_packed",
     "values_name",
 ]
+
+_FIVE = "[0-9]" * 5  # digits in the name of a shard
 
 _READERS = {"AutoModel": reader.NMSparseModel, "AutoModelForSeq2SeqLM": reader.NMSparseModelForSeq2SeqLM}
 
@@ -57,7 +60,8 @@ def save_packed(
     always gives the same bytes. A model that the directory holds is replaced whole, by `files.model_folder`.
 
     Args:
-        model: A model after `sparsify`, or one loaded from a packed checkpoint.
+        model: A model after `sparsify`, or one loaded from a packed checkpoint; what torch has wrapped around it or its
+            parts (torch.compile, DistributedDataParallel, AveragedModel) is looked through.
         path: The directory.
         values: ``"fp32"``, ``"fp16"`` or ``"bf16"``; None takes the model's. All floating-point tensors of the file
             are cast to it, embeddings and norms included, and config.json names it, so that the model loads in it.
@@ -71,9 +75,11 @@ def save_packed(
             for the case that the model's own are sharded.
 
     Raises:
-        ValueError: The model has no sparse layer, a weight breaks the pattern, a number does not fit ``values``,
-            weights lie on disk, or ``standalone`` is given for a class that no auto class of translation loads.
+        ValueError: The model has no sparse layer or holds adapters, a weight breaks the pattern, a number is not finite
+            or does not fit ``values``, weights lie on disk, ``state_dict`` lacks some, or ``standalone`` is given for a
+            class that no auto class of translation loads.
     """
+    model = _itself(model, "save_packed")
     record = record_of(model)
     if values is None and holds_int8(model):
         values, embeddings = "int8", embeddings or record.embeddings or "float"
@@ -97,6 +103,7 @@ def save_packed(
         twin.config.auto_map = {**(getattr(twin.config, "auto_map", None) or {}), **_auto_map(twin)}
     state_dict = kwargs.pop("state_dict", None) or model.state_dict()
     tensors = packed_state_dict(model, state_dict, twin.config.quantization_config)
+    _check_whole(twin, tensors, "save_packed")
     _write(twin, path, tensors, "save_packed", kwargs, standalone)
 
 
@@ -104,19 +111,24 @@ def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> Non
     """Writes ``model`` as a stock checkpoint that any tool loads: weights masked, zeros in their places.
 
     Args:
-        model: A model after `sparsify`, or one loaded from a packed checkpoint.
+        model: As `save_packed` takes it.
         path: The directory.
-        **kwargs: As ``save_pretrained`` takes them.
+        **kwargs: As `save_packed` takes them.
 
     Raises:
-        ValueError: The model has no sparse layer, or weights lie on disk.
+        ValueError: The model has no sparse layer or holds adapters, a weight has left the pattern, weights lie on disk,
+            ``state_dict`` lacks some, or CTranslate2 would give other translations without a word.
     """
+    model = _itself(model, "export_dense")
     if not sparse_layers(model):
         raise ValueError("export_dense: the model has no sparse layer; model.save_pretrained(path) writes it as it is")
     twin = _empty_twin(model, None)
     if hasattr(twin.config, "quantization_config"):
         del twin.config.quantization_config
     tensors = dict(_dense_tensors(model, kwargs.pop("state_dict", None) or model.state_dict()))
+    _check_whole(twin, tensors, "export_dense")
+    _check_pattern(model, tensors)
+    _check_start(twin, tensors)
     _write(twin, path, tensors, "export_dense", kwargs)
 
 
@@ -155,7 +167,7 @@ def push_to_hub(
     Raises:
         ValueError: As `save_packed`, or the directory is none that `check_folder` passes.
     """
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, nn.Module):
         with TemporaryDirectory() as folder:
             save_packed(model, folder, values, **kwargs)
             return push_to_hub(
@@ -180,7 +192,7 @@ def push_to_hub(
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,
-        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+        delete_patterns=["model.safetensors", f"model-{_FIVE}-of-{_FIVE}.safetensors", "model.safetensors.index.json"],
     )
     return str(commit.commit_url)
 
@@ -200,6 +212,61 @@ def _write(
         twin.save_pretrained(folder, state_dict=tensors, **kwargs)
         if standalone and (folder / "config.json").is_file():  # some processes leave the writing to another
             shutil.copyfile(reader.__file__, folder / f"{READER}.py")
+
+
+def _itself(model: Any, where: str) -> PreTrainedModel:
+    """The model that is to be saved, without what is wrapped around it."""
+    model = unwrapped(model)
+    if any(is_adapted(module) for module in model.modules()):
+        raise ValueError(
+            f"{where}: the model holds PEFT adapters, which are no part of such files; save what "
+            "model.merge_and_unload() returns, after finalize(model)"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{where}: writes models of transformers, got {type(model).__name__}")
+    return model
+
+
+def _check_whole(twin: PreTrainedModel, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses to write ``twin`` without some of its tensors, or with others."""
+    tied: dict[str, str] = getattr(twin, "all_tied_weights_keys", None) or {}
+    written = {tied.get(key, key) for key in tensors}
+    known = twin.state_dict().keys()
+    missing = {tied.get(key, key) for key in known - set(twin._keys_to_ignore_on_save or ())} - written
+    refuse_missing(missing, tensors, f"{where}: state_dict", "give all tensors of the model")
+    for key in tensors:
+        if key.removesuffix("_indices").removesuffix("_scale") not in known:
+            raise ValueError(f"{where}: state_dict: the model has no {key}; give the tensors of the model alone")
+
+
+def _check_pattern(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses dense weights that something has changed behind the mask, as a merge of adapters does."""
+    for name, pattern in sparse_layers(model).items():
+        key = f"{stock_name(name)}.weight"
+        violations = count_violations(tensors[key], pattern)
+        if violations:
+            raise ValueError(
+                f"export_dense: {key} breaks {pattern} in {violations:,} groups; call finalize(model), which masks it "
+                "once more, and export then"
+            )
+
+
+def _check_start(twin: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a Marian model that CTranslate2 converts and runs from another start than the model's own.
+
+    Its converter takes the last token for the padding, drops it, and starts the decoder from an embedding of zero.
+    """
+    config = twin.config
+    last = config.vocab_size - 1 if config.model_type == "marian" else None
+    if last is None or not last == config.pad_token_id == config.decoder_start_token_id:
+        return
+    embedding = twin.get_input_embeddings().weight
+    key = next(key for key, tensor in twin.state_dict(keep_vars=True).items() if tensor is embedding)
+    if tensors[key][last].any():
+        raise ValueError(
+            f"export_dense: row {last} of {key}, the padding, from which the decoder starts, is not zero, and "
+            "CTranslate2 takes it for zero; train with SparseTrainer, which keeps it so, or set it to zero yourself"
+        )
 
 
 def _auto_map(model: PreTrainedModel) -> dict[str, str]:
@@ -248,6 +315,9 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
         twin.generation_config = copy.deepcopy(model.generation_config)
     else:
         twin = copy.deepcopy(model, memo)
+        for name, module in list(twin.named_modules()):
+            if unwrapped(module) is not module:
+                twin.set_submodule(stock_name(name), unwrapped(module))
     for loaded in ("hf_quantizer", "hf_device_map"):
         twin.__dict__.pop(loaded, None)
     drop_reader(twin.config)
@@ -262,8 +332,8 @@ def retied(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
-    layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
-    for key, tensor in retied(model, state_dict).items():
+    layers = {stock_name(name): model.get_submodule(name) for name in sparse_layers(model)}
+    for key, tensor in retied(model, {stock_name(key): tensor for key, tensor in state_dict.items()}).items():
         prefix, _, leaf = key.rpartition(".")
         layer = layers.get(prefix)
         if tensor.is_meta:
@@ -275,6 +345,7 @@ def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> 
                 tensor = layer.dense_weight()
             elif isinstance(layer, NMLinear):
                 layer.check_sparse()
+                _finite(tensor, key)  # which has no rank
                 current = layer.mask
                 # A shard's mask does not fit gathered weights.
                 if current is None or len(current) != -(-tensor.numel() // 8):
@@ -290,7 +361,7 @@ def packed_state_dict(
     assert record.values is not None
     int8 = record.values == "int8"
     dtype = model.dtype if int8 else VALUE_DTYPES[record.values]
-    patterns = sparse_layers(model)
+    layers = {stock_name(name): model.get_submodule(name) for name in sparse_layers(model)}
     cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
     packed: dict[str, Tensor] = {}
     tensors = dict(_dense_tensors(model, state_dict))
@@ -301,17 +372,18 @@ def packed_state_dict(
         rounded = {key for key, tensor in tensors.items() if tensor.data_ptr() in places}
     for key, tensor in tensors.items():
         prefix, _, leaf = key.rpartition(".")
-        if prefix in patterns and leaf == "weight":
-            layer = model.get_submodule(prefix)
+        if prefix in layers and leaf == "weight":
+            layer = layers[prefix]
+            pattern: Any = layer.pattern
             if int8 and isinstance(layer, PackedLinear | KernelLinear) and holds_int8(layer):
                 both = layer.packed_tensors()
             elif int8:
-                both = _pack_int8(_cast(tensor, torch.float32, key), patterns[prefix], key)
+                both = _pack_int8(_cast(tensor, torch.float32, key), pattern, key)
             else:
-                both = pack(_cast(tensor, dtype, key), patterns[prefix], key)
+                both = pack(_cast(tensor, dtype, key), pattern, key)
             packed |= {f"{prefix}.{part}": part_tensor for part, part_tensor in both.items()}
         elif key in rounded:
-            packed[key], packed[prefix + SCALE] = quantize_rows(tensor)
+            packed[key], packed[prefix + SCALE] = quantize_rows(_finite(tensor, key))
         elif tensor.is_floating_point():
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in cast:
@@ -340,14 +412,20 @@ def _embedding_keys(model: PreTrainedModel) -> set[str]:
             continue
     modules = {id(module) for module in found if module is not None}
     names = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules}
-    return {f"{name}.weight" for name in names}
+    return {f"{stock_name(name)}.weight" for name in names}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    cast = tensor.to(dtype)
-    if cast.isinf().any() and not tensor.isinf().any():
+    cast = _finite(tensor, key).to(dtype)
+    if cast.isinf().any():
         raise ValueError(f"save_packed: {key} has numbers too large for {dtype}; choose bf16 or fp32")
     return cast
+
+
+def _finite(tensor: Tensor, key: str) -> Tensor:
+    if not tensor.isfinite().all():
+        raise ValueError(f"save: {key} holds NaN or infinity; take an earlier checkpoint")
+    return tensor
 
 
 def values_name(dtype: torch.dtype) -> str:

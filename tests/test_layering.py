@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
     {"pattern", "masks", "srste", "schedule", "packing", "kernels"},
-    {"config", "layers", "losses", "sparsify", "optimizer"},
+    {"config", "layers", "losses", "sparsify", "optimizer", "wrappers"},
     {
         "quantizer",
         "record",
@@ -24,6 +24,7 @@ BANDS = (
         "averaging",
         "corpus",
         "files",
+        "loading",
         "standalone",
         "tokenizer",
         "metrics",

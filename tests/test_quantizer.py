@@ -329,7 +329,7 @@ class TestFromPretrained:
             load(tmp_path)
 
     def test_a_state_dict_is_refused(self, packed: Path) -> None:
-        with pytest.raises(ValueError, match="a packed model is loaded from its files, not from a state_dict"):
+        with pytest.raises(ValueError, match="a sparse model is loaded from its files, not from a state_dict"):
             hf.MarianMTModel.from_pretrained(None, config=hf.AutoConfig.from_pretrained(packed), state_dict={})
 
     def test_another_method_is_still_refused(self, packed: Path) -> None:
@@ -451,13 +451,6 @@ def _embedding(tensors: dict[str, Tensor]) -> None:
         tensors[f"model.shared.{leaf}"] = tensors[f"{FC1}.{leaf}"].clone()
 
 
-def _nothing(tensors: dict[str, Tensor]) -> None:
-    for key in [key for key in tensors if key.endswith("_indices")]:
-        del tensors[key]
-    for key, tensor in build().state_dict().items():
-        tensors[key] = tensor.clone()
-
-
 # Damage, the message, and whether it takes the model to see it.
 DAMAGES: list[tuple[Callable[[dict[str, Tensor]], None], str, bool]] = [
     (_code, f"{FC1}.weight_indices: codes of 2:4 are 0 to 5, got 7", False),
@@ -521,14 +514,6 @@ class TestDamage:
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
         self.refused(tmp_path, f"model.safetensors: {FC1}.weight_indices: padding bits at the end of a row must be 0")
 
-    def test_nothing_packed(self, packed: Path, tmp_path: Path) -> None:
-        folder = tmp_path / "m"
-        shutil.copytree(packed, folder)
-        tensors = load_file(folder / "model.safetensors")
-        _nothing(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        self.refused(folder, "no key ends in .weight_indices")
-
     @pytest.mark.parametrize("length", [0, 7, 100, -1])
     def test_truncated(self, packed: Path, tmp_path: Path, length: int) -> None:
         folder = tmp_path / "m"
@@ -562,7 +547,7 @@ class TestDamage:
         shutil.copytree(packed, folder)
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-        self.refused(folder, "pytorch_model.bin: a packed checkpoint is a safetensors file", needs_model=True)
+        self.refused(folder, "pytorch_model.bin: a sparse checkpoint is a safetensors file", needs_model=True)
         with pytest.raises(PackedFormatError, match=r"^model\.safetensors: there is no such file in the folder"):
             check_folder(folder)
 

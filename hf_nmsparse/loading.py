@@ -1,0 +1,30 @@
+"""Translation models from any checkpoint, with nothing of them left to chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+
+import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
+from hf_nmsparse.checking import refuse_missing
+
+__all__ = ["load_seq2seq"]
+
+
+def load_seq2seq(source: str, **kwargs: Any) -> PreTrainedModel:
+    """Loads an encoder-decoder model as ``AutoModelForSeq2SeqLM.from_pretrained`` does, if the files hold all of it.
+
+    transformers draws what a checkpoint lacks at random and logs it, which a script does not read.
+
+    Args:
+        source: A folder, or a name on the Hub.
+        **kwargs: As ``from_pretrained`` takes them.
+
+    Raises:
+        ValueError: A tensor is missing that transformers does not make itself, as it does tied ones and positions.
+    """
+    model, found = AutoModelForSeq2SeqLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    refuse_missing(found["missing_keys"], found["unexpected_keys"], str(source), "save the whole model again")
+    loaded: PreTrainedModel = model
+    return loaded

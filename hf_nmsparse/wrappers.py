@@ -1,0 +1,38 @@
+"""What others put around a model or into it: torch.compile, data parallelism, averages of weights, PEFT's adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["is_adapted", "stock_name", "unwrapped"]
+
+_AROUND = (DistributedDataParallel, DataParallel, AveragedModel)
+
+# The attributes in which torch.compile and torch's activation checkpointing keep the module that they wrap.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, whatever torch has wrapped around it."""
+    while True:
+        if isinstance(model, _AROUND):
+            model = model.module
+        elif (inside := next((name for name in _INSIDE if name in getattr(model, "_modules", ())), None)) is not None:
+            model = getattr(model, inside)
+        else:
+            return model
+
+
+def stock_name(name: str) -> str:
+    """The name that a module or a tensor has in the model itself, without what wrappers have added to it."""
+    parts = [part for part in name.split(".") if part not in _INSIDE]
+    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PEFT's: a layer with adapters, or a model around others."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
