@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -208,10 +209,14 @@ def _write(
     """Saves ``tensors`` as the model ``twin``, with the reader beside it if asked for, whole or not at all."""
     if kwargs.get("push_to_hub"):
         raise ValueError(f"{where}: it writes files; push the folder with push_to_hub(path, repo_id) then")
-    with model_folder(path) as folder:
-        twin.save_pretrained(folder, state_dict=tensors, **kwargs)
-        if standalone and (folder / "config.json").is_file():  # some processes leave the writing to another
-            shutil.copyfile(reader.__file__, folder / f"{READER}.py")
+    try:
+        with model_folder(path) as folder:
+            twin.save_pretrained(folder, state_dict=tensors, **kwargs)
+            if standalone and (folder / "config.json").is_file():  # some processes leave the writing to another
+                shutil.copyfile(reader.__file__, folder / f"{READER}.py")
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{where}: {path} could not be written: {reason}; free space or choose another") from error
 
 
 def _itself(model: Any, where: str) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -270,3 +271,29 @@ def test_what_is_no_model_of_transformers_is_refused(tmp_path: Path) -> None:
     sparsify(model, NMSparseConfig("2:4"))
     with pytest.raises(ValueError, match=r"^save_packed: writes models of transformers, got Sequential$"):
         save_packed(model, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no limit of size there")
+@pytest.mark.parametrize("bytes_left", [0, 2_000, 100_000])
+@pytest.mark.parametrize("save", [save_packed, export_dense])
+def test_a_disk_that_is_full_is_one_line(save: Callable[..., None], bytes_left: int, tmp_path: Path) -> None:
+    import resource
+
+    (tmp_path / "old").mkdir()
+    model, before = sparse(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+        for folder in (tmp_path / "old", tmp_path / "new"):
+            with pytest.raises(ValueError, match=rf"^{save.__name__}: {folder} could not be written: [^\n]+$"):
+                save(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
+def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        for save in (save_packed, export_dense):
+            with pytest.raises(ValueError, match=rf"^{save.__name__}: {path} could not be written: [^\n]+$"):
+                save(sparse(), path)
