@@ -31,6 +31,7 @@ from transformers.utils.hub import cached_file
 __all__ = ["NMSparseModel", "NMSparseModelForSeq2SeqLM", "PackedRecord", "dense_tensors", "dense_weight"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WHENCE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -66,15 +67,16 @@ class NMSparseModel:
                 tensors |= load_file(file)
             except SafetensorError as error:
                 raise ValueError(f"{file}: no whole safetensors file ({error}); get it again") from None
-        loaded = stock.from_pretrained(
-            None, *model_args, config=_stock(config), state_dict=dense_tensors(tensors, record, str(path)), **kwargs
+        dense, told = dense_tensors(tensors, record, str(path)), kwargs.pop("output_loading_info", False)
+        model, info = stock.from_pretrained(
+            None, *model_args, config=_stock(config), state_dict=dense, output_loading_info=True, **kwargs
         )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _check_whole(model, info["missing_keys"], dense, str(path))
         model.name_or_path = model.config.name_or_path = str(path)
         if model.can_generate() and kwargs.get("generation_config") is None:
             with suppress(OSError):  # where there is none, the model has made one of its configuration
                 model.generation_config = GenerationConfig.from_pretrained(path, **whence)
-        return loaded
+        return (model, info) if told else model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -142,8 +144,9 @@ def dense_tensors(tensors: Mapping[str, Tensor], record: PackedRecord, where: st
             continue
         codes, scale = (tensors.get(f"{prefix}.{part}") for part in ("weight_indices", "weight_scale"))
         if leaf != "weight" or (codes is None and scale is None):
-            stored = tensor.is_floating_point() or leaf not in ("weight", "bias")
-            _require(stored, place, f"holds {tensor.dtype} without a scale")
+            plain = leaf not in ("weight", "bias") and not tensor.is_floating_point()
+            _require(plain or tensor.dtype in _FLOATS, place, f"holds {tensor.dtype} without a scale")
+            _require(plain or bool(torch.isfinite(tensor).all()), place, "holds NaN or infinity")
             dense[key] = tensor
             continue
         _require(codes is not None or record.embeddings, place, "has a scale that config.json does not declare")
@@ -165,6 +168,15 @@ def dense_tensors(tensors: Mapping[str, Tensor], record: PackedRecord, where: st
             tensor = tensor.to(torch.float32) * scale[:, None]
         dense[key] = tensor
     return dense
+
+
+def _check_whole(model: Any, missing: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses files that lack what transformers does not make itself, as it makes tables of positions."""
+    prefix, made = f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_missing or ()
+    lost = {key for key in missing if not any(re.search(pattern, prefix + key) for pattern in made)}
+    if any(key.startswith(prefix) for key in tensors):  # a base model has no bias of the logits: it is zero then
+        lost |= {"final_logits_bias"} & model.state_dict().keys() - tensors.keys()
+    _require(not lost, where, f"{min(lost, default='')} is missing, which the model has")
 
 
 def dense_weight(values: Tensor, codes: Tensor, n: int, m: int, where: str = "weight") -> Tensor:

@@ -171,6 +171,12 @@ def damaged(saved: Path, root: Path) -> None:
     tensors = load_file(weights)
     del tensors[f"{LAYER}.weight_indices"]
     save_file(tensors, weights, {"format": "pt"})
+    for lost in (f"{LAYER}.bias", "final_logits_bias", "model.decoder.layers.0.fc1", "model.shared"):
+        weights = folder(lost, "marian", "is missing, which the model has; the file is damaged")
+        tensors = load_file(weights)
+        save_file({key: t for key, t in tensors.items() if not key.startswith(lost)}, weights, {"format": "pt"})
+    weights = folder("compiled", "marian", "is missing, which the model has; the file is damaged")
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     weights = folder("cut", "marian", "model.safetensors: no whole safetensors file (")
     weights.write_bytes(weights.read_bytes()[:-1])
     weights = folder("version", "marian", "format_version 2 is unknown, this file reads 1; install hf-nmsparse")
@@ -490,6 +496,13 @@ SCALE, SHARED = f"{LAYER}.weight_scale", "model.shared.weight"
         (SHARED, torch.ones(300, 32), f"{SHARED}: is no matrix of torch.int8"),
         ("model.shared.weight_scale", None, f"{SHARED}: holds torch.int8 without a scale"),
         (f"{LAYER}.bias", torch.ones(64, dtype=torch.int64), f"{LAYER}.bias: holds torch.int64 without a scale"),
+        (
+            f"{LAYER}.bias",
+            torch.ones(64).to(torch.float8_e5m2),
+            f"{LAYER}.bias: holds torch.float8_e5m2 without a scale",
+        ),
+        (f"{LAYER}.bias", torch.full((64,), torch.nan), f"{LAYER}.bias: holds NaN or infinity"),
+        ("final_logits_bias", torch.full((1, 300), -torch.inf), "final_logits_bias: holds NaN or infinity"),
     ],
 )
 def test_bad_tensors(saved: Path, key: str, tensor: Tensor | None, message: str) -> None:
