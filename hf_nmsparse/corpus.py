@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers.utils import logging
+
+from hf_nmsparse.pairs import find_files, is_text, read_pairs, same_length
 
 __all__ = ["SPLITS", "Rows", "homeassistant_corpus", "load_corpus"]
+
+logger = logging.get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 SPLITS = ("train", "validation", "test")
 
-_FORMATS = {"jsonl": "json", "json": "json", "parquet": "parquet", "tsv": "csv"}
+_FEATURES = Features({"source": Value("string"), "target": Value("string")})
+
+# Counts the ways in which files and rows were read here: what an older one has cached is not taken for this one's.
+_READER = 1
 
 _WHEEL = "homeassistant-2026.11.0-py3-none-any.whl"
 _WHEEL_SHA256 = "7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7"
@@ -38,10 +46,12 @@ def load_corpus(
         corpus: One of
 
             - a local folder with files named after the splits: ``train.jsonl`` (or ``.json``, ``.parquet``, ``.tsv``
-              with a header, each but parquet also ``.gz``) whose rows are ``{"translation": {"en": ..., "de": ...}}``
-              or ``{"en": ..., "de": ...}``, or a pair of text files such as ``train.en`` and ``train.de``;
+              with a header) whose rows are ``{"translation": {"en": ..., "de": ...}}`` or ``{"en": ..., "de": ...}``,
+              other columns aside, or a pair of text files such as ``train.en`` and ``train.de``; all but parquet also
+              compressed: ``.gz``, ``.bz2``, ``.xz`` or ``.zst``. Text is UTF-8;
             - ``"homeassistant"``: see `homeassistant_corpus`;
-            - a dataset of the Hub with rows of the same two shapes, such as ``"wmt/wmt14"``.
+            - a dataset of the Hub with rows of the same two shapes, such as ``"wmt/wmt14"``. Of its training split the
+              rows that lack a side are left out, and their number is logged.
         source_lang: Key of the source sentence in a row, or suffix of its file.
         target_lang: The same for the target.
         config: Configuration of a Hub dataset, such as ``"de-en"``.
@@ -54,77 +64,59 @@ def load_corpus(
     if corpus == "homeassistant":
         pairs = homeassistant_corpus(source_lang, target_lang)
         return {**pairs, "train": pairs["train"].to_iterable_dataset()} if streaming else {**pairs}
-    if Path(corpus).is_dir():
-        splits = {
-            split: _read_split(Path(corpus), split, source_lang, target_lang, streaming)
-            for split in SPLITS
-            if any(Path(corpus).glob(f"{split}.*"))
-        }
-        if not splits:
-            raise ValueError(f"corpus {corpus}: no file named train.*, validation.* or test.* in that folder")
-    else:
-        try:
-            loaded = datasets.load_dataset(corpus, config, streaming=streaming)
-        except (FileNotFoundError, ConnectionError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"corpus {corpus!r}: no local folder, and the Hub has not answered: {reason}") from error
-        splits = {split: loaded[split] for split in SPLITS if split in loaded}
-        if not splits:
-            raise ValueError(f"corpus {corpus!r}: no split train, validation or test; it has {', '.join(loaded)}")
+    folder = Path(corpus)
+    if folder.is_file():
+        raise ValueError(f"corpus {corpus}: a file; name its folder, in which the files are train.*, validation.* ...")
+    if not folder.is_dir():
+        return _from_hub(corpus, source_lang, target_lang, config, streaming)
+    found = {split: find_files(folder, split, source_lang, target_lang) for split in SPLITS}
+    if not any(found.values()):
+        raise ValueError(f"corpus {corpus}: no file named train.*, validation.* or test.* in that folder")
+    return {
+        split: _from_files(files, source_lang, target_lang, streaming and split == "train")
+        for split, files in found.items()
+        if files
+    }
+
+
+def _from_files(files: tuple[Path, ...], source_lang: str, target_lang: str, streaming: bool) -> Rows:
+    """The pairs of a split: mapped into memory from datasets' cache, where a second run finds them, or as a stream."""
+    given = {"files": files, "source_lang": source_lang, "target_lang": target_lang}
+    made_by = {"generator": read_pairs, "features": _FEATURES, "gen_kwargs": given}
+    if streaming:
+        if len(files) == 2:
+            same_length(files)
+        stream = IterableDataset.from_generator(**made_by)
+        _first(stream)  # what is wrong with all of it shows here
+        return stream
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = _fingerprint(str(_READER), repr(stats), source_lang, target_lang)
+    try:
+        return Dataset.from_generator(**made_by, fingerprint=name)
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError):
+            raise ValueError(str(cause)) from error
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise ValueError(f"corpus: {files[0]} cannot be kept in the cache, {cache}: {cause}") from error
+
+
+def _from_hub(corpus: str, source_lang: str, target_lang: str, config: str | None, streaming: bool) -> dict[str, Rows]:
+    try:
+        loaded = datasets.load_dataset(corpus, config, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        unanswered = "no local folder, and the Hub has not answered: " if isinstance(error, OSError) else ""
+        raise ValueError(f"corpus {corpus!r}: {unanswered}{reason}") from error
+    splits = {split: loaded[split] for split in SPLITS if split in loaded}
+    if not splits:
+        raise ValueError(f"corpus {corpus!r}: no split train, validation or test; it has {', '.join(loaded)}")
     texts = {
-        split: _two_columns(rows, f"corpus {corpus}, split {split}", source_lang, target_lang)
+        split: _two_columns(rows, f"corpus {corpus}, split {split}", source_lang, target_lang, split == "train")
         for split, rows in splits.items()
     }
     whole = {split: Dataset.from_list(list(rows)) for split, rows in texts.items() if streaming and split != "train"}
     return texts | whole
-
-
-def _read_split(folder: Path, split: str, source_lang: str, target_lang: str, streaming: bool) -> Rows:
-    source_file, target_file = folder / f"{split}.{source_lang}", folder / f"{split}.{target_lang}"
-    if source_file.is_file() or target_file.is_file():
-        for file in (source_file, target_file):
-            if not file.is_file():
-                raise ValueError(f"corpus: {file} is missing beside its other half")
-        source, target = _read("text", source_file, streaming), _read("text", target_file, streaming)
-        lines = [
-            _lines(file) if streaming else len(rows) for file, rows in ((source_file, source), (target_file, target))
-        ]
-        if lines[0] != lines[1]:
-            raise ValueError(
-                f"corpus: {source_file} has {lines[0]} lines, {target_file} has {lines[1]}; they are not aligned"
-            )
-        pair = [source.rename_column("text", source_lang), target.rename_column("text", target_lang)]
-        return datasets.concatenate_datasets(pair, axis=1)
-    for suffix, loader in _FORMATS.items():
-        for file in (folder / f"{split}.{suffix}", folder / f"{split}.{suffix}.gz"):
-            if file.is_file():
-                return _read(loader, file, streaming)
-    found = ", ".join(sorted(path.name for path in folder.glob(f"{split}.*")))
-    known = ", ".join([*_FORMATS, source_lang + "+" + target_lang])
-    raise ValueError(f"corpus {folder}: cannot read {found}; the formats are {known}")
-
-
-def _lines(file: Path) -> int:
-    """How many lines a text has: of a stream that takes far less time than its rows would."""
-    with file.open(encoding="utf-8") as text:
-        return sum(1 for _ in text)
-
-
-def _read(loader: str, file: Path, streaming: bool) -> Rows:
-    if not file.stat().st_size:
-        raise ValueError(f"corpus: {file} is empty")
-    options: dict[str, Any] = {}
-    if loader == "csv":
-        options = {"delimiter": "\t", "quoting": 3, "keep_default_na": False}
-    if loader == "text":
-        options = {"keep_linebreaks": False}
-    try:
-        rows = datasets.load_dataset(loader, data_files=str(file), split="train", streaming=streaming, **options)
-        _first(rows)  # of a stream nothing has been read yet
-        return rows
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"corpus: cannot read {file}: {str(cause).splitlines()[0]}") from error
 
 
 def _first(rows: Rows) -> dict[str, Any] | None:
@@ -133,37 +125,55 @@ def _first(rows: Rows) -> dict[str, Any] | None:
         return next(found, None)
 
 
-def _two_columns(rows: Rows, where: str, source_lang: str, target_lang: str) -> Rows:
+def _two_columns(rows: Rows, where: str, source_lang: str, target_lang: str, lenient: bool) -> Rows:
+    """The texts of a Hub dataset; rows that lack one are left out if ``lenient``, for nobody here can drop them."""
     first = _first(rows)
     if first is None:
         raise ValueError(f"{where}: it has no rows")
     nested = "translation" in first
     if nested and not isinstance(first["translation"], dict):
         raise ValueError(f"{where}: translation holds {type(first['translation']).__name__}, not one text a language")
-    available = list(first["translation"] if nested else first)
-    for lang in (source_lang, target_lang):
+    available, langs = first["translation"] if nested else first, (source_lang, target_lang)
+    for lang in langs:
         if lang not in available:
             raise ValueError(f"{where}: no language {lang!r}; it has {', '.join(map(str, available))}")
+        if not isinstance(available[lang], str | None):
+            raise ValueError(f"{where}: {lang!r} holds {type(available[lang]).__name__}, not text")
 
     def split_columns(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[str]]:
-        if nested:
-            sides = [[row[lang] for row in batch["translation"]] for lang in (source_lang, target_lang)]
-        else:
-            sides = [batch[source_lang], batch[target_lang]]
-        for lang, side in zip((source_lang, target_lang), sides, strict=True):
-            for index, text in zip(indices, side, strict=True):
-                if not isinstance(text, str) or not text.strip():
+        texts = {key: [(row or {}).get(key) for row in batch["translation"]] for key in langs} if nested else batch
+        kept: dict[str, list[str]] = {"source": [], "target": []}
+        for index, *pair in zip(indices, *(texts[lang] for lang in langs), strict=True):
+            for lang, text in zip(langs, pair, strict=True):
+                if not is_text(text) and not lenient:
                     raise ValueError(f"{where}: row {index} has no {lang!r} text, got {text!r}; drop the row")
-        return {"source": sides[0], "target": sides[1]}
+            if all(map(is_text, pair)):
+                for side, text in zip(kept.values(), pair, strict=True):
+                    side.append(text)
+        return kept
 
     # A stream is not cached and takes no name.
-    name = {"new_fingerprint": _fingerprint(rows, source_lang, target_lang)} if isinstance(rows, Dataset) else {}
-    return rows.map(split_columns, batched=True, with_indices=True, remove_columns=list(first), **name)
+    name = {}
+    if isinstance(rows, Dataset):
+        name = {
+            "new_fingerprint": _fingerprint(str(_READER), rows._fingerprint, source_lang, target_lang, str(lenient))
+        }
+    pairs = rows.map(
+        split_columns, batched=True, with_indices=True, remove_columns=list(first), features=_FEATURES, **name
+    )
+    if isinstance(pairs, IterableDataset):
+        if lenient:
+            logger.warning(f"{where}: rows that lack a text are left out of the stream")
+    elif not len(pairs):
+        raise ValueError(f"{where}: each of the {len(rows):,} rows lacks a text")
+    elif len(pairs) < len(rows):
+        logger.warning(f"{where}: {len(rows) - len(pairs):,} of {len(rows):,} rows lack a text: left out")
+    return pairs
 
 
-def _fingerprint(rows: Dataset, *parts: str) -> str:
+def _fingerprint(*parts: str) -> str:
     """Names a cached result after what it is made from, so that a second run finds it."""
-    return hashlib.sha256("\0".join((rows._fingerprint, *parts)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def homeassistant_corpus(source_lang: str, target_lang: str, cache: Path | None = None) -> dict[str, Dataset]:

@@ -23,6 +23,7 @@ BANDS = (
         "bitmask",
         "averaging",
         "corpus",
+        "pairs",
         "files",
         "loading",
         "standalone",

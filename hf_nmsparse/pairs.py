@@ -1,0 +1,244 @@
+"""Sentence pairs in local files: two texts side by side, tab-separated, JSON or parquet; plain or compressed.
+
+The files are read here and not by a loader that guesses: a text is what stands in the file, whatever else it looks like
+(``007``, ``NA``, ``null``), and a path is a path, whatever characters it has. Only a line feed ends a line, with the
+carriage return before it where there is one; a byte order mark before the first line is none of its text.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__ = ["find_files", "is_text", "read_pairs", "same_length"]
+
+_FORMATS = (".jsonl", ".json", ".parquet", ".tsv")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+# A field as the writers of CSV quote it, among them pandas' and Excel's.
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+Row = tuple[str, Any]  # where it stands, and what does
+
+
+def find_files(folder: Path, split: str, source_lang: str, target_lang: str) -> tuple[Path, ...]:
+    """The files of a split: one with both languages, or one each; none if no name begins with the split's.
+
+    Raises:
+        ValueError: There are several to choose from, one language is missing, or the format is not known.
+    """
+    present = sorted(file.name for file in folder.iterdir() if file.name.startswith(f"{split}.") and file.is_file())
+
+    def named(ending: str) -> list[str]:
+        return [name for name in present if name in {f"{split}{ending}{packed}" for packed in ("", *_COMPRESSED)}]
+
+    whole = [name for ending in _FORMATS for name in named(ending) if ending != ".parquet" or name.endswith(ending)]
+    halves = [named(f".{lang}") for lang in (source_lang, target_lang)]
+    if any(len(half) > 1 for half in halves) or len(whole) + any(halves) > 1:
+        several = ", ".join(sorted({*whole, *chain(*halves)}))
+        raise ValueError(f"corpus {folder}: {several} are all of split {split}; leave the files of one format there")
+    if any(halves) and not all(halves):
+        missing = target_lang if halves[0] else source_lang
+        raise ValueError(f"corpus: {folder / f'{split}.{missing}'} is missing beside its other half")
+    if present and not whole and not any(halves):
+        known = ", ".join([*(ending[1:] for ending in _FORMATS), f"{source_lang}+{target_lang}"])
+        raise ValueError(f"corpus {folder}: cannot read {', '.join(present)}; the formats are {known}")
+    files = tuple(folder / name for name in (*whole, *chain(*halves)))
+    for file in files:
+        if not file.stat().st_size:
+            raise ValueError(f"corpus: {file} is empty")
+    return files
+
+
+def read_pairs(files: tuple[Path, ...], source_lang: str, target_lang: str) -> Iterator[dict[str, str]]:
+    """The pairs of a split, in order, as rows with ``source`` and ``target``.
+
+    Args:
+        files: As `find_files` gives them.
+        source_lang: Key of the source sentence in a row.
+        target_lang: The same for the target.
+
+    Raises:
+        ValueError: While they are read: a file cannot be, or a row lacks one of its texts.
+    """
+    empty = True
+    for where, row in _rows(files, source_lang, target_lang):
+        texts = row["translation"] if isinstance(row, dict) and "translation" in row else row
+        if not isinstance(texts, dict):
+            raise ValueError(f"corpus: {where}: holds {type(texts).__name__}, not one text a language")
+        for lang in (source_lang, target_lang):
+            if lang not in texts:
+                raise ValueError(f"corpus: {where}: no language {lang!r}; it has {', '.join(map(str, texts))}")
+            if not is_text(texts[lang]):
+                raise ValueError(f"corpus: {where}: no {lang!r} text, got {texts[lang]!r}; drop the row")
+        yield {"source": texts[source_lang], "target": texts[target_lang]}
+        empty = False
+    if empty:
+        raise ValueError(f"corpus: {files[0]} has no rows")
+
+
+def same_length(files: tuple[Path, ...]) -> None:
+    """Counts the lines of two texts, which takes far less time than reading their pairs.
+
+    Raises:
+        ValueError: They differ.
+    """
+    counts = []
+    for file in files:
+        with _opened(file) as stream:
+            ends = b""
+            count = 0
+            while block := stream.read(1 << 20):
+                count, ends = count + block.count(b"\n"), block[-1:]
+            counts.append(count + (ends not in (b"", b"\n")))
+    if len(set(counts)) > 1:
+        raise ValueError(f"corpus: {files[0]} has {counts[0]} lines, {files[1]} has {counts[1]}; they are not aligned")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a sentence: a string of more than spaces, and of whole characters."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)  # JSON can name half a character
+
+
+def _rows(files: tuple[Path, ...], source_lang: str, target_lang: str) -> Iterator[Row]:
+    if len(files) == 2:
+        return _side_by_side(files, (source_lang, target_lang))
+    (file,) = files
+    kind = next(suffix for suffix in reversed(file.suffixes) if suffix in _FORMATS)
+    if kind == ".parquet":
+        return _parquet(file, source_lang, target_lang)
+    return _tsv(file) if kind == ".tsv" else _json(file)
+
+
+def _side_by_side(files: tuple[Path, ...], langs: tuple[str, str]) -> Iterator[Row]:
+    for number, texts in enumerate(zip_longest(*map(_lines, files)), 1):
+        if None in texts:
+            same_length(files)
+        yield f"{files[0]} and {files[1].name}, line {number}", dict(zip(langs, texts, strict=True))
+
+
+def _tsv(file: Path) -> Iterator[Row]:
+    quoted = _is_quoted(file)
+    columns: list[str] = []
+    for number, line in enumerate(_lines(file), 1):
+        fields = line.split("\t")
+        if quoted:
+            fields = [field[1:-1].replace('""', '"') if field.startswith('"') else field for field in fields]
+        where = f"{file}, line {number}"
+        if not columns:
+            columns = [field.strip() for field in fields]
+            twice = {name for name in columns if name and columns.count(name) > 1}
+            if twice:
+                raise ValueError(f"corpus: {where}: several columns are named {min(twice)!r}")
+        elif line:  # an empty line is no row
+            while len(fields) > len(columns) and not fields[-1]:  # tabs at the end of a line
+                fields.pop()
+            if len(fields) != len(columns):
+                raise ValueError(
+                    f"corpus: {where}: {len(fields)} fields between tabs, and the first line names {len(columns)}"
+                )
+            yield where, dict(zip(columns, fields, strict=True))
+
+
+def _is_quoted(file: Path) -> bool:
+    """Whether a writer of CSV has quoted the fields: all that have a quotation mark look so, and one nothing else.
+
+    Most tools that write a header quote as CSV does, most that cut text with tabs know no quotes. A file of the latter
+    ends this with its first quotation mark that stands inside of a text.
+    """
+    found = False
+    for number, line in enumerate(_lines(file)):
+        for field in line.split("\t") if '"' in line else ():
+            if '"' in field:
+                if not _QUOTED.fullmatch(field):
+                    return False
+                found = found or number == 0 or '""' in field[1:-1] or "\r" in field
+    return found
+
+
+def _json(file: Path) -> Iterator[Row]:
+    """One row a line, or one list of rows, which is held in memory."""
+    lines = enumerate(_lines(file), 1)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("["):
+            rest = "\n".join([line, *(following for _, following in lines)])
+            yield from ((f"{file}, row {index}", row) for index, row in enumerate(_parsed(rest, str(file))))
+        else:
+            where = f"{file}, line {number}"
+            yield where, _parsed(line, where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"corpus: cannot read {where}: {_first_line(error)}") from error
+
+
+def _parquet(file: Path, source_lang: str, target_lang: str) -> Iterator[Row]:
+    with _opened(file) as stream, closing(pq.ParquetFile(stream)) as reader:
+        names, index = reader.schema_arrow.names, 0
+        wanted = ["translation"] if "translation" in names else [source_lang, target_lang]
+        for batch in reader.iter_batches(1_000, columns=wanted if set(wanted) <= set(names) else None):
+            for row in batch.to_pylist():
+                yield f"{file}, row {index}", row
+                index += 1
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text, without what ends them."""
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"corpus: {file}, line {number} is not UTF-8; convert the file with iconv") from error
+            if "\0" in text:  # UTF-16 without its mark, read as UTF-8
+                raise ValueError(f"corpus: {file}, line {number} has a NUL character: no UTF-8 text; convert the file")
+            yield text.rstrip("\r\n")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed by its suffix; what goes wrong while they are read is one line."""
+    try:
+        with _stream(file) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"corpus: cannot read {file}: {_first_line(error)}") from error
+
+
+def _stream(file: Path) -> Any:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix == ".bz2":
+        return bz2.open(file)
+    if file.suffix == ".xz":
+        return lzma.open(file)
+    if file.suffix == ".zst":  # Python's own module is new in 3.14
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
+    return file.open("rb")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
