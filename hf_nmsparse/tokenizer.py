@@ -29,13 +29,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
         max_length: Longest sequence in tokens that the model takes.
 
     Returns:
-        A tokenizer that ends every sequence with ``</s>`` and whose padding token has the index 0.
+        A tokenizer that ends every sequence with ``</s>``. Its padding token is the last of the vocabulary, where
+        Marian's models have it and the converters of CTranslate2 and others look for it.
 
     Raises:
         ValueError: The vocabulary cannot hold the bytes and the special tokens.
     """
-    special = [_PAD, _EOS, _UNK]
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(special)
+    special = [_EOS, _UNK]
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(special) + 1
     if vocab_size < smallest:
         raise ValueError(f"vocab_size: needs at least {smallest} for the bytes and special tokens, got {vocab_size}")
     bpe = Tokenizer(models.BPE())
@@ -43,12 +44,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - 1,
         special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([_PAD])
     bpe.post_processor = processors.TemplateProcessing(
         single=f"$A {_EOS}", pair=f"$A {_EOS} $B {_EOS}", special_tokens=[(_EOS, bpe.token_to_id(_EOS))]
     )

@@ -24,11 +24,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert (tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1)
     assert len(tokenizer) == 300
     ids = tokenizer("A garden")["input_ids"]
-    assert ids[-1] == 1
+    assert ids[-1] == 0
     assert tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("texts", [TEXTS, ["a"], ["<pad> </s> <unk>"] * 9])
+def test_padding_is_last_in_the_vocabulary(texts: list[str], tmp_path: Path) -> None:
+    """As Marian has it: converters cut the last row off. Also where the texts do not fill the vocabulary."""
+    train_tokenizer(texts, vocab_size=300).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.convert_ids_to_tokens(len(loaded) - 1) == loaded.pad_token == "<pad>"
+    assert sorted(loaded.get_vocab().values()) == list(range(len(loaded)))
 
 
 def test_a_word_is_the_same_token_anywhere(tokenizer: PreTrainedTokenizerFast) -> None:

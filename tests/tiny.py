@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
@@ -83,9 +85,23 @@ def token_pairs(count: int, seed: int = 0) -> Dataset:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few German and English sentences."""
+    """A byte-level BPE of a few German and English sentences, its padding first, as that of older models."""
     texts = ["Ein Mann schläft im Garten.", "A man sleeps in the garden.", "Der Garten ist groß.", "The garden is big."]
-    return train_tokenizer(texts * 5, VOCABULARY, max_length=64)
+    trained = train_tokenizer(texts * 5, VOCABULARY, max_length=64)
+    state = json.loads(trained.backend_tokenizer.to_str())
+    moved = {name: place + 1 for name, place in state["model"]["vocab"].items()} | {"<pad>": 0}
+    state["model"]["vocab"] = moved
+    for token in state["added_tokens"]:
+        token["id"] = moved[token["content"]]
+    for token in state["post_processor"]["special_tokens"].values():
+        token["ids"] = [moved[name] for name in token["tokens"]]
+    state["added_tokens"].sort(key=lambda token: token["id"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+        **trained.special_tokens_map,
+    )
 
 
 def collator(model: MarianMTModel) -> DataCollatorForSeq2Seq:
