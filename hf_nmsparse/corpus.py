@@ -106,8 +106,11 @@ def _from_hub(corpus: str, source_lang: str, target_lang: str, config: str | Non
         loaded = datasets.load_dataset(corpus, config, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        unanswered = "no local folder, and the Hub has not answered: " if isinstance(error, OSError) else ""
-        raise ValueError(f"corpus {corpus!r}: {unanswered}{reason}") from error
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            reason = f"no local folder, and none of the Hub's: {reason}"
+        elif isinstance(error, OSError):
+            reason = f"no local folder, and the Hub has not answered: {reason}"
+        raise ValueError(f"corpus {corpus!r}: {reason}") from error
     splits = {split: loaded[split] for split in SPLITS if split in loaded}
     if not splits:
         raise ValueError(f"corpus {corpus!r}: no split train, validation or test; it has {', '.join(loaded)}")

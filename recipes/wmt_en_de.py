@@ -1,24 +1,28 @@
 """Trains a translation model with N:M sparsity, packs it, loads the packed file in a fresh process and scores it there.
 
-    accelerate launch recipes/wmt_en_de.py recipes/configs/wmt14_transformer_base_2of4.yaml [--key value ...]
+    accelerate launch recipes/wmt_en_de.py [recipes/configs/CONFIG.yaml] [--key value ...]
 
-One YAML file says everything; keys on the command line win over it. Keys are the fields of RecipeArguments below and of
-SparseTrainingArguments, which has all of Seq2SeqTrainingArguments. A run that was stopped goes on from its last
-checkpoint when the same command is given again.
+One YAML file says everything, without one wmt14_transformer_base_2of4.yaml; keys on the command line win over it. Keys
+are the fields of RecipeArguments below and of SparseTrainingArguments, which has all of Seq2SeqTrainingArguments. A run
+that was stopped goes on from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass, field, fields
+from argparse import Action
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from datasets import IterableDataset, concatenate_datasets
+from huggingface_hub import HfApi
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -54,12 +58,31 @@ from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluat
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
+from hf_nmsparse.settings import read_settings
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from hf_nmsparse.trainer import Preempted, last_whole_checkpoint
 
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = CONFIGS / "wmt14_transformer_base_2of4.yaml"
+
 # Of a stream: how many pairs the tokenizer is trained on, and among how many the next one is drawn.
 TOKENIZER_PAIRS, SHUFFLED = 1_000_000, 100_000
+
+# Of the recipe's arguments, what is counted.
+COUNTS = (
+    "max_train_pairs",
+    "token_processes",
+    "tokens_per_step",
+    "max_length",
+    "d_model",
+    "layers",
+    "heads",
+    "ffn",
+    "average",
+    "beams",
+    "eval_batch",
+)
 
 # Of the training arguments, what the card lists.
 SETTINGS = (
@@ -91,6 +114,13 @@ class RecipeArguments:
         default=False, metadata={"help": "Read the training pairs as they come and keep nothing; needs max_steps."}
     )
     token_processes: int | None = field(default=None, metadata={"help": "Processes that turn the texts into tokens."})
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Source and target tokens of an optimizer step over all devices, in place of "
+            "gradient_accumulation_steps; tokens_per_batch is the most that a device holds then."
+        },
+    )
     max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are left out."})
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; from scratch if left out."})
@@ -123,6 +153,12 @@ class RecipeArguments:
         NMPattern.parse(self.pattern)
         if self.values not in VALUE_DTYPES:
             raise ValueError(f"values: is one of {', '.join(VALUE_DTYPES)}, got {self.values!r}")
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: needs at least 1, got {count}")
+        if self.model is None and self.d_model % self.heads:
+            raise ValueError(f"heads: has to divide d_model, got {self.heads} for {self.d_model}")
         if self.baseline is not None:
             file = hypotheses_file(Path(self.baseline), self.split)
             if not file.is_file():
@@ -135,6 +171,8 @@ def main() -> None:
     set_seed(args.seed)
     output = Path(args.output_dir)
     check_writable(output)
+    if recipe.push_to is not None and args.process_index == 0:
+        check_hub(recipe.push_to)
     if args.device.type == "cpu":
         keep_freed_memory()
 
@@ -221,7 +259,7 @@ def main() -> None:
         license=recipe.license,
         multilingual=recipe.target_code is not None,
         standalone=recipe.standalone,
-        dataset=recipe.corpus if recipe.corpus_config else None,
+        dataset=recipe.corpus if recipe.corpus_config and not Path(recipe.corpus).is_dir() else None,
         settings={key: getattr(args, key) for key in SETTINGS},
     )
     print(f"{saved}: BLEU {evaluation.bleu:.2f} ({evaluation.signature}), chrF {evaluation.chrf:.2f}")
@@ -231,39 +269,119 @@ def main() -> None:
         print(push_to_hub(saved, recipe.push_to))
 
 
+class Parser(HfArgumentParser):
+    """Says in one line what is wrong, and takes the values of a file as it takes those of a command line."""
+
+    def __init__(self) -> None:
+        super().__init__((RecipeArguments, SparseTrainingArguments), allow_abbrev=False)
+        hints = (get_type_hints(kind) for kind in (RecipeArguments, SparseTrainingArguments))
+        self.types: dict[str, Any] = {key: hint for found in hints for key, hint in found.items()}
+        self.keys: dict[str, Action] = {action.dest: action for action in self._actions if action.dest in self.types}
+
+    def error(self, message: str) -> NoReturn:
+        """In place of a page of usage."""
+        raise ValueError(f"recipe: {message}")
+
+    def check_known(self, key: str, where: str) -> None:
+        """Refuses what is no key, and names the one that was meant."""
+        if key not in self.keys:
+            near = get_close_matches(key, self.keys, 1)
+            raise ValueError(f"recipe: {where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+    def arguments_of(self, file: Path) -> list[str]:
+        """The settings of a file as a command line would have them; what none can have becomes the default."""
+        arguments = []
+        for key, value in read_settings(file).items():
+            self.check_known(key, str(file))
+            admitted = kinds(self.types[key])
+            if isinstance(value, str):
+                arguments.append(f"--{key}={value}")
+            elif isinstance(value, dict) and dict in admitted:
+                arguments.append(f"--{key}={json.dumps(value)}")
+            elif type(value) in admitted and all(isinstance(item, str) for item in value or ()):
+                self.set_defaults(**{key: value})
+            else:
+                raise ValueError(f"recipe: {file}: {key}: cannot be {json.dumps(value)}; see --help")
+        return arguments
+
+
+def kinds(hint: Any) -> set[Any]:
+    """The types that an annotation admits, without what they hold."""
+    every = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {get_origin(kind) or kind for kind in every}
+
+
 def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
-    """One YAML file first, if any, then ``--key value`` pairs that win over it."""
-    parser = HfArgumentParser((RecipeArguments, SparseTrainingArguments))
-    if argv and not argv[0].startswith("-"):
-        file, argv = Path(argv[0]), argv[1:]
-        if not file.is_file():
-            raise ValueError(f"recipe: no such file {file}; see recipes/configs")
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"recipe: {file} holds {type(settings).__name__}, not keys and values")
-        known = [f.name for kind in (RecipeArguments, SparseTrainingArguments) for f in fields(kind) if f.init]
-        for key in settings:
-            if key not in known:
-                near = get_close_matches(str(key), known, 1)
-                raise ValueError(
-                    f"recipe: {file}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-        for action in parser._actions:
-            if action.dest in settings:
-                action.required = False
-        parser.set_defaults(**settings)
-    recipe, args = parser.parse_args_into_dataclasses(args=argv)
-    if args.sparse_method == "dense" and recipe.values == "int8":
-        raise ValueError("values: 'int8' is for packed models and sparse_method is 'dense'; choose fp32, fp16 or bf16")
-    if args.sparse_dense_tail and recipe.values == "int8":
-        raise ValueError("values: 'int8' is for packed models and a dense tail leaves a dense one; choose fp32 or bf16")
+    """One YAML file first, or the one of the first command, then ``--key value`` pairs that win over it."""
+    named = bool(argv) and not argv[0].startswith("-")
+    file, argv = (Path(argv[0]), argv[1:]) if named else (DEFAULT, argv)
+    if not file.is_file():
+        raise ValueError(f"recipe: no such file {file}; see recipes/configs")
+    parser = Parser()
+    arguments = [*parser.arguments_of(file), *argv]
+    try:
+        recipe, args, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    for argument in unknown:
+        parser.check_known(argument.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
+    check(recipe, args)
+    said = []
+    if not named:
+        others = ", ".join(sorted(other.stem for other in CONFIGS.iterdir() if other != DEFAULT))
+        said.append(f"runs {DEFAULT}; name another to run it instead: {others}")
+    if recipe.tokens_per_step is not None:
+        keys = {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in arguments}
+        said.append(share_out(recipe.tokens_per_step, args, "gradient_accumulation_steps" in keys))
+    if args.process_index == 0:
+        for line in said:
+            print(f"wmt_en_de: {line}", flush=True)
+    return recipe, args
+
+
+def check_hub(repo: str) -> None:
+    """Makes the repository where there is none and asks for the right to write to it, before the training."""
+    hub = HfApi()
+    try:
+        hub.auth_check(hub.create_repo(repo, exist_ok=True).repo_id, write=True)
+    except Exception as error:  # of an HTTP library that is another in each version of the client
+        reason = " ".join(str(error).split())
+        raise ValueError(f"push_to: nothing can be pushed to {repo!r}: {reason}") from error
+
+
+def check(recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
+    """Refuses what does not go together before anything is read."""
+    dense = "sparse_method is 'dense'" if args.sparse_method == "dense" else "a dense tail leaves a dense one"
+    ends_dense = args.sparse_method == "dense" or bool(args.sparse_dense_tail)
+    if ends_dense and recipe.values == "int8":
+        raise ValueError(f"values: 'int8' is for packed models and {dense}; choose fp32, fp16 or bf16")
+    if ends_dense and recipe.standalone:
+        raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
+    if ends_dense and recipe.push_to is not None:
+        raise ValueError("push_to: sends packed models and this run ends in a dense one; leave it out")
     if recipe.streaming and args.max_steps <= 0:
         raise ValueError("streaming: a stream has no length; give max_steps")
     if recipe.streaming and recipe.token_processes is not None:
         raise ValueError("token_processes: a stream becomes tokens where it is read; leave it out")
-    if recipe.standalone and (args.sparse_method == "dense" or args.sparse_dense_tail):
-        raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
-    return recipe, args
+
+
+def share_out(tokens_per_step: int, args: SparseTrainingArguments, accumulation_given: bool) -> str:
+    """Sets how many batches of how many tokens a device takes for a step; returns what it has chosen."""
+    if accumulation_given:
+        raise ValueError(
+            "tokens_per_step: gradient_accumulation_steps follows from it and from the number of devices; give one"
+        )
+    if args.tokens_per_batch is None:
+        raise ValueError("tokens_per_step: needs tokens_per_batch, the most tokens that one device holds")
+    devices = args.world_size
+    batches = -(-tokens_per_step // (devices * args.tokens_per_batch))
+    tokens = tokens_per_step // (devices * batches)
+    if not tokens:
+        raise ValueError(f"tokens_per_step: {tokens_per_step} are less than one for each of {devices} devices")
+    args.gradient_accumulation_steps, args.tokens_per_batch = batches, tokens
+    return f"a step of {tokens_per_step:,} tokens: {devices} device(s) x {batches} batch(es) of {tokens:,} tokens"
 
 
 def first_of(rows: Rows, count: int) -> Rows:

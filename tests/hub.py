@@ -6,14 +6,15 @@ import base64
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS = (".safetensors", ".bin")
 
@@ -22,6 +23,7 @@ LFS = (".safetensors", ".bin")
 class LocalHub:
     """What the server holds: files by repository and path, and large files by their hash until a commit names them.
 
+    A data set lies under ``datasets/owner/name``, as in its address. Nobody may write to those in `read_only`.
     `tokens` are the authorizations of what was asked for, by its path; of several the last.
     """
 
@@ -29,6 +31,7 @@ class LocalHub:
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    read_only: set[str] = field(default_factory=set)
 
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a fresh process whose Hugging Face client talks to this server alone."""
@@ -68,6 +71,12 @@ def local_hub() -> Iterator[LocalHub]:
         thread.join()
 
 
+def _repo_and_rest(path: str) -> tuple[str, list[str]]:
+    """Of ``api/KIND/OWNER/NAME/...`` the repository, and what follows."""
+    _, kind, owner, name, *rest = path.split("/")
+    return f"{'' if kind == 'models' else f'{kind}/'}{owner}/{name}", rest
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -87,9 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.tokens[path] = self.headers.get("Authorization", "")
         if path == "api/whoami-v2":
             return self._json({"name": "user", "type": "user", "auth": {"accessToken": {"role": "write"}}})
-        if path.startswith("api/models/"):
-            owner, name, *rest = path.removeprefix("api/models/").split("/")
-            return self._about(f"{owner}/{name}", rest)
+        if path.startswith(("api/models/", "api/datasets/")):
+            return self._about(*_repo_and_rest(path))
         repo, resolve, rest_of_path = path.partition("/resolve/")
         if resolve:
             return self._file(repo, rest_of_path.partition("/")[2])
@@ -111,8 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
                 {**entry, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}} for entry in wanted
             ]
             return self._json({"transfer": "basic", "objects": actions}, kind="application/vnd.git-lfs+json")
-        if path.startswith("api/models/"):
-            owner, name, action, *_ = path.removeprefix("api/models/").split("/")
+        if path.startswith(("api/models/", "api/datasets/")):
+            repo, (action, *_) = _repo_and_rest(path)
+            if action == "paths-info":
+                wanted = parse_qs(body.decode())["paths"]
+                return self._json([entry for entry in self._entries(repo) if entry["path"] in wanted])
             if action == "preupload":
                 files = [
                     {
@@ -124,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
                 ]
                 return self._json({"files": files})
             if action == "commit":
-                return self._commit(f"{owner}/{name}", body)
+                return self._commit(repo, body)
         return self._json({"error": f"unknown address {path}"}, 404)
 
     def do_PUT(self) -> None:
@@ -150,13 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _about(self, repo: str, rest: list[str]) -> None:
         if repo not in self.hub.repos:
             return self._json({"error": "Repository not found"}, 404, headers={"X-Error-Code": "RepoNotFound"})
+        if rest[:1] == ["auth-check"]:
+            return self._json({}, 403 if rest[1:] == ["write"] and repo in self.hub.read_only else 200)
+        if rest[:1] == ["tree"]:  # tree/REVISION/FOLDER
+            folder, recursive = "".join(f"{name}/" for name in rest[2:]), "recursive=True" in self.path
+            inside = [entry for entry in self._entries(repo) if entry["path"].startswith(folder)]
+            return self._json([entry for entry in inside if recursive or "/" not in entry["path"].removeprefix(folder)])
         files = self.hub.repos[repo]
-        if rest and rest[0] == "tree":
-            listed = [
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in files.items()
-            ]
-            return self._json(listed)
         return self._json(
             {
                 "id": repo,
@@ -166,6 +177,18 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def _entries(self, repo: str) -> list[dict[str, Any]]:
+        """Files and folders as the Hub describes them."""
+        files = self.hub.repos[repo]
+        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+        return [
+            *({"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()} for path in folders),
+            *(
+                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for path, content in files.items()
+            ),
+        ]
+
     def _file(self, repo: str, path: str) -> None:
         if repo not in self.hub.repos:
             return self._json({"error": "Repository not found"}, 404, headers={"X-Error-Code": "RepoNotFound"})
@@ -174,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"error": "Entry not found"}, 404, headers={"X-Error-Code": "EntryNotFound", **commit})
         content = self.hub.repos[repo][path]
         etag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self._send(content[int(part[1]) : int(part[2]) + 1], 206, "application/octet-stream", commit)
         return self._send(content, 200, "application/octet-stream", {**commit, **etag})
 
     def _json(

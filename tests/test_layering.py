@@ -24,6 +24,7 @@ BANDS = (
         "averaging",
         "corpus",
         "pairs",
+        "settings",
         "files",
         "loading",
         "standalone",
