@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
+
+from hf_nmsparse.settings import read_settings
 
 HERE = Path(__file__).parent
 POLL_SECONDS = 2.0
@@ -84,14 +85,22 @@ class Study:
         """
         if not file.is_file():
             raise ValueError(f"study: no such file {file}; see recipes/studies")
-        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        record = read_settings(file)
         known = {"base", "settings", "seeds", "runs", "layers"}
-        if not isinstance(record, dict) or set(record) - known or not {"base", "runs"} <= set(record):
+        if set(record) - known or not {"base", "runs"} <= set(record):
             raise ValueError(f"study: {file} holds the keys {', '.join(sorted(known))}; base and runs are needed")
         if not isinstance(record["runs"], dict) or any(
             not isinstance(run, dict | None) for run in record["runs"].values()
         ):
             raise ValueError(f"study: {file}: runs holds a name for each run, and keys and values of the recipe below")
+        runs = {name: run or {} for name, run in record["runs"].items()}
+        for key, kind in (("base", str), ("settings", dict), ("seeds", list), ("layers", list)):
+            if not isinstance(record.get(key), kind | None):
+                raise ValueError(f"study: {file}: {key} cannot be {json.dumps(record[key])}")
+        for settings in (record.get("settings") or {}, *runs.values()):
+            for key, value in settings.items():
+                if value is None:
+                    raise ValueError(f"study: {file}: {key} has no value")
         base = file.parent / record["base"]
         if not base.is_file():
             raise ValueError(f"study: {file}: base {base} is missing")
@@ -99,8 +108,8 @@ class Study:
             file.stem,
             base,
             record.get("settings") or {},
-            tuple(record.get("seeds") or (1,)),
-            record["runs"],
+            _seeds(record.get("seeds") or ["1"]),
+            runs,
             tuple(record.get("layers") or ()),
         )
 
@@ -112,12 +121,13 @@ class Study:
         """
         runs: list[tuple[int, Run]] = []
         for name, given in self.runs.items():
-            settings = dict(given or {})
+            settings = dict(given)
             after, teacher = settings.pop("after", None), settings.pop("teacher", None)
             for other in (after, teacher):
                 if other is not None and other not in self.runs:
                     raise ValueError(f"study: run {name!r} needs {other!r}, which is no run; see after and teacher")
-            for index, seed in enumerate(settings.pop("seeds", self.seeds)):
+            seeds = _seeds(settings.pop("seeds")) if "seeds" in settings else self.seeds
+            for index, seed in enumerate(seeds):
                 others = [None if other is None else f"{other}-s{seed}" for other in (after, teacher)]
                 runs.append((index, Run(f"{name}-s{seed}", {**self.settings, **settings, "seed": seed}, *others)))
         names = {run.name for _, run in runs}
@@ -127,6 +137,13 @@ class Study:
             for other in run.needs - names:
                 raise ValueError(f"study: run {run.name!r} needs {other!r}; give both the same seeds")
         return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    """The seeds of a list as a file has them."""
+    if not isinstance(given, list) or not all(isinstance(seed, str) and seed.isdecimal() for seed in given):
+        raise ValueError(f"study: seeds: a list of whole numbers, got {json.dumps(given)}")
+    return tuple(map(int, given))
 
 
 class Runner:
@@ -187,7 +204,8 @@ class Runner:
         if run.teacher is not None:
             settings["distill_from"] = str(self.model_of(run.teacher))
         for key, value in settings.items():
-            command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            command += [f"--{key}", *map(str, values)]
         return command + self.extra
 
     def start(self, run: Run) -> None:

@@ -48,7 +48,7 @@ from hf_nmsparse import (
     sparsify,
 )
 from hf_nmsparse.allocator import keep_freed_memory
-from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
+from hf_nmsparse.averaging import average_checkpoints, checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.checking import check_folder
 from hf_nmsparse.corpus import Rows, load_corpus
@@ -225,7 +225,10 @@ def main() -> None:
 
     # The mean of the last dense masters, masked once more: the masks of the checkpoints differ.
     if recipe.average > 1:
-        mean = average_checkpoints(last_checkpoints(output, recipe.average))
+        count = min(recipe.average, len(checkpoints(output)))
+        if count < recipe.average:  # a short run, to try something
+            print(f"wmt_en_de: averages {count} checkpoint(s), all that the run has; average is {recipe.average}")
+        mean = average_checkpoints(last_checkpoints(output, count))
         model.load_state_dict({**model.state_dict(), **mean})  # tied and computed weights are in no file
     sparse = args.sparse_method != "dense" and not args.sparse_dense_tail
     if not sparse:
@@ -361,6 +364,12 @@ def check(recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
         raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
     if ends_dense and recipe.push_to is not None:
         raise ValueError("push_to: sends packed models and this run ends in a dense one; leave it out")
+    if recipe.average > (args.save_total_limit or recipe.average):
+        raise ValueError(
+            f"average: {recipe.average} checkpoints, and save_total_limit keeps {args.save_total_limit}; raise it"
+        )
+    if recipe.average > 1 and args.save_strategy == "no":
+        raise ValueError(f"average: {recipe.average} checkpoints, and save_strategy 'no' writes none; set it")
     if recipe.streaming and args.max_steps <= 0:
         raise ValueError("streaming: a stream has no length; give max_steps")
     if recipe.streaming and recipe.token_processes is not None:
@@ -392,7 +401,10 @@ def first_of(rows: Rows, count: int) -> Rows:
 def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
     if recipe.model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        except (OSError, ImportError) as error:
+            raise ValueError(f"model: {recipe.model}: {' '.join(str(error).split())}") from error
         for language, code in (("src_lang", recipe.source_code), ("tgt_lang", recipe.target_code)):
             if code is not None and hasattr(tokenizer, language):
                 setattr(tokenizer, language, code)

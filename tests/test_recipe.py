@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import NllbTokenizer
 
+from hf_nmsparse import SparseTrainingArguments
 from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import read_curve, read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.sparsify import select_layers
-from recipes.wmt_en_de import describe, load_model, parse, read_lines, run
+from recipes.wmt_en_de import DEFAULT, describe, load_model, load_tokenizer, parse, read_lines, run
+from tests.hub import LocalHub, local_hub
+from tests.originals import opus_mt, wmt14
 from tests.tiny import bart, hf, t5, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -33,14 +38,16 @@ VERBS = {"sleeps": "schläft", "runs": "rennt", "eats": "isst", "waits": "wartet
 PLACES = {"here": "hier", "there": "dort", "outside": "draußen", "inside": "drinnen", "today": "heute", "now": "jetzt"}
 
 
+PAIRS = [
+    (f"The {noun} {verb} {place}.", f"Jetzt {VERBS[verb]} {NOUNS[noun]} {PLACES[place]}.")
+    for noun in NOUNS
+    for verb in VERBS
+    for place in PLACES
+]
+
+
 def write_corpus(folder: Path) -> Path:
-    pairs = [
-        (f"The {noun} {verb} {place}.", f"Jetzt {VERBS[verb]} {NOUNS[noun]} {PLACES[place]}.")
-        for noun in NOUNS
-        for verb in VERBS
-        for place in PLACES
-    ]
-    for split, rows in {"train": pairs, "validation": pairs[::12], "test": pairs[::10]}.items():
+    for split, rows in {"train": PAIRS, "validation": PAIRS[::12], "test": PAIRS[::10]}.items():
         lines = (json.dumps({"translation": {"en": en, "de": de}}) for en, de in rows)
         folder.mkdir(exist_ok=True)
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -94,6 +101,39 @@ def tiny(corpus: Path, output: Path, **settings: Any) -> list[str]:
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
 
+def test_without_a_configuration_it_runs_wmt14(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`accelerate launch recipes/wmt_en_de.py` ended in a page of usage; from any folder, keys go on top."""
+    monkeypatch.chdir(tmp_path)
+    named, _ = parse([str(DEFAULT), "--use_cpu", "true"])
+    assert "wmt_en_de: runs" not in capsys.readouterr().out
+    alone, args = parse(["--use_cpu", "true"])
+    assert alone == named
+    assert (alone.corpus, alone.corpus_config, args.max_steps) == ("wmt/wmt14", "de-en", 100_000)
+    line, *_ = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"wmt_en_de: runs {ROOT / 'recipes/configs/wmt14_transformer_base_2of4.yaml'}; name another")
+    for config in CONFIGS:
+        assert config.stem in line
+    small, args = parse(["--use_cpu", "true", "--layers", "2", "--max_steps", "3"])
+    assert (small.layers, small.d_model, args.max_steps) == (2, 512, 3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "batches", "tokens"), [(1, 8, 6250), (2, 4, 6250), (3, 3, 5555), (8, 1, 6250), (16, 1, 3125)]
+)
+def test_a_step_holds_as_many_tokens_on_any_number_of_devices(
+    devices: int, batches: int, tokens: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SparseTrainingArguments, "world_size", devices)
+    _, args = parse([str(DEFAULT), "--use_cpu", "true"])
+    assert (args.gradient_accumulation_steps, args.tokens_per_batch) == (batches, tokens)
+    assert 50_000 - devices * batches < devices * batches * tokens <= 50_000
+    assert capsys.readouterr().out == (
+        f"wmt_en_de: a step of 50,000 tokens: {devices} device(s) x {batches} batch(es) of {tokens:,} tokens\n"
+    )
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_parse_and_fit_their_model(config: Path, tmp_path: Path) -> None:
     recipe, args = parse([str(config), "--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"])
@@ -142,18 +182,56 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (recipe.corpus, args.output_dir, args.learning_rate, recipe.targets) == ("c", "b", 0.25, ["fc1", "fc2"])
 
 
+def test_values_of_a_file_are_what_they_look_like(tmp_path: Path) -> None:
+    """YAML has 2:4 for 124, 1e-3 for a text and the language no for a falsehood."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "\ufeffcorpus: 007\noutput_dir: '2026'\nuse_cpu: yes\nsource_lang: no\npattern: 2:4\nlearning_rate: 1e-3\n"
+        "max_steps: 1_000\ntargets: fc1\nmore_train: [a b, 'true']\nbaseline: null\nmodel: ~\nsource_prefix: ''\n"
+        "streaming: true\nlr_scheduler_kwargs: {timescale: 20}\nreport_to: [none]\nsparse_decay:\ndropout: .2\n",
+        encoding="utf-8",
+    )
+    recipe, args = parse([str(file)])
+    assert (recipe.corpus, args.output_dir, recipe.source_lang, recipe.pattern) == ("007", "2026", "no", "2:4")
+    assert (args.learning_rate, args.max_steps, recipe.dropout) == (1e-3, 1000, 0.2)
+    assert (recipe.targets, recipe.more_train, recipe.source_prefix) == (["fc1"], ["a b", "true"], "")
+    assert (recipe.baseline, recipe.model, recipe.streaming) == (None, None, True)
+    assert (args.lr_scheduler_kwargs, args.report_to, args.sparse_decay) == ({"timescale": 20}, [], 2e-4)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("corpus: a\nlearning_rat: 1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ("corpus: a\npattern: 2:4\nfoo: 1", "unknown key 'foo'"),
         ("- corpus", "holds list, not keys and values"),
+        ("2:4", "holds str, not keys and values"),
+        ("", "is empty"),
+        ("# corpus: a\n", "is empty"),
+        ("corpus: a\nseed: 1\ncorpus: b", "the key 'corpus' is there 2 times"),
+        ("corpus: a\n\tseed: 1", "found character '\\t' that cannot start any token"),
+        ("corpus: !!python/name:os.system x", "could not determine a constructor"),
+        ("corpus: caf\udce9", "can't decode byte 0xe9"),
+        ("corpus: [a, b]", 'corpus: cannot be ["a", "b"]'),
+        ("corpus: {a: b}", 'corpus: cannot be {"a": "b"}'),
+        ("corpus:\nseed: 1", "corpus: cannot be null"),
+        ("corpus: a\nmore_train: [[b]]", 'more_train: cannot be [["b"]]'),
+        ("corpus: a\nmax_steps: 3.5", "argument --max_steps/--max-steps: invalid int value: '3.5'"),
+        ("corpus: a\nmax_steps: 1e5", "argument --max_steps/--max-steps: invalid int value: '1e5'"),
+        ("corpus: a\nlearning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ("corpus: a\nstreaming: 2", "argument --streaming: Truthy value expected"),
+        (
+            "corpus: a\neval_strategy: sometimes",
+            "--eval_strategy/--eval-strategy: invalid choice: 'sometimes'",
+        ),
+        ("seed: 1", "the following arguments are required: --corpus"),
+        ("corpus: a\nuse_cpu: true\ntokens_per_step: 9", "tokens_per_step: needs tokens_per_batch, the most tokens"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match="recipe: ") as refused:
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"recipe: |tokens_per_step: |run\.yaml") as refused:
         parse([str(file)])
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -164,20 +242,46 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        (["--learning_rat", "1"], "recipe: command line: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--max_s", "1"], "recipe: command line: unknown key 'max_s'; did you mean 'max_steps'?"),
+        (["--max_steps", "x"], "recipe: argument --max_steps/--max-steps: invalid int value: 'x'"),
+        (["stray"], "recipe: command line: unknown key 'stray'"),
+    ],
+)
+def test_arguments_that_are_refused(argument: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse([str(DEFAULT), "--use_cpu", "true", *argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
         (("--pattern", "4:2"), "N:M needs 1 <= N < M <= 32, got 4:2"),
         (("--values", "bf8"), "values: is one of fp32, fp16, bf16, int8, got 'bf8'"),
         (("--values", "int8", "--sparse_method", "dense"), "values: 'int8' is for packed models"),
-        (("--values", "int8", "--sparse_dense_tail", "0.1"), "a dense tail leaves a dense one; choose fp32 or bf16"),
+        (("--values", "int8", "--sparse_dense_tail", "0.1"), "a dense tail leaves a dense one; choose fp32, fp16"),
         (("--standalone", "true", "--sparse_method", "dense"), "standalone: is for packed models and this run ends"),
         (("--standalone", "true", "--sparse_dense_tail", "0.1"), "standalone: is for packed models and this run ends"),
         (("--streaming", "true", "--max_steps", "-1"), "streaming: a stream has no length; give max_steps"),
         (("--streaming", "true", "--token_processes", "2"), "token_processes: a stream becomes tokens where it is"),
+        (("--tokens_per_step", "0"), "tokens_per_step: needs at least 1, got 0"),
+        (
+            ("--tokens_per_step", "9", "--gradient_accumulation_steps", "1"),
+            "tokens_per_step: gradient_accumulation_steps follows from it",
+        ),
+        (("--tokens_per_step", "9", "--gradient-accumulation-steps=2"), "tokens_per_step: gradient_accumulation_steps"),
+        (("--average", "4"), "average: 4 checkpoints, and save_total_limit keeps 3; raise it"),
+        (("--average", "2", "--save_strategy", "no"), "average: 2 checkpoints, and save_strategy 'no' writes none"),
+        (("--heads", "3"), "heads: has to divide d_model, got 3 for 32"),
+        (("--beams", "0"), "beams: needs at least 1, got 0"),
+        (("--push_to", "a/b", "--sparse_method", "dense"), "push_to: sends packed models and this run ends in a dense"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
     ],
 )
 def test_what_would_end_a_run_late_is_refused_first(argument: tuple[str, str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "none.yaml").write_text("seed: 1")
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse([*tiny(tmp_path, tmp_path / "run"), *argument])
+        parse([str(tmp_path / "none.yaml"), *tiny(tmp_path, tmp_path / "run"), *argument])
 
 
 def test_models_are_described_by_any_names_of_their_layers() -> None:
@@ -372,3 +476,119 @@ def test_deepspeed_through_accelerate_is_one_line(tmp_path: Path, monkeypatch: p
         "gradients; train under DDP or FSDP2"
     )
     assert not output.exists()
+
+
+@pytest.fixture
+def hub() -> Iterator[LocalHub]:
+    """Has what the configurations ask the Hub for, in small; one training pair lacks its source."""
+    with local_hub() as server:
+        server.repos["datasets/wmt/wmt14"] = wmt14([*PAIRS, (" ", "Nichts.")], PAIRS[::12], PAIRS[::10])
+        server.repos["Helsinki-NLP/opus-mt-en-de"] = opus_mt(PAIRS)
+        yield server
+
+
+def on_the_hub(hub: LocalHub, folder: Path, *command: str, fails: bool = False) -> str:
+    """Runs a command of Python in ``folder`` with this Hub alone; what it printed on both streams."""
+    environment = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT)}
+    environment["PYTHONWARNINGS"] += ",ignore:Recommended"  # sacremoses, for texts with unusual punctuation
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert bool(done.returncode) == fails, done.stdout[-3000:]
+    return done.stdout
+
+
+# Three steps of a model that a test has time for, and what is written is pushed.
+SMALL = ["--max_steps", "3", "--use_cpu", "true", "--tokens_per_step", "400", "--tokens_per_batch", "250"]
+SMALL += ["--beams", "2", "--push_to", "user/pushed"]
+SCRATCH = ["--d_model", "32", "--layers", "1", "--heads", "2", "--ffn", "64", "--vocab_size", "300"]
+SCRIPT = str(ROOT / "recipes" / "wmt_en_de.py")
+
+
+def test_the_first_command_from_the_hub_and_back(hub: LocalHub, tmp_path: Path) -> None:
+    """The configuration of WMT14, as it is run alone, but for its size; its folder has a name that is no pattern."""
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    printed = on_the_hub(hub, folder, "-m", "accelerate.commands.launch", SCRIPT, *SMALL, *SCRATCH)
+    assert f"wmt_en_de: runs {DEFAULT}; name another" in printed
+    assert "wmt_en_de: a step of 400 tokens: 1 device(s) x 2 batch(es) of 200 tokens" in printed
+    assert "corpus wmt/wmt14, split train: 1 of 121 rows lack a text: left out" in printed
+    assert "averages 1 checkpoint(s), all that the run has; average is 5" in printed
+    output = folder / "outputs" / "wmt14_transformer_base_2of4"
+    evaluation = Evaluation.read(output / "evaluation.json")
+    assert (evaluation.corpus, evaluation.steps, evaluation.sentences) == ("wmt/wmt14", 3, 12)
+    pushed = hub.repos["user/pushed"]
+    assert pushed == {file.name: file.read_bytes() for file in (output / "packed").iterdir()}
+    assert ModelCard(pushed["README.md"].decode()).data.to_dict()["datasets"] == ["wmt/wmt14"]
+    config = json.loads(pushed["config.json"])
+    assert (config["pad_token_id"], config["decoder_start_token_id"], config["vocab_size"]) == (299, 299, 300)
+
+
+def test_opus_mt_from_the_hub_and_back(hub: LocalHub, tmp_path: Path) -> None:
+    """What is pushed keeps the original's settings and tokenizer, and translates as what was scored."""
+    config = str(ROOT / "recipes" / "configs" / "opus_mt_en_de_2of4.yaml")
+    on_the_hub(hub, tmp_path, "-m", "accelerate.commands.launch", SCRIPT, config, *SMALL)
+    original, pushed = hub.repos["Helsinki-NLP/opus-mt-en-de"], hub.repos["user/pushed"]
+    for name in ("source.spm", "target.spm"):
+        assert pushed[name] == original[name]
+    for name in ("vocab.json", "generation_config.json"):
+        before, after = (json.loads(files[name]) for files in (original, pushed))
+        assert {**after, "transformers_version": ""} == {**before, "transformers_version": ""}
+    assert ModelCard(pushed["README.md"].decode()).data.to_dict()["base_model"] == "Helsinki-NLP/opus-mt-en-de"
+    output = tmp_path / "outputs" / "opus_mt_en_de_2of4"
+    translate = ["-m", "hf_nmsparse", "translate", "--model", "user/pushed", "--beams", "2"]
+    translate += ["--input", str(output / "test.source.txt"), "--output", str(tmp_path / "again.txt")]
+    on_the_hub(hub, tmp_path, *translate)
+    assert read_lines(tmp_path / "again.txt") == read_lines(output / "test.hypotheses.txt")
+
+
+CHECK_HUB = """
+from recipes.wmt_en_de import check_hub
+for repo in ("user/new", "other/closed", "no name"):
+    try:
+        check_hub(repo)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_repository_that_takes_nothing_is_found_before_the_training(hub: LocalHub, tmp_path: Path) -> None:
+    hub.repos["other/closed"] = {}
+    hub.read_only.add("other/closed")
+    closed, invalid = on_the_hub(hub, tmp_path, "-c", CHECK_HUB).splitlines()
+    assert hub.repos["user/new"] == {}
+    assert closed.startswith("push_to: nothing can be pushed to 'other/closed': ")
+    assert "403" in closed
+    assert invalid.startswith("push_to: nothing can be pushed to 'no name': ")
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    recipe, _ = parse([str(CONFIGS[0]), *tiny(tmp_path, tmp_path / "run", model=tmp_path / "none")])
+    with pytest.raises(ValueError, match=r"model: .*none.*") as refused:
+        load_tokenizer(recipe, Dataset.from_list([]), tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_padding_is_where_the_tokenizer_has_it(tmp_path: Path, old: bool) -> None:
+    """Last, and its embedding zero; first in a run that was begun when it was first."""
+    recipe, _ = parse([str(CONFIGS[0]), *tiny(tmp_path, tmp_path)])
+    if old:
+        tokenizer().save_pretrained(tmp_path / "tokenizer")
+    texts = Dataset.from_list([{"source": source, "target": target} for source, target in PAIRS])
+    trained = load_tokenizer(recipe, texts, tmp_path)
+    model = load_model(recipe, trained)
+    place = 0 if old else len(trained) - 1
+    assert {trained.pad_token_id, model.config.pad_token_id, model.config.decoder_start_token_id} == {place}
+    assert model.generation_config.bad_words_ids == [[place]]
+    embeddings: Any = model.get_input_embeddings()
+    assert not embeddings.weight[place].any()
+    assert embeddings.weight[1].any()
+    assert embeddings.weight is model.get_output_embeddings().weight

@@ -72,7 +72,16 @@ def test_the_first_seed_of_all_comes_first(tmp_path: Path) -> None:
 
 def test_shared_settings_give_way(tmp_path: Path) -> None:
     [run] = Study.read(write_study(tmp_path, settings={"a": 1, "b": 2}, runs={"x": {"b": 3}})).grid()
-    assert run.settings == {"a": 1, "b": 3, "seed": 1}
+    assert run.settings == {"a": "1", "b": "3", "seed": 1}
+
+
+def test_settings_are_what_they_look_like(tmp_path: Path) -> None:
+    """YAML has 2:4 for 124 and the language no for a falsehood."""
+    file = write_study(tmp_path, runs={})
+    file.write_text("base: base.yaml\nruns:\n  1of4: {pattern: 1:4, source_lang: no, lr_scheduler_kwargs: {a: 1e-3}}\n")
+    study = Runner(Study.read(file), tmp_path, tmp_path, jobs=1, extra=[])
+    command = " ".join(study.command(study.runs["1of4-s1"]))
+    assert '--pattern 1:4 --source_lang no --lr_scheduler_kwargs {"a": "1e-3"} --seed 1' in command
 
 
 def test_what_is_done_is_skipped(tmp_path: Path) -> None:
@@ -138,6 +147,11 @@ def test_the_time_left(tmp_path: Path) -> None:
         ({"runs": ["a"]}, "runs holds a name for each run, and keys and values of the recipe below"),
         ({"runs": {"a": "ste"}}, "runs holds a name for each run"),
         ({"runs": {}, "base": "none.yaml"}, "none.yaml is missing"),
+        ({"runs": {}, "seeds": 12}, 'grid.yaml: seeds cannot be "12"'),
+        ({"runs": {}, "seeds": [1.5]}, 'seeds: a list of whole numbers, got ["1.5"]'),
+        ({"runs": {"a": {"seeds": 12}}}, 'seeds: a list of whole numbers, got "12"'),
+        ({"runs": {}, "layers": "a-s1"}, 'grid.yaml: layers cannot be "a-s1"'),
+        ({"runs": {"a": {"model": None}}}, "grid.yaml: model has no value"),
     ],
 )
 def test_studies_that_are_refused(
