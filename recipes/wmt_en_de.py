@@ -182,6 +182,11 @@ def main() -> None:
     for split in ("train", recipe.split):
         if split not in corpus:
             raise ValueError(f"corpus {recipe.corpus}: no split {split!r}; it has {', '.join(corpus)}")
+    if args.eval_strategy != "no" and "validation" not in corpus:
+        raise ValueError(
+            f"corpus {recipe.corpus}: no split 'validation', which eval_strategy {args.eval_strategy.value!r} needs; "
+            "give --eval_strategy no"
+        )
     for name in recipe.more_train or ():
         more = load_corpus(name, *languages, streaming=recipe.streaming)
         if "train" not in more:
@@ -398,13 +403,19 @@ def first_of(rows: Rows, count: int) -> Rows:
     return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
 
 
+def pretrained(kind: Any, model: str, **settings: Any) -> Any:
+    """What ``from_pretrained`` of an Auto class gives; what a user can mend is one line."""
+    try:
+        return kind.from_pretrained(model, **settings)
+    except (OSError, ImportError, ValueError) as error:
+        [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"model: {model}: {reason}") from error
+
+
 def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
     if recipe.model is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        except (OSError, ImportError) as error:
-            raise ValueError(f"model: {recipe.model}: {' '.join(str(error).split())}") from error
+        tokenizer = pretrained(AutoTokenizer, recipe.model)
         for language, code in (("src_lang", recipe.source_code), ("tgt_lang", recipe.target_code)):
             if code is not None and hasattr(tokenizer, language):
                 setattr(tokenizer, language, code)
@@ -421,7 +432,7 @@ def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTra
 def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The checkpoint in fp32, or a Transformer from scratch: Marian's, post-norm, with one embedding for all ends."""
     if recipe.model is not None:
-        return AutoModelForSeq2SeqLM.from_pretrained(recipe.model, dtype=torch.float32)
+        return pretrained(AutoModelForSeq2SeqLM, recipe.model, dtype=torch.float32)
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,

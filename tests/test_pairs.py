@@ -192,6 +192,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, files: dict[str, bytes]) -
     assert read(written(tmp_path / "corpus", files)) == [("one", "eins"), ("two", "zwei")]
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_parquet_of_other_writers(tmp_path: Path, kind: pa.DataType) -> None:
+    """polars has large strings, pandas its categories."""
+    (tmp_path / "corpus").mkdir()
+    columns = {"en": ["a", "007"], "de": ["b", "NA"]}
+    table = pa.table({lang: pa.array(texts).cast(kind) for lang, texts in columns.items()})
+    pq.write_table(table, tmp_path / "corpus" / "train.parquet")
+    assert read(tmp_path / "corpus") == [("a", "b"), ("007", "NA")]
+
+
 def test_tabs_at_the_end_and_empty_lines_make_no_row(tmp_path: Path) -> None:
     """pandas took the first column of such a file for an index and shifted the others."""
     content = b"en\tde\none\teins\t\n\ntwo\tzwei\t\t\r\n\n"

@@ -569,11 +569,35 @@ def test_a_repository_that_takes_nothing_is_found_before_the_training(hub: Local
     assert invalid.startswith("push_to: nothing can be pushed to 'no name': ")
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    recipe, _ = parse([str(CONFIGS[0]), *tiny(tmp_path, tmp_path / "run", model=tmp_path / "none")])
-    with pytest.raises(ValueError, match=r"model: .*none.*") as refused:
-        load_tokenizer(recipe, Dataset.from_list([]), tmp_path)
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "dev"}, "corpus {}: no split 'dev'; it has train, test"),
+        (
+            {"eval_strategy": "epoch"},
+            "corpus {}: no split 'validation', which eval_strategy 'epoch' needs; give",
+        ),
+        ({"model": "none/here"}, "model: none/here: "),
+        ({"more_train": "none/here"}, "corpus 'none/here': no local folder, and "),
+        ({"corpus": "{}/train.jsonl"}, "corpus {}/train.jsonl: a file; name its folder"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    settings: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "validation.jsonl").unlink()
+    (tmp_path / "none.yaml").write_text("seed: 1")
+    given = tiny(
+        **{"corpus": corpus, "output": tmp_path / "run"}
+        | {key: value.format(corpus) for key, value in settings.items()}
+    )
+    monkeypatch.setattr(sys, "argv", ["wmt_en_de.py", str(tmp_path / "none.yaml"), *given])
+    monkeypatch.setattr("recipes.wmt_en_de.keep_freed_memory", lambda: None)  # which is for the whole process
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert str(stopped.value.code).startswith(f"wmt_en_de: {message.format(corpus)}")
+    assert "\n" not in str(stopped.value.code)
 
 
 @pytest.mark.parametrize("old", [False, True])
