@@ -588,10 +588,8 @@ def test_what_is_missing_is_one_line(
     corpus = write_corpus(tmp_path / "corpus")
     (corpus / "validation.jsonl").unlink()
     (tmp_path / "none.yaml").write_text("seed: 1")
-    given = tiny(
-        **{"corpus": corpus, "output": tmp_path / "run"}
-        | {key: value.format(corpus) for key, value in settings.items()}
-    )
+    formatted = {key: value.format(corpus) for key, value in settings.items()}
+    given = tiny(**{"corpus": corpus, "output": tmp_path / "run", **formatted})  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "argv", ["wmt_en_de.py", str(tmp_path / "none.yaml"), *given])
     monkeypatch.setattr("recipes.wmt_en_de.keep_freed_memory", lambda: None)  # which is for the whole process
     with pytest.raises(SystemExit) as stopped:
