@@ -113,7 +113,11 @@ def is_text(value: Any) -> bool:
     """Whether it is a sentence: a string of more than spaces, and of whole characters."""
     if not isinstance(value, str) or not value.strip():
         return False
-    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)  # JSON can name half a character
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can name half a character
+        return False
+    return True
 
 
 def _rows(files: tuple[Path, ...], source_lang: str, target_lang: str) -> Iterator[Row]:
@@ -127,10 +131,11 @@ def _rows(files: tuple[Path, ...], source_lang: str, target_lang: str) -> Iterat
 
 
 def _side_by_side(files: tuple[Path, ...], langs: tuple[str, str]) -> Iterator[Row]:
+    both = f"{files[0]} and {files[1].name}"
     for number, texts in enumerate(zip_longest(*map(_lines, files)), 1):
         if None in texts:
             same_length(files)
-        yield f"{files[0]} and {files[1].name}, line {number}", dict(zip(langs, texts, strict=True))
+        yield f"{both}, line {number}", dict(zip(langs, texts, strict=True))
 
 
 def _tsv(file: Path) -> Iterator[Row]:
