@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from argparse import Action
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +25,6 @@ import torch
 from datasets import IterableDataset, concatenate_datasets
 from huggingface_hub import HfApi
 from transformers import (
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     GenerationConfig,
@@ -54,6 +54,7 @@ from hf_nmsparse.checking import check_folder
 from hf_nmsparse.corpus import Rows, load_corpus
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
@@ -403,10 +404,10 @@ def first_of(rows: Rows, count: int) -> Rows:
     return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
 
 
-def pretrained(kind: Any, model: str, **settings: Any) -> Any:
-    """What ``from_pretrained`` of an Auto class gives; what a user can mend is one line."""
+def pretrained(load: Callable[..., Any], model: str, **settings: Any) -> Any:
+    """What ``load`` gives; what a user can mend is one line."""
     try:
-        return kind.from_pretrained(model, **settings)
+        return load(model, **settings)
     except (OSError, ImportError, ValueError) as error:
         [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"model: {model}: {reason}") from error
@@ -415,7 +416,7 @@ def pretrained(kind: Any, model: str, **settings: Any) -> Any:
 def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
     if recipe.model is not None:
-        tokenizer = pretrained(AutoTokenizer, recipe.model)
+        tokenizer = pretrained(AutoTokenizer.from_pretrained, recipe.model)
         for language, code in (("src_lang", recipe.source_code), ("tgt_lang", recipe.target_code)):
             if code is not None and hasattr(tokenizer, language):
                 setattr(tokenizer, language, code)
@@ -432,7 +433,7 @@ def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTra
 def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The checkpoint in fp32, or a Transformer from scratch: Marian's, post-norm, with one embedding for all ends."""
     if recipe.model is not None:
-        return pretrained(AutoModelForSeq2SeqLM, recipe.model, dtype=torch.float32)
+        return pretrained(load_seq2seq, recipe.model, dtype=torch.float32)
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
