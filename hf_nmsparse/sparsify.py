@@ -9,28 +9,32 @@ from fnmatch import fnmatchcase
 from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
-from hf_nmsparse.layers import NMLinear, sparse_layers
-from hf_nmsparse.masks import count_violations
+from hf_nmsparse.layers import NMLinear, is_sharded, local, sparse_layers
+from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import soft_scale
 
-__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
+__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify", "unwrapped"]
 
 _NO_TARGET = "no target rule matches"
+
+# Where PEFT keeps the model, or the layer, that it adapts; whatever else lies in its modules it trains itself.
+_ADAPTED = ("base_model", "model", "base_layer")
 
 
 def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) -> dict[str, str]:
     """Turns the linear layers that ``config`` selects into N:M layers, in place.
 
-    Weights stay dense masters; the forward uses their masked copy. Keys of the state dict, ties and optimizers built
-    earlier stay as they are. A Hugging Face model remembers ``config`` in its own configuration, so that a checkpoint
-    of the training loads as a sparse model again.
+    Adapters of PEFT stay dense, and the layers that they adapt become sparse. Weights stay dense masters; the forward
+    uses their masked copy. Keys of the state dict, ties and optimizers built earlier stay as they are. A Hugging Face
+    model remembers ``config`` in its own configuration, so that a checkpoint of the training loads as a sparse model
+    again.
 
     Args:
-        model: Any module with ``nn.Linear`` layers.
+        model: Any module with ``nn.Linear`` layers, or what torch.compile or DDP made of it.
         config: Pattern and rules.
         trained: Whether the weights are masters of a training under ``config``. Otherwise a soft threshold scales
             them first, so that the thresholded weights come closest to the dense ones.
@@ -41,6 +45,7 @@ def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) ->
     Raises:
         ValueError: A rule matches no linear layer, or no layer would become sparse, or the model is sparse already.
     """
+    model = unwrapped(model)
     if sparse_layers(model):
         raise ValueError("sparsify: the model is sparse already; load the dense checkpoint to change pattern or rules")
     chosen, dense = select_layers(model, config)
@@ -63,6 +68,7 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
     Raises:
         ValueError: A rule matches no linear layer, or every layer stays dense.
     """
+    model = unwrapped(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for field, rules in (("targets", config.targets), ("ignore", config.ignore)):
         for rule in rules or ():
@@ -74,12 +80,16 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
     chosen: dict[str, nn.Linear] = {}
     dense: dict[str, str] = {}
     for name, linear in linears.items():
-        others = [user for user in users[id(linear.weight)] if user != name]
+        others = [user for user in users.get(id(linear.weight), ()) if user != name]
         reason: str | None = None
         if config.targets is not None and not any(_matches(name, rule) for rule in config.targets):
             reason = _NO_TARGET
+        elif _is_adapter(model, name):
+            reason = "a PEFT adapter"
         elif linear is head:
             reason = "the output head"
+        elif (computed := _computed_tensor(linear)) is not None:
+            reason = f"its {computed} is computed from other tensors, by a parametrization or by pruning"
         elif others:
             reason = f"tied to {others[0]}"
         elif (ignored := _first_match(name, DEFAULT_IGNORE if config.ignore is None else config.ignore)) is not None:
@@ -88,6 +98,10 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
             reason = f"its class is {type(linear).__name__}, not nn.Linear"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             reason = "nn.TransformerEncoderLayer reads its weight without calling it"
+        elif not _is_plain(linear.weight):
+            reason = (
+                f"its weight is a {type(linear.weight.data).__name__} of {linear.weight.dtype}, not of plain floats"
+            )
         elif linear.in_features % config.pattern.m:
             reason = f"in_features {linear.in_features} is not a multiple of {config.pattern.m}"
         if reason is None:
@@ -104,15 +118,31 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
 def finalize(model: nn.Module) -> None:
     """Masks the weights of every N:M layer once more, in place, and verifies that each group keeps at most N.
 
+    An ``nn.Linear`` that was unpacked from a packed model is masked by the magnitudes of its weight: what was merged
+    into it, as PEFT merges adapters, has left the pattern.
+
     Raises:
-        ValueError: The model has no N:M layer in training form, or the forward of one is not N:M sparse.
+        ValueError: The model has no layer that knows a pattern and holds its weight dense, or the forward of one is
+            not N:M sparse.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    model = unwrapped(model)
+    layers = [layer for name in sparse_layers(model) if isinstance(layer := model.get_submodule(name), nn.Linear)]
     if not layers:
-        raise ValueError("finalize: the model has no N:M layer in training; call sparsify(model, config) first")
+        raise ValueError(
+            "finalize: the model has no N:M layer in training; call sparsify(model, config) first, or load a packed "
+            "model with compute='dense'"
+        )
     for layer in layers:
-        layer.finalize()
-        assert count_violations(layer.weight, layer.pattern) == 0
+        if isinstance(layer, NMLinear):
+            layer.finalize()
+        else:
+            _mask_in_place(local(layer.weight), layer.pattern)  # type: ignore[arg-type]  # sparse_layers has read it
+        assert count_violations(layer.weight, layer.pattern) == 0  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _mask_in_place(weight: Tensor, pattern: NMPattern) -> None:
+    weight.copy_(apply_mask(weight, magnitude_mask(weight, pattern)))
 
 
 @dataclass(frozen=True)
@@ -181,6 +211,7 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
         The same as an object.
     """
     rows = []
+    model = unwrapped(model)
     sparse = sparse_layers(model)
     for name, module in model.named_modules():
         pattern = sparse.get(name)
@@ -197,6 +228,17 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     result = Report(tuple(rows))
     print(result, file=file or sys.stdout)
     return result
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile and data parallelism wrap around it, whose names are the stock ones."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile's
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _matches(name: str, rule: str) -> bool:
@@ -221,4 +263,26 @@ def _weight_users(model: nn.Module) -> dict[int, list[str]]:
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    return get_output_embeddings() if callable(get_output_embeddings) else None
+    head = get_output_embeddings() if callable(get_output_embeddings) else None
+    return getattr(head, "base_layer", head)  # which PEFT may adapt
+
+
+def _is_adapter(model: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` belongs to an adapter of PEFT and not to the model that is adapted."""
+    parts = name.split(".")
+    for stop in range(len(parts), -1, -1):
+        kinds = type(model.get_submodule(".".join(parts[:stop]))).__mro__
+        if any(kind.__module__.startswith("peft.") for kind in kinds):
+            return stop == len(parts) or parts[stop] not in _ADAPTED
+    return False
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor of floats, or a shard of one, and not the tensor of a quantizer."""
+    return weight.is_floating_point() and (type(weight.data) is Tensor or is_sharded(weight))
+
+
+def _computed_tensor(linear: nn.Linear) -> str | None:
+    """Which of its tensors is computed and no parameter of its own, None if there is none."""
+    own = dict(linear.named_parameters(recurse=False))
+    return next((name for name in ("weight", "bias") if name not in own and getattr(linear, name) is not None), None)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
 from hf_nmsparse.layers import NMLinear, sparse_layers
-from hf_nmsparse.masks import apply_mask
+from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparsify import finalize, report, select_layers, sparsify
 from tests.tiny import marian
@@ -176,6 +179,57 @@ def test_an_encoder_layer_that_reads_its_weights_stays_dense() -> None:
     assert dense["linear1"] == dense["linear2"] == "nn.TransformerEncoderLayer reads its weight without calling it"
 
 
+def pruned(linear: nn.Linear, name: str = "weight") -> nn.Linear:
+    prune.l1_unstructured(linear, name, amount=0.5)
+    return linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "compute",
+    [
+        pruned,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+    ],
+)
+def test_a_weight_that_is_computed_stays_dense(compute: Any) -> None:
+    reason = "its weight is computed from other tensors, by a parametrization or by pruning"
+    model = nn.ModuleDict({"computed": compute(nn.Linear(8, 8)), "body": nn.Linear(8, 8)})
+    expected = model.eval()["computed"](torch.ones(8))
+    assert sparsify(model, NMSparseConfig("2:4")) == {"computed": reason}
+    assert torch.equal(model["computed"](torch.ones(8)), expected)
+    assert report(model, file=io.StringIO()).layers[0].note == reason
+    with pytest.raises(ValueError, match=rf"no layer of the model can be 2:4 sparse \(0: {reason}\)"):
+        sparsify(nn.Sequential(compute(nn.Linear(8, 8))), NMSparseConfig("2:4"))
+
+
+def test_a_computed_layer_that_is_no_target_stops_nothing() -> None:
+    model = nn.ModuleDict({"pruned": pruned(nn.Linear(8, 8)), "body": nn.Linear(8, 8)})
+    assert sparsify(model, NMSparseConfig("2:4", targets=["body"])) == {"pruned": "no target rule matches"}
+    biased = nn.ModuleDict({"pruned": pruned(nn.Linear(8, 8), "bias"), "body": nn.Linear(8, 8)})
+    [(name, reason)] = sparsify(biased, NMSparseConfig("2:4")).items()
+    assert (name, reason) == ("pruned", "its bias is computed from other tensors, by a parametrization or by pruning")
+
+
+class Codes(Tensor):
+    """As quantizers keep weights: a tensor of their own class."""
+
+
+def test_a_quantized_weight_stays_dense() -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("int8", "codes", "body")})
+    int8, codes = model["int8"], model["codes"]
+    int8.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    codes.weight = nn.Parameter(torch.zeros(8, 8).as_subclass(Codes))
+    assert sparsify(model, NMSparseConfig("2:4")) == {
+        "int8": "its weight is a Tensor of torch.int8, not of plain floats",
+        "codes": "its weight is a Codes of torch.float32, not of plain floats",
+    }
+
+
 def test_another_subclass_stays_dense() -> None:
     class Scaled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -279,6 +333,151 @@ def test_finalize_keeps_what_a_fixed_mask_keeps() -> None:
     layer.mask, layer.fixed_mask = torch.tensor([0b0011], dtype=torch.uint8), True
     finalize(layer)
     assert layer.weight.tolist() == [[1.0, 2.0, 0.0, 0.0]]
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [compiled, nn.DataParallel, lambda model: compiled(nn.DataParallel(model)), lambda m: nn.DataParallel(compiled(m))],
+)
+def test_wrapped_models_are_looked_through(wrap: Any) -> None:
+    model, plain = marian(), marian()
+    wrapped = wrap(model)
+    config = NMSparseConfig("2:4", targets=["model.encoder.*", "fc1"])
+    assert sparsify(wrapped, config) == sparsify(plain, config)
+    assert sparse_layers(model) == sparse_layers(plain)
+    assert model.config.quantization_config == plain.config.quantization_config
+    finalize(wrapped)
+    assert str(report(wrapped, file=io.StringIO())) == str(report(model, file=io.StringIO()))
+    assert report(wrapped, file=io.StringIO()).violations == 0
+    assert [row.name for row in report(wrapped, file=io.StringIO()).sparse] == list(sparse_layers(plain))
+    with pytest.raises(ValueError, match="the model is sparse already"):
+        sparsify(wrapped, config)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in torch.compile itself
+def test_a_compiled_model_computes_sparse_after_sparsify() -> None:
+    """It may have been traced while it was dense."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    wrapped, x = compiled(model), torch.randn(3, 8)
+    dense = wrapped(x)
+    sparsify(wrapped, NMSparseConfig("2:4"))
+    assert torch.equal(wrapped(x), model(x))
+    assert not torch.equal(wrapped(x), dense)
+
+
+def test_finalize_masks_what_was_unpacked_and_changed_since() -> None:
+    """As PEFT merges an adapter into the layers of a model that was loaded with ``compute="dense"``."""
+    model = Model()
+    sparsify(model, NMSparseConfig("2:4", targets=["fc1"]))
+    finalize(model)
+    for name in sparse_layers(model):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, NMLinear)
+        merged = layer.to_linear()
+        with torch.no_grad():
+            merged.weight += 0.1 * torch.randn_like(merged.weight)
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in sparse_layers(model)}  # type: ignore[operator]
+    assert report(model, file=io.StringIO()).violations > 0
+    finalize(model)
+    assert report(model, file=io.StringIO()).violations == 0
+    for name, weight in weights.items():
+        expected = apply_mask(weight, magnitude_mask(weight, NMPattern(2, 4)))
+        assert torch.equal(model.get_submodule(name).weight, expected)  # type: ignore[arg-type]
+
+
+NO_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+
+
+def adapted(model: Any, kind: str = "lora", **settings: Any) -> Any:
+    import peft
+
+    settings = {"target_modules": ["q_proj", "v_proj", "fc1"], **settings}
+    if kind == "lora":
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, **settings))
+    if kind == "dora":
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=True, **settings))
+    if kind == "ia3":
+        return peft.get_peft_model(model, peft.IA3Config(feedforward_modules=["fc1"], **settings))
+    if kind == "loha":
+        return peft.get_peft_model(model, peft.LoHaConfig(r=4, **settings))
+    if kind == "prefix":
+        return peft.get_peft_model(
+            model, peft.PrefixTuningConfig("SEQ_2_SEQ_LM", num_virtual_tokens=2, prefix_projection=True)
+        )
+    model.add_adapter(peft.LoraConfig(r=4, **settings))
+    return model
+
+
+@NO_PEFT
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "loha", "prefix", "add_adapter"])
+def test_adapters_of_peft_are_left_alone(kind: str) -> None:
+    plain = marian()
+    expected = sparsify(plain, NMSparseConfig("2:4"))
+    model = adapted(marian(), kind)
+    dense = sparsify(model, NMSparseConfig("2:4"))
+    adapters = [name for name, reason in dense.items() if reason == "a PEFT adapter"]
+    linears = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    assert set(adapters) == {name for name in linears if not name.endswith("lm_head")}
+    assert bool(adapters) == (kind in ("lora", "dora", "prefix", "add_adapter"))
+    assert len(dense) - len(adapters) == len(expected)
+    prefix = "base_model." if kind == "prefix" else "base_model.model."
+    stock = {name.removeprefix(prefix).replace(".base_layer", "") for name in sparse_layers(model)}
+    assert stock == sparse_layers(plain).keys()
+    assert model.config.quantization_config["pattern"] == "2:4"
+    assert [row.note for row in report(model, file=io.StringIO()).layers if row.name in adapters] == [
+        "a PEFT adapter"
+    ] * len(adapters)
+
+
+@NO_PEFT
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_layers_that_peft_copies_and_an_adapted_head_stay_dense() -> None:
+    model = adapted(marian(), target_modules=["fc1", "lm_head"], modules_to_save=["fc2"])
+    dense = sparsify(model, NMSparseConfig("2:4"))
+    copied = {name: reason for name, reason in dense.items() if ".fc2." in name}
+    assert len(copied) == 8  # each with its copy
+    assert set(copied.values()) == {"a PEFT adapter"}
+    assert dense["base_model.model.lm_head.base_layer"] == "the output head"
+    assert not any("fc2" in name or "lora" in name for name in sparse_layers(model))
+
+
+@NO_PEFT
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_merged_model_is_finalized_and_packed(tmp_path: Path, unpacked: bool) -> None:
+    from transformers import MarianMTModel
+
+    from hf_nmsparse.record import NMSparseQuantizationConfig
+    from hf_nmsparse.saving import save_packed
+
+    model: Any = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    if unpacked:
+        save_packed(model, tmp_path / "base", values="fp32")
+        dense = NMSparseQuantizationConfig(compute="dense")
+        model = MarianMTModel.from_pretrained(tmp_path / "base", quantization_config=dense)
+    model = adapted(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    merged = model.merge_and_unload()
+    assert len(sparse_layers(merged)) == 32
+    assert report(merged, file=io.StringIO()).violations > 0
+    finalize(merged)
+    assert report(merged, file=io.StringIO()).violations == 0
+    save_packed(merged, tmp_path / "packed", values="fp32")
+    loaded = MarianMTModel.from_pretrained(tmp_path / "packed", quantization_config=NMSparseQuantizationConfig("dense"))
+    tokens = torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        logits = [each.eval()(input_ids=tokens, decoder_input_ids=tokens).logits for each in (merged, loaded)]
+    assert torch.equal(*logits)
 
 
 def test_finalize_needs_a_sparse_model() -> None:
