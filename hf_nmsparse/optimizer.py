@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from hf_nmsparse.layers import NMLinear, is_sharded, local
 from hf_nmsparse.masks import apply_mask, pack_bits, random_mask, unpack_bits, update_mask
+from hf_nmsparse.padding import ZeroPadding
 from hf_nmsparse.schedule import Schedule
+from hf_nmsparse.sparsify import unwrapped
 from hf_nmsparse.srste import METHODS, StepContext
 
-__all__ = ["Flips", "LayerState", "SparseStep"]
+__all__ = ["Flips", "LayerState", "SparseStep", "torch_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ class SparseStep:
     Weights that FSDP2 has sharded by rows keep their groups whole on one process: each ranks and decays its own rows,
     and only the counts of `take_flips` and `layer_states`, which all processes call together, are summed over them.
 
+    Padding rows of embeddings that are zero stay zero, as `ZeroPadding` says.
+
     Args:
-        model: A model after `sparsify`.
-        optimizer: It holds the sparse weights that train; a frozen one is left alone.
+        model: A model after `sparsify`, or what torch.compile or DDP made of it.
+        optimizer: It holds the sparse weights that train; a frozen one is left alone. What accelerate wraps around an
+            optimizer is looked through.
         method: A key of `METHODS`.
         decay: lambda of SR-STE; None takes the method's default.
         schedule: When masks and lambda change.
@@ -80,8 +85,9 @@ class SparseStep:
             over the masks each step.
 
     Raises:
-        ValueError: The method is unknown or fits neither decay, schedule, optimizer nor layers, nothing is sparse, or
-            the optimizer holds none of the sparse weights, then or in a step. In a step: gradients are still scaled,
+        ValueError: The method is unknown or fits neither decay, schedule, optimizer nor layers, nothing is sparse, all
+            that is sparse is frozen, or the optimizer is none of torch or holds none of the sparse weights, then or in
+            a step. In a step: gradients are still scaled,
             or come from a closure, or the length of the run is not known. Weights are sharded and masks have to be
             kept from step to step.
     """
@@ -98,6 +104,7 @@ class SparseStep:
     ) -> None:
         self.decay, self.schedule = check_method(method, decay, schedule or Schedule())
         self.method = METHODS[method]
+        model, optimizer = unwrapped(model), torch_optimizer(optimizer)
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
         if not self.layers:
             raise ValueError("SparseStep: the model has no N:M layer; call sparsify(model, config) first")
@@ -121,6 +128,7 @@ class SparseStep:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        self._padding = ZeroPadding(model, optimizer)
         with torch.no_grad():
             if self.method.fixed_mask:
                 self._fix_masks()
@@ -138,6 +146,7 @@ class SparseStep:
             ValueError: Weights have been sharded since and masks have to be kept from step to step.
         """
         self._check_shards()
+        self._padding.attach()
         self.step, self.steps = step, steps
         self._set_pruned_scale()
 
@@ -145,6 +154,7 @@ class SparseStep:
         """Takes the hooks off; the layers go back to masks ranked in every forward."""
         for handle in self._handles:
             handle.remove()
+        self._padding.remove()
         for layer in self.layers.values():
             layer.mask, layer.fixed_mask, layer.pruned_scale, layer.master_dtype = None, False, 0.0, None
 
@@ -244,6 +254,11 @@ class SparseStep:
         """The group of each parameter, by identity; some engines give an optimizer other parameters later."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(layer.weight) in groups for layer in self.layers.values()):
+            if not any(layer.weight.requires_grad for layer in self.layers.values()):
+                raise ValueError(
+                    "SparseStep: every sparse weight is frozen, so that no rule has anything to do; unfreeze them or "
+                    "train without it, in SparseTrainer with sparse_method='dense'"
+                )
             raise ValueError("SparseStep: the optimizer holds no sparse weight; build it from this model's parameters")
         return groups
 
@@ -271,7 +286,7 @@ class SparseStep:
                 layer.mask = mask
             group = groups.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
             if grad is not None and group is not None:
-                context = StepContext(float(group["lr"]), decay, layer.pruned_scale)
+                context = StepContext(float(group["lr"]), decay, layer.pruned_scale, bool(group.get("maximize")))
                 if self.method.needs_adam:
                     context = replace(context, adam_denominator=local(_adam_denominator(optimizer, group, weight)))
                 self.method.rule(local(weight), local(grad), mask, context)
@@ -292,6 +307,8 @@ class SparseStep:
                 if self._changed is not None and before is not None:
                     flipped = unpack_bits(before ^ mask, weight.shape)
                     self._changed[name] |= flipped.reshape(-1, layer.pattern.m).any(dim=1)
+            if self.method.fixed_mask:
+                layer.finalize()  # momentum of earlier steps moves pruned weights too
             self._flips[name] = self._flips.get(name, 0) + flips
         self._counted += 1
         self.step += 1
@@ -315,6 +332,8 @@ def _adam_denominator(optimizer: torch.optim.Optimizer, group: dict[str, Any], w
         raise ValueError("SparseStep: 'masked-decay' does not know the second moment of amsgrad; train without it")
     grad, state, beta = weight.grad, optimizer.state.get(weight, {}), group["betas"][1]
     assert grad is not None
+    if group.get("maximize"):
+        grad = grad.neg()
     if group["weight_decay"] and not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
         grad = grad.add(weight, alpha=group["weight_decay"])
     moment = grad.square().mul_(1 - beta)
@@ -322,6 +341,20 @@ def _adam_denominator(optimizer: torch.optim.Optimizer, group: dict[str, Any], w
         moment.add_(state["exp_avg_sq"], alpha=beta)
     step = float(state.get("step", 0)) + 1
     return moment.div_(1 - beta**step).sqrt_().add_(group["eps"])
+
+
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch inside of what accelerate wraps around it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    inner = optimizer
+    while isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ValueError(f"SparseStep: needs an optimizer of torch, got {type(optimizer).__name__}; give the optimizer")
+    return inner
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:

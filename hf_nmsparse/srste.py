@@ -195,12 +195,14 @@ class StepContext:
         lr: Learning rate of the weight.
         decay: lambda at this step.
         pruned_scale: What the forward multiplied pruned weights with: 0 in an N:M forward, 1 in a dense one.
+        maximize: Whether the optimizer goes up the gradient.
         adam_denominator: ``sqrt(v) + eps`` of Adam at this step, bias-corrected, for methods that ask for it.
     """
 
     lr: float
     decay: float = 0.0
     pruned_scale: float = 0.0
+    maximize: bool = False
     adam_denominator: Tensor | None = None
 
 
@@ -217,13 +219,17 @@ def no_decay(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> N
 
 
 def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:
-    """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments."""
+    """SR-STE: ``grad += decay * (1 - mask) * weight``, coupled: the term runs through momentum and Adam's moments.
+
+    Where the optimizer goes up the gradient the term has the other sign, so that the weight shrinks there as well.
+    """
+    decay = -step.decay if step.maximize else step.decay
     if native.can_rank(weight) and native.can_rank(grad):
-        native.decay_pruned(weight, mask, grad, step.decay)
+        native.decay_pruned(weight, mask, grad, decay)
     elif cuda.can_rank(weight) and cuda.can_rank(grad):
-        cuda.decay_pruned(weight, mask, grad, step.decay)
+        cuda.decay_pruned(weight, mask, grad, decay)
     else:
-        grad.add_(apply_mask(weight, ~mask, transient=True), alpha=step.decay)
+        grad.add_(apply_mask(weight, ~mask, transient=True), alpha=decay)
 
 
 def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext) -> None:

@@ -33,8 +33,9 @@ from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream
 from hf_nmsparse.files import flush
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
-from hf_nmsparse.optimizer import Flips, SparseStep, check_method
+from hf_nmsparse.optimizer import Flips, SparseStep, check_method, torch_optimizer
 from hf_nmsparse.packing import VALUE_DTYPES
+from hf_nmsparse.padding import ZeroPadding
 from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.record import one_of
 from hf_nmsparse.saving import retied, save_packed
@@ -223,6 +224,7 @@ class SparseTrainer(Seq2SeqTrainer):
         if args.sparse_method == DENSE and sparse:
             raise ValueError(f"SparseTrainer: sparse_method 'dense' cannot train a model with {sparse} N:M layers")
         self.sparse_step: SparseStep | None = None
+        self._padding: ZeroPadding | None = None  # of a dense training; SparseStep has its own
         self._stepped: torch.optim.Optimizer | None = None
         self._pushing = False
         self._began = time.perf_counter()
@@ -247,23 +249,27 @@ class SparseTrainer(Seq2SeqTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer as Trainer does and hooks the method's rule into its step."""
         optimizer = super().create_optimizer(model)
-        if self.args.sparse_method == DENSE:
+        stepped = torch_optimizer(optimizer)  # accelerate has wrapped it on a second call of train
+        if stepped is self._stepped:
             return optimizer
-        stepped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it on a second call of train
-        if stepped is not self._stepped:
-            if self.sparse_step is not None:
-                self.sparse_step.remove()
+        self._stepped = stepped
+        for earlier in (self.sparse_step, self._padding):
+            if earlier is not None:
+                earlier.remove()
+        trained = model or self.model
+        assert trained is not None
+        if self.args.sparse_method == DENSE:
+            self._padding = ZeroPadding(trained, stepped)
+        else:
             assert self.args.sparse_decay is not None
-            assert self.model is not None
             self.sparse_step = SparseStep(
-                model or self.model,
+                trained,
                 stepped,
                 self.args.sparse_method,
                 self.args.sparse_decay,
                 self.args.sparse_schedule(),
                 track_groups=self.args.sparse_log_groups,
             )
-            self._stepped = stepped
         return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -685,7 +691,7 @@ class Preemption(TrainerCallback):
 
 
 class _Start(TrainerCallback):
-    """Tells `SparseStep` where the run is and how long it will be, once both are known."""
+    """Tells what hooks into the optimizer that the weights are in place, where the run is and how long it will be."""
 
     def __init__(self, trainer: SparseTrainer) -> None:
         self.trainer = trainer
@@ -696,6 +702,8 @@ class _Start(TrainerCallback):
             # A checkpoint's own count leaves out the steps that a loss scaler skipped.
             resumed = bool(state.global_step and sparse_step.step)
             sparse_step.start(sparse_step.step if resumed else state.global_step, state.max_steps)
+        if self.trainer._padding is not None:
+            self.trainer._padding.attach()
 
 
 class _Totals(TrainerCallback):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
     {"pattern", "masks", "srste", "schedule", "packing", "kernels"},
-    {"config", "layers", "losses", "sparsify", "optimizer", "wrappers"},
+    {"config", "layers", "losses", "padding", "sparsify", "optimizer", "wrappers"},
     {
         "quantizer",
         "record",

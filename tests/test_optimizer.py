@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_nmsparse.config import NMSparseConfig
@@ -314,6 +316,81 @@ def test_asp_keeps_pruned_weights_at_exactly_zero(fused: bool) -> None:
     assert all(flips.sad == 0 for flips in step.take_flips().values())
 
 
+OF_TORCH: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Adam": {"amsgrad": True, "weight_decay": 0.1},
+    "AdamW": {"fused": True},
+    "NAdam": {},
+    "RAdam": {},
+    "Adamax": {},
+    "Adagrad": {},
+    "Adadelta": {},
+    "Adafactor": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Rprop": {},
+    "ASGD": {},
+    "Muon": {},
+}
+
+
+def test_every_optimizer_of_torch_is_tried() -> None:
+    kinds = {
+        name
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    # One takes sparse gradients alone, the other a closure.
+    assert kinds - {"Optimizer", "SparseAdam", "LBFGS"} == OF_TORCH.keys()
+
+
+@pytest.mark.parametrize("method", ["asp", "random"])
+@pytest.mark.parametrize("kind", OF_TORCH)
+def test_what_an_optimizer_remembers_moves_no_pruned_weight(kind: str, method: str) -> None:
+    """Momentum and moments of a dense training that went before."""
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.05, **OF_TORCH[kind])
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss(model, torch.randn(4, 8)).backward()
+            optimizer.step()
+
+    steps(3)
+    sparsify(model, NMSparseConfig(PATTERN))
+    SparseStep(model, optimizer, method)
+    masks = [layer.current_mask().clone() for layer in layers_of(model)]
+    before = state_of(model)
+    for _ in range(3):
+        steps(1)
+        for layer, mask in zip(layers_of(model), masks, strict=True):
+            assert torch.equal(layer.weight, apply_mask(layer.weight, mask))
+            assert torch.equal(layer.current_mask(), mask)
+    assert not same(before, state_of(model))
+
+
+@given(
+    momentum=st.floats(0, 0.99),
+    decay=st.floats(0, 1),
+    maximize=st.booleans(),
+    foreach=st.booleans(),
+    state=st.lists(st.floats(-100, 100, width=32), min_size=8, max_size=8),
+)
+def test_asp_holds_whatever_the_momentum_holds(
+    momentum: float, decay: float, maximize: bool, foreach: bool, state: list[float]
+) -> None:
+    layer = one_row([4.0, 3.0, 2.0, 1.0, -1.0, 2.0, -3.0, 4.0])
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=0.5, momentum=momentum, weight_decay=decay, maximize=maximize, foreach=foreach
+    )
+    optimizer.state[layer.weight]["momentum_buffer"] = torch.tensor([state])
+    SparseStep(layer, optimizer, "asp")
+    layer.weight.grad = torch.ones(1, 8)
+    optimizer.step()
+    assert layer.weight[0, [2, 3, 4, 5]].tolist() == [0.0] * 4
+    assert not layer.weight[0, [2, 3, 4, 5]].signbit().any()
+
+
 def test_asp_survives_the_loading_of_a_checkpoint() -> None:
     layer = one_row([1.0, 2.0, 3.0, 4.0])
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -553,6 +630,90 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="the optimizer holds no sparse weight; build it from this model's parameters"):
         SparseStep(model, optimizer, "sr-ste")
+
+
+def test_weights_that_are_all_frozen_are_told() -> None:
+    """As those below adapters are."""
+    model = network()
+    model.requires_grad_(False)
+    adapter = nn.Linear(8, 8)
+    with pytest.raises(
+        ValueError, match=r"every sparse weight is frozen, so that no rule has anything to do; unfreeze"
+    ):
+        SparseStep(model, torch.optim.SGD(adapter.parameters(), lr=0.1), "sr-ste")
+
+
+@pytest.mark.parametrize("no_optimizer", [None, [], "sgd", nn.Linear(2, 2)])
+def test_what_is_no_optimizer_is_refused(no_optimizer: Any) -> None:
+    with pytest.raises(ValueError, match=rf"needs an optimizer of torch, got {type(no_optimizer).__name__}; give the"):
+        SparseStep(network(), no_optimizer, "sr-ste")
+
+
+def test_a_scheduler_is_no_optimizer() -> None:
+    model = network()
+    scheduler: Any = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters(), lr=0.1), lambda step: 1.0)
+    with pytest.raises(ValueError, match="needs an optimizer of torch, got LambdaLR; give the optimizer"):
+        SparseStep(model, scheduler, "sr-ste")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_loop_of_accelerate_is_that_of_torch(before: bool, precision: str) -> None:
+    """`SparseStep` before or after ``prepare``, with a schedule of the rate, clipping and accumulation."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    def run(prepared: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model: nn.Module = network()
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+        if before:
+            SparseStep(model, optimizer, "sr-ste", 0.25)
+        if prepared:
+            model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        if not before:
+            SparseStep(model, optimizer, "sr-ste", 0.25)
+        for part in torch.randn(6, 4, 8):
+            with accelerator.accumulate(model):
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and not prepared):
+                    value = loss(model, part)
+                accelerator.backward(value)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                if prepared or accelerator.sync_gradients:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+        return state_of(model)
+
+    try:
+        results = [run(prepared) for prepared in (False, True)]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert same(*results)
+    torch.manual_seed(0)
+    assert not close(results[0], state_of(network()))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # in torch.compile itself
+def test_wrapped_models_are_looked_through() -> None:
+    results = []
+    for wrap in (None, lambda model: torch.compile(model, backend="eager"), nn.DataParallel):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        wrapped: Any = model if wrap is None else wrap(model)
+        step = SparseStep(wrapped, optimizer, "sr-ste", 0.25)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(wrapped, torch.ones(2, 8)).backward()
+            optimizer.step()
+        assert step.take_flips().keys() == {"0", "2"}
+        results.append(state_of(model))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 def test_an_optimizer_that_is_given_other_weights_is_refused_in_its_step() -> None:

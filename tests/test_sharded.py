@@ -104,9 +104,32 @@ def overflow_on_one_process(rank: int) -> None:
             assert step.step == count + (not infinite)
 
 
+def padding_on_the_last_process(rank: int) -> None:
+    """The zero row of the padding, which one process alone holds, stays zero and counts in no norm."""
+    embed, head = nn.Embedding(7, 8, padding_idx=6), nn.Linear(8, 7, bias=False)
+    head.weight = embed.weight
+    model = nn.Sequential(embed, nn.Linear(8, 8), head)
+    sparsify(model, NMSparseConfig("2:4"))
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    SparseStep(model, optimizer, "sr-ste")
+    for _ in range(3):
+        model(torch.arange(6)).logsumexp(dim=-1).sum().backward()
+        gradient: Any = embed.weight.grad
+        rows = gradient.full_tensor()
+        assert rows[:6].any(dim=1).all()
+        assert not rows[6].any()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole: Any = embed.weight
+    assert not whole.full_tensor()[6].any()
+    assert len(local(embed.weight)) == (4 if rank == 0 else 3)
+
+
 def through_accelerate(rank: int, folder: Path) -> None:
     """What the test below looks at, and what can be looked at here."""
     overflow_on_one_process(rank)
+    padding_on_the_last_process(rank)
     take_for_gpus()
     settings = {
         "ACCELERATE_USE_FSDP": "true",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,37 @@ def test_sr_ste_is_the_formula() -> None:
 
 def test_sr_ste_decoupled_is_the_same_under_sgd() -> None:
     assert torch.equal(step_once("sr-ste-decoupled", DECAY), step_once("sr-ste", DECAY))
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "sr-ste-decoupled", "masked-decay"])
+@pytest.mark.parametrize("coupled", [0.0, 0.125])
+def test_an_optimizer_that_maximizes_shrinks_what_is_pruned_too(method: str, coupled: float) -> None:
+    """Up the gradient of the loss is down the gradient of its negative, in every group by itself."""
+    weights = []
+    for sign in (1, -1):
+        first, second = layer(), layer()
+        groups: list[dict[str, Any]] = [{"params": [first.weight], "maximize": sign < 0}, {"params": [second.weight]}]
+        optimizer = torch.optim.Adam(groups, lr=LR, weight_decay=coupled)
+        SparseStep(nn.ModuleList([first, second]), optimizer, method, DECAY)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (sign * first(torch.tensor(INPUT)).sum() + second(torch.tensor(INPUT)).sum()).backward()
+            optimizer.step()
+        weights.append([first.weight.detach(), second.weight.detach()])
+    assert torch.equal(weights[0][0], weights[1][0])
+    assert torch.equal(weights[0][0], weights[0][1])
+    assert torch.equal(weights[0][1], weights[1][1])
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "sr-ste-decoupled"])
+def test_maximize_by_hand(method: str) -> None:
+    linear = layer()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=LR, maximize=True)
+    SparseStep(linear, optimizer, method, DECAY)
+    linear(torch.tensor(INPUT)).sum().backward()
+    optimizer.step()
+    # W + 0.5 * (g - 0.25 * (1 - m) * W): the pruned -1, 2 and 0.5, 0.25 lose 0.125 of themselves as ever
+    assert linear.weight.tolist() == [[4.5, 0.125, 3.75, 1.0], [0.9375, 2.0, 1.0, 4.21875]]
 
 
 def test_asp() -> None:

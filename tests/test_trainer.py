@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GenerationConfig,
     M2M100Config,
     M2M100ForConditionalGeneration,
     MarianMTModel,
+    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import layer_rows
 from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.losses import token_loss
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.record import NMSparseQuantizationConfig
-from hf_nmsparse.saving import save_packed
+from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparsify import sparsify
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.trainer import (
@@ -530,6 +535,112 @@ def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:
     assert largest_difference(weights(trainer), dict(model.state_dict())) == 0
 
 
+PAD_LAST: dict[str, Any] = {"pad_token_id": 299, "eos_token_id": 1, "decoder_start_token_id": 299}
+
+
+@pytest.mark.parametrize("method", ["dense", "sr-ste"])
+def test_the_padding_row_of_a_marian_model_stays_zero(tmp_path: Path, method: str) -> None:
+    """30 steps with weight decay, a tight clip and accumulation, against a loop that drops the row's gradient."""
+    pad, decay, steps = 299, 0.1, 30
+    model, by_hand = marian(**PAD_LAST), marian(**PAD_LAST)
+    assert not model.model.shared.weight[pad].any()
+    assert model.lm_head.weight is model.model.shared.weight
+    if method != "dense":
+        sparsify(model, NMSparseConfig("2:4"))
+        sparsify(by_hand, NMSparseConfig("2:4"))
+    settings: dict[str, Any] = {
+        "sparse_method": method,
+        "sparse_decay": None if method == "dense" else decay,
+        "optim": "adamw_torch_fused",
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
+    trainer = train(tmp_path, model=model, max_steps=steps, pairs=8 * steps, **settings)
+
+    decayed = trainer.get_decay_parameter_names(by_hand)
+    named = dict(by_hand.named_parameters())
+    groups = [
+        {"params": [named[name] for name in named if name in decayed], "weight_decay": 0.1},
+        {"params": [named[name] for name in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.999), fused=True)
+    pairs, norms = token_pairs(8 * steps), []
+    for step in range(steps):
+        rows = [pairs[8 * step + row] for row in range(8)]
+        tokens = sum(len(row["labels"]) for row in rows)
+        for half in (rows[:4], rows[4:]):
+            batch = collator(by_hand)(half)
+            labels = batch.pop("labels")
+            batch["decoder_input_ids"] = by_hand.prepare_decoder_input_ids_from_labels(labels)
+            token_loss(by_hand(**batch), labels, tokens).backward()
+        assert by_hand.model.shared.weight.grad is not None
+        assert by_hand.model.shared.weight.grad[pad].any()
+        by_hand.model.shared.weight.grad[pad] = 0
+        norms.append(float(torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)))
+        for layer in by_hand.modules():
+            if isinstance(layer, NMLinear):
+                assert layer.weight.grad is not None
+                pruned = ~kept(layer.weight, layer.pattern)
+                layer.weight.grad += decay * pruned * layer.weight.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(norms)
+    assert not model.model.shared.weight[pad].any()
+    # Sums of fp32 numbers, at most in another order.
+    assert largest_difference(weights(trainer), dict(by_hand.state_dict())) < SAME
+
+
+def test_a_padding_row_that_is_not_zero_trains_as_ever(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    with torch.no_grad():
+        model.model.shared.weight[0] = 0.01
+    train(tmp_path, model=model, max_steps=1)
+    assert (model.model.shared.weight[0] != 0.01).all()
+
+
+@pytest.mark.skipif(find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")
+def test_ctranslate2_translates_a_trained_model_as_it_does(tmp_path: Path) -> None:
+    """Its decoder starts from zeros, where ours starts from the embedding of the padding."""
+    from tests.test_ctranslate2 import NAMES, PAD, SCRIPT
+
+    special = {"pad_token_id": PAD, "eos_token_id": 0, "decoder_start_token_id": PAD}
+    model: Any = marian(init_std=0.4, vocab_size=PAD + 1, scale_embedding=True, **special)
+    sparsify(model, NMSparseConfig("2:4"))
+    train(tmp_path / "run", model=model, max_steps=60, learning_rate=3e-3, optim="adamw_torch", sparse_decay=None)
+    model.generation_config = GenerationConfig(
+        max_length=12, decoder_start_token_id=PAD, eos_token_id=0, pad_token_id=PAD, bad_words_ids=[[PAD]]
+    )
+    export_dense(model, tmp_path / "dense")
+    vocabulary = {name: place for place, name in enumerate(NAMES)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    ).save_pretrained(tmp_path / "dense")
+    sources = torch.cat([torch.randint(2, PAD, (50, 6)), torch.zeros(50, 1, dtype=torch.long)], dim=1)
+    model.eval()
+    translations = [
+        [NAMES[token] for token in row if token not in (0, PAD)] for row in model.generate(input_ids=sources).tolist()
+    ]
+    words = [[[NAMES[token] for token in row] for row in sources.tolist()]] * 2
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), "11"],
+        input=json.dumps(words),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])[0] == translations
+    assert len({tuple(words) for words in translations}) > 10
+
+
 def test_eval_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     model = marian()
     pairs = token_pairs(8)
@@ -791,6 +902,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for settings, two in zip(cases, torch.load(tmp_path / "result.pt", weights_only=True), strict=True):
         one = train(tmp_path / "one", gradient_accumulation_steps=4, **common, **settings)
+        assert not two["weights"]["model.shared.weight"][0].any()  # the padding
         assert losses(one) == pytest.approx(two["losses"], abs=1e-5)
         assert largest_difference(weights(one), two["weights"]) < 5 * SAME  # five times as many steps as above
 
