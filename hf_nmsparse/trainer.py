@@ -8,15 +8,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
@@ -26,7 +29,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
+from transformers.utils.hub import PushInProgress, hf_api
 
 from hf_nmsparse.averaging import checkpoints
 from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream
@@ -40,6 +44,7 @@ from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.record import one_of
 from hf_nmsparse.saving import retied, save_packed
 from hf_nmsparse.schedule import Schedule
+from hf_nmsparse.sparsify import unwrapped
 from hf_nmsparse.srste import METHODS
 
 __all__ = ["Preempted", "SparseTrainer", "SparseTrainingArguments", "last_whole_checkpoint"]
@@ -54,6 +59,17 @@ _TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream erro
 _WORKER_GONE, _GLOO = "DataLoader worker (pid", "gloo/"
 
 _SIGNAL_SECONDS = 1.0
+
+# What lies in an output folder beside what a push of the packed model takes along: as Trainer leaves it out, and dense
+# masters with what belongs to them.
+_NO_PART_OF_A_PUSH = (
+    "_*",
+    f"{PREFIX_CHECKPOINT_DIR}-*",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "training_args.bin",
+)
 
 
 @dataclass
@@ -117,12 +133,12 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
     )
     sparse_values: str | None = field(
         default=None,
-        metadata={"help": "Number type of the packed file that push_to_hub sends: fp32, fp16, bf16 or int8."},
+        metadata={"help": "Number type of the packed files that go to the Hub: fp32, fp16, bf16 or int8."},
     )
     sparse_standalone: bool = field(
         default=False,
         metadata={
-            "help": "push_to_hub sends one file of Python more, with which transformers alone loads the packed model "
+            "help": "A push sends one file of Python more, with which transformers alone loads the packed model "
             "where the reader passes trust_remote_code=True."
         },
     )
@@ -161,6 +177,13 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 "sparse_method: 'dense' pushes a dense model; leave sparse_values and sparse_standalone out"
             )
+        for name in ("push_to_hub", "load_best_model_at_end") if self.sparse_dense_tail else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: sparse_dense_tail ends with a model that is dense, which "
+                    f"{'cannot be packed' if name == 'push_to_hub' else 'is that of the last step'}; leave one of the "
+                    "two out"
+                )
         if not 0 < self.distill_weight <= 1:
             raise ValueError(f"distill_weight: is above 0 and at most 1, got {self.distill_weight!r}")
         if not 0 < self.distill_temperature < float("inf"):
@@ -465,6 +488,13 @@ class SparseTrainer(Seq2SeqTrainer):
                 f"checkpoint: {folder} could not be written: {reason}; {self._last_good()}; free space, then run again"
             ) from error
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer does; a model with pruned weights in its forward is not the best, whatever it scores."""
+        layers = self.sparse_step.layers.values() if self.sparse_step is not None else ()
+        if any(layer.pruned_scale for layer in layers):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     def _last_good(self) -> str:
         folder = last_whole_checkpoint(self.args.output_dir)
         return "there is no checkpoint yet" if folder is None else f"the last checkpoint is {folder}"
@@ -477,11 +507,13 @@ class SparseTrainer(Seq2SeqTrainer):
         weights = self.gathered()
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            assert isinstance(self.model, PreTrainedModel)
+            assert self.model is not None
+            model: Any = unwrapped(self.model)
             values, standalone = self.args.sparse_values, self.args.sparse_standalone
-            save_packed(self.model, folder, values=values, standalone=standalone, state_dict=weights)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            save_packed(model, folder, values=values, standalone=standalone, state_dict=weights)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)  # as Trainer saves it
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves as Trainer does; of tied weights that were gathered from shards one is written."""
@@ -498,12 +530,65 @@ class SparseTrainer(Seq2SeqTrainer):
         return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Packs the model into the output folder and pushes that; a dense model goes as Trainer pushes it."""
-        self._pushing = self.args.sparse_method != DENSE
-        try:
+        """Pushes the packed model and what else lies in the output folder; a dense model goes as Trainer pushes it.
+
+        The output folder keeps the dense masters that it may hold: what is pushed is put together elsewhere.
+
+        Raises:
+            ValueError: The model cannot be packed, as `save_packed` says.
+        """
+        if self.args.sparse_method == DENSE:
             return super().push_to_hub(*args, **kwargs)
-        finally:
-            self._pushing = False
+        output_dir = str(self.args.output_dir)
+        with ExitStack() as until_pushed:
+            # Trainer names repository and card after the last part of the path.
+            folder = until_pushed.enter_context(TemporaryDirectory()) / Path(Path(output_dir).absolute().name)
+            if self.args.should_save and Path(output_dir).is_dir():
+                shutil.copytree(output_dir, folder, ignore=shutil.ignore_patterns(*_NO_PART_OF_A_PUSH))
+            self._pushing, self.args.output_dir = True, str(folder)
+            try:
+                pushed = super().push_to_hub(*args, **kwargs)
+            finally:
+                self._pushing, self.args.output_dir = False, output_dir
+            if isinstance(pushed, Future):
+                later = until_pushed.pop_all()
+                pushed.add_done_callback(lambda _: later.close())
+        return pushed
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes in the background while the training goes on: the packed model, and beside it the checkpoint as it is.
+
+        Trainer would push the dense masters as the model. While pruned weights are in the forward there is none to
+        pack: then a line says so, and the model follows with a later checkpoint.
+        """
+        if self.args.sparse_method == DENSE or self.args.hub_strategy == HubStrategy.END:
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        before: PushInProgress | None = self.push_in_progress
+        busy = [before is not None and not before.is_done() and not self.args.hub_always_push]
+        if broadcast_object_list(busy)[0]:  # the first process knows
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs: Any = []
+        try:
+            jobs.append(self.push_to_hub(message, blocking=False))
+        except ValueError as error:
+            print(f"step {self.state.global_step}: the checkpoint is saved and the model is not pushed: {error}")
+        if not self.is_world_process_zero():
+            return
+        if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            upload = hf_api().upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=checkpoint_folder,
+                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                commit_message=f"{message}, checkpoint",
+                token=self.args.hub_token,
+                run_as_future=True,
+                revision=self.args.hub_revision,
+            )
+            jobs.append(upload)
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment]  # Trainer declares it as None
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Saves what Trainer does; all processes have before the one that calls the checkpoint whole goes on."""

@@ -24,7 +24,8 @@ class LocalHub:
     """What the server holds: files by repository and path, and large files by their hash until a commit names them.
 
     A data set lies under ``datasets/owner/name``, as in its address. Nobody may write to those in `read_only`.
-    `tokens` are the authorizations of what was asked for, by its path; of several the last.
+    `tokens` are the authorizations of what was asked for, by its path; of several the last. `history` is what a
+    repository held after each commit.
     """
 
     url: str
@@ -32,6 +33,7 @@ class LocalHub:
     uploads: dict[str, bytes] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     read_only: set[str] = field(default_factory=set)
+    history: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)
 
     def environment(self, home: Path) -> dict[str, str]:
         """Environment of a fresh process whose Hugging Face client talks to this server alone."""
@@ -155,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.uploads[value["oid"]]
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
+        self.hub.history.setdefault(repo, []).append(dict(files))
         oid = self.hub.revision(repo)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"})
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from transformers import MarianMTModel
 
 from hf_nmsparse.config import NMSparseConfig
@@ -83,6 +86,39 @@ trainer.processing_class = tokenizer()
 trainer.push_to_hub()
 """
 
+# Three steps with a push after each, for each repository with its settings; at last what its user saves.
+PUSH_WHILE_TRAINING = """
+import json, sys
+from pathlib import Path
+from hf_nmsparse.layers import NMLinear
+from tests.test_trainer import train
+from transformers import MarianMTModel
+common = dict(push_to_hub=True, hub_always_push=True, save_strategy="steps", save_steps=1, max_steps=3)
+for repo, settings in json.loads(sys.argv[2]).items():
+    folder = Path(sys.argv[1]) / repo
+    trainer = train(folder, **{**common, "hub_model_id": f"user/{repo}", **settings})
+    assert str(trainer.args.output_dir) == str(folder)
+    for job in trainer.push_in_progress.jobs if trainer.push_in_progress else []:
+        job.result()
+    if repo == "saved":
+        trainer.save_model()
+        masters = MarianMTModel.from_pretrained(folder)
+        assert sum(isinstance(layer, NMLinear) for layer in masters.modules()) == 32
+        assert all((value == trainer.model.state_dict()[name]).all() for name, value in masters.state_dict().items())
+"""
+
+
+def is_packed(files: dict[str, bytes], folder: str = "") -> bool | None:
+    """Whether what lies in a folder of a repository is a packed model; None where it holds no model."""
+    if f"{folder}config.json" not in files:
+        return None
+    config = json.loads(files[f"{folder}config.json"])
+    tensors = load(files[f"{folder}model.safetensors"])
+    packed: bool = config["quantization_config"]["format"] == "packed"
+    assert packed == any(name.endswith("weight_indices") for name in tensors)
+    return packed
+
+
 PULL = """
 import sys, torch, hf_nmsparse
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -134,6 +170,47 @@ def test_the_trainer_pushes_packed_and_keeps_the_card(hub: LocalHub, tmp_path: P
     assert hub.repos["user/tiny"]["README.md"].decode() == CARD
     assert "modeling_nmsparse.py" in hub.repos["user/tiny"]
     assert process(hub, tmp_path / "puller", PULL) == "torch.bfloat16 32\n"
+
+
+def test_what_the_trainer_pushes_as_a_model_is_packed_by_every_strategy(hub: LocalHub, tmp_path: Path) -> None:
+    strategies = ("end", "every_save", "checkpoint", "all_checkpoints")
+    cases: dict[str, dict[str, Any]] = {strategy: {"hub_strategy": strategy} for strategy in strategies}
+    cases["saved"] = {"hub_strategy": "end"}
+    fading = {"sparse_method": "decaying-mask", "sparse_decay": None, "sparse_fade": 0.6}
+    cases["fading"] = {"hub_strategy": "checkpoint", **fading}
+    # Trainer would write over a file that it is still uploading.
+    cases["dense"] = {"sparse_method": "dense", "sparse_decay": None, "hub_always_push": False}
+    said = process(hub, tmp_path / "pusher", PUSH_WHILE_TRAINING, str(tmp_path), json.dumps(cases))
+
+    checkpoints = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {f"checkpoint-{step}" for step in (1, 2, 3)}}
+    for strategy in strategies:
+        files = hub.repos[f"user/{strategy}"]
+        expected = None if strategy == "end" else True
+        assert {is_packed(commit) for commit in hub.history.get(f"user/{strategy}", [{}])} == {expected}
+        assert {name.partition("/")[0] for name in files if "checkpoint" in name} == checkpoints.get(strategy, set())
+        for folder in checkpoints.get(strategy, ()):
+            assert is_packed(files, f"{folder}/") is False
+            assert {f"{folder}/trainer_state.json", f"{folder}/optimizer.pt"} <= files.keys()
+        if strategy != "end":
+            assert {"README.md", "tokenizer.json", "generation_config.json"} <= files.keys()
+        assert not (tmp_path / strategy / "config.json").exists()
+
+    # What its user saves are the masters, and what is pushed of it is packed.
+    assert is_packed(hub.repos["user/saved"]) is True
+    assert (
+        is_packed({file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir() if file.is_file()}) is False
+    )
+
+    # Before the pruned weights have faded there is no model; the checkpoint goes all the same.
+    [line] = [line for line in said.splitlines() if "is not pushed" in line]
+    assert line.startswith(
+        "step 1: the checkpoint is saved and the model is not pushed: a layer of 32x32 computes with"
+    )
+    assert [is_packed(commit) for commit in hub.history["user/fading"]] == [None, True, True, True, True]
+    assert is_packed(hub.repos["user/fading"], "last-checkpoint/") is False
+
+    assert "quantization_config" not in json.loads(hub.repos["user/dense"]["config.json"])
+    assert {"training_args.bin", "model.safetensors"} <= hub.repos["user/dense"].keys()
 
 
 def test_a_repository_that_is_not_there(hub: LocalHub, tmp_path: Path) -> None:

@@ -522,6 +522,64 @@ def test_layers_are_logged_whole(tmp_path: Path) -> None:
     assert rows[0]["pruned"] == pytest.approx(layer.weight[~mask].abs().mean().item())
 
 
+def test_a_model_whose_weights_still_fade_is_not_the_best(tmp_path: Path) -> None:
+    """It may score better than all that are sparse, and would be cut down to its mask after that."""
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    settings: dict[str, Any] = {
+        "sparse_method": "decaying-mask",
+        "sparse_decay": None,
+        "sparse_fade": 0.75,
+        "learning_rate": 1.0,  # a worse model with every step
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    pairs = token_pairs(8)
+    trainer = SparseTrainer(
+        model=model,
+        args=arguments(tmp_path, **settings),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        data_collator=collator(model),
+    )
+
+    class Worse(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                model.model.shared.weight.mul_(4.0)
+
+    trainer.add_callback(Worse())
+    trainer.train()
+    scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(scores) < scores[2]
+    assert trainer.state.best_global_step == 3
+    assert trainer.state.best_metric == scores[2]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"push_to_hub": True},
+            "^push_to_hub: sparse_dense_tail ends with a model that is dense, which cannot be packed",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "^load_best_model_at_end: sparse_dense_tail ends with a model that is dense, which is that of the last",
+        ),
+    ],
+)
+def test_a_dense_tail_and_what_needs_a_sparse_end_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, sparse_dense_tail=0.25, **settings)
+
+
 def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:
     trainer = train(tmp_path, max_steps=1)
     first = trainer.sparse_step
