@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
-__all__ = ["TokenBatchSampler", "TokenBatchStream"]
+__all__ = ["TokenBatchSampler", "TokenBatchStream", "pair_length"]
 
 Pair = Mapping[str, Any]
 
@@ -89,7 +89,7 @@ class TokenBatchStream(IterableDataset[list[Pair]]):
         window: Pairs in memory at a time.
 
     Raises:
-        ValueError: While it is read: a pass has no pairs, or a pair exceeds the budget by itself.
+        ValueError: While it is read: a pass has no pairs, a row is no pair, or a pair exceeds the budget by itself.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TokenBatchStream(IterableDataset[list[Pair]]):
                 self.pairs.set_epoch(epoch)
             random, pairs, before = np.random.default_rng((self.seed, epoch)), iter(self.pairs), read
             while window := list(islice(pairs, self.window)):
-                lengths = np.array([(len(pair["input_ids"]), len(pair["labels"])) for pair in window], np.int32)
+                lengths = np.array([pair_length(pair) for pair in window], np.int32)
                 source, target = lengths.T
                 batches = _batches(source, target, self.tokens_per_batch, random, read - before)
                 for place in random.permutation(len(batches)):
@@ -128,6 +128,21 @@ class TokenBatchStream(IterableDataset[list[Pair]]):
                     if not epoch
                     else "batches: the stream came to its end and cannot be read again; give one that can"
                 )
+
+
+def pair_length(pair: Pair) -> tuple[int, int]:
+    """Source and target tokens of a pair.
+
+    Raises:
+        ValueError: It has no lists of tokens under ``input_ids`` and ``labels``.
+    """
+    try:
+        return len(pair["input_ids"]), len(pair["labels"])
+    except (KeyError, TypeError, IndexError):
+        found = sorted(pair) if isinstance(pair, Mapping) else f"a row of {type(pair).__name__}"
+        raise ValueError(
+            f"tokens_per_batch: the dataset needs the columns input_ids and labels, lists of tokens, got {found}"
+        ) from None
 
 
 def _batches(

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
@@ -33,7 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Train
 from transformers.utils.hub import PushInProgress, hf_api
 
 from hf_nmsparse.averaging import checkpoints
-from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream
+from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream, pair_length
 from hf_nmsparse.files import flush
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.losses import distillation_loss, token_loss
@@ -146,7 +146,8 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "Source and target tokens of a batch on one device, padding counted; replaces "
-            "per_device_train_batch_size, and the dataset, which may be a stream, needs input_ids and labels."
+            "per_device_train_batch_size, and the rows of the dataset, which may be a list, a dataset of torch or a "
+            "stream, need input_ids and labels."
         },
     )
 
@@ -383,9 +384,13 @@ class SparseTrainer(Seq2SeqTrainer):
         shares = self.args.tokens_per_batch, seed, self.args.world_size, self.args.process_index
         dataset: Any = self.train_dataset
         collate, batches = self.data_collator, dict[str, Any]()
-        if hasattr(dataset, "__len__"):
-            sampler = TokenBatchSampler(*pair_lengths(dataset), *shares)
+        lengths = None if is_stream(dataset) else pair_lengths(dataset)
+        if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        if lengths is not None:
+            sampler = TokenBatchSampler(*lengths, *shares)
             batches["batch_sampler"] = sampler
             if self.is_world_process_zero():
                 print(
@@ -399,7 +404,6 @@ class SparseTrainer(Seq2SeqTrainer):
                     f"{self.args.dataloader_num_workers}; set it to 0 or 1"
                 )
             dataset = TokenBatchStream(dataset, *shares)
-            collate = self._get_collator_with_removed_columns(collate, description="training")
             batches["batch_size"] = None  # what the stream yields are batches
         loader = DataLoader(
             dataset,
@@ -703,23 +707,28 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset is read from its beginning to its end, and not by the number of a row."""
+    by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return isinstance(dataset, IterableDataset) or not by_number
+
+
 def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]:
     """Tokens of the source and target sentences of a tokenised dataset, from its length columns if it has them.
 
+    Args:
+        dataset: A `datasets.Dataset`, a list of mappings, or what else has a length and gives rows by their number.
+
     Raises:
-        ValueError: The dataset has neither the length columns nor ``input_ids`` and ``labels``.
+        ValueError: The rows have neither the length columns nor ``input_ids`` and ``labels``.
     """
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    known = {"source_length", "target_length"} <= set(columns)
+    first = dataset[0] if len(dataset) else None
+    known = isinstance(first, Mapping) and {"source_length", "target_length"} <= first.keys()
     if known and isinstance(dataset, Dataset):  # millions of numbers, which row by row would take minutes
         read = dataset.select_columns(["source_length", "target_length"]).with_format("numpy")[:]
         return read["source_length"], read["target_length"]
-    if not known and not {"input_ids", "labels"} <= set(columns):
-        raise ValueError(f"tokens_per_batch: the dataset needs the columns input_ids and labels, got {sorted(columns)}")
-    pairs = [
-        (row["source_length"], row["target_length"]) if known else (len(row["input_ids"]), len(row["labels"]))
-        for row in dataset
-    ]
+    rows = (dataset[number] for number in range(len(dataset)))  # not all datasets of torch end an iteration
+    pairs = [(int(row["source_length"]), int(row["target_length"])) if known else pair_length(row) for row in rows]
     return [source for source, _ in pairs], [target for _, target in pairs]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,6 +171,22 @@ def test_a_stream_of_datasets_is_told_its_pass() -> None:
     narrow = TokenBatchStream(pairs, 6, window=1)  # in the order in which they come
     assert [number for [number] in a_pass(narrow, 64)] == alone
     assert a_pass(stream, 64) != a_pass(stream, 64, of=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"labels": [1], "text": "a"}, r"\['labels', 'text'\]"),
+        ({"input_ids": 7, "labels": [1]}, r"\['input_ids', 'labels'\]"),
+        (("a", "b"), "a row of tuple"),
+        ("text", "a row of str"),
+        (7, "a row of int"),
+    ],
+)
+def test_rows_that_are_no_pairs_are_told(row: Any, found: str) -> None:
+    message = f"needs the columns input_ids and labels, lists of tokens, got {found}"
+    with pytest.raises(ValueError, match=message):
+        next(iter(TokenBatchStream([row], 10)))
 
 
 def test_streams_that_are_refused() -> None:

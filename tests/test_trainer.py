@@ -11,8 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BatchEncoding,
     GenerationConfig,
     M2M100Config,
     M2M100ForConditionalGeneration,
@@ -717,8 +720,124 @@ def test_lengths_come_from_their_columns_or_the_tokens() -> None:
     tokens_alone = with_lengths.remove_columns(["source_length", "target_length"])
     for dataset in (with_lengths, with_lengths.select([1, 0]), tokens_alone, rows):
         assert [list(side) for side in pair_lengths(dataset)] == [[2, 2], [3, 3]]
-    with pytest.raises(ValueError, match=r"needs the columns input_ids and labels, got \['labels'\]"):
+    with pytest.raises(ValueError, match=r"needs the columns input_ids and labels, lists of tokens, got \['labels'\]"):
         pair_lengths(tokens_alone.remove_columns(["input_ids"]))
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """A dataset of torch by number, which knows no end of an iteration."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.rows[number % len(self.rows)]
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """A dataset of torch that is read through, and nevertheless may know its length."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+class Sized(Stream):
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def lazily(pairs: Dataset) -> Dataset:
+    """As people tokenize while they train: the columns are others than those of the rows."""
+    numbers = Dataset.from_dict({"number": list(range(len(pairs)))})
+    return numbers.with_transform(lambda rows: pairs[rows["number"]])
+
+
+DATASETS: dict[str, Any] = {
+    "a list": list,
+    "a tuple": lambda pairs: tuple(pairs),
+    "torch by number": lambda pairs: Rows(list(pairs)),
+    "torch through": lambda pairs: Stream(list(pairs)),
+    "torch through with a length": lambda pairs: Sized(list(pairs)),
+    "a subset": lambda pairs: torch.utils.data.Subset(Rows(list(pairs)), range(len(pairs))),
+    "datasets": lambda pairs: pairs,
+    "datasets as numpy": lambda pairs: pairs.with_format("numpy"),
+    "datasets as tensors": lambda pairs: pairs.with_format("torch"),
+    "datasets as a stream": lambda pairs: pairs.to_iterable_dataset(),
+    "datasets by a transform": lazily,
+    "batch encodings": lambda pairs: [BatchEncoding(pair) for pair in pairs],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy.ndarrays")  # in transformers' collator
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("kind", DATASETS)
+def test_every_kind_of_dataset_trains_by_tokens(tmp_path: Path, kind: str, remove: bool) -> None:
+    pairs = token_pairs(32)
+    # Columns that no model takes: numbers, which a collator can pad, unless they are to be removed.
+    extra = pairs.add_column("source_length", [len(row["input_ids"]) for row in pairs])
+    extra = extra.add_column("text", ["words"] * 32) if remove else pairs
+    if kind == "datasets by a transform":
+        extra, remove = pairs, False  # Trainer would remove what the transform reads
+    elif kind == "batch encodings":
+        extra = pairs  # of which Trainer removes no columns
+    found = two_steps_by_tokens(tmp_path, DATASETS[kind](extra), remove)
+    streamed = kind in ("torch through", "torch through with a length", "datasets as a stream")
+    assert largest_difference(found, of_stock_dataset(streamed)) == 0
+
+
+def two_steps_by_tokens(folder: Path, dataset: Any, remove: bool) -> dict[str, torch.Tensor]:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    args = arguments(folder, tokens_per_batch=100, remove_unused_columns=remove, max_steps=2)
+    trainer = SparseTrainer(model=model, args=args, train_dataset=dataset, data_collator=collator(model))
+    trainer.train()
+    return weights(trainer)
+
+
+@cache
+def of_stock_dataset(streamed: bool) -> dict[str, torch.Tensor]:
+    with TemporaryDirectory() as folder:
+        pairs = token_pairs(32)
+        return two_steps_by_tokens(Path(folder), pairs.to_iterable_dataset() if streamed else pairs, True)
+
+
+def test_rows_without_tokens_are_told(tmp_path: Path) -> None:
+    for rows in ([("a", "b")], [{"translation": {"de": "a", "en": "b"}}], Rows(["text"]), Stream([3])):
+        model = marian()
+        sparsify(model, NMSparseConfig("2:4"))
+        args = arguments(tmp_path, tokens_per_batch=100)
+        trainer = SparseTrainer(model=model, args=args, train_dataset=rows, data_collator=collator(model))
+        with pytest.raises(
+            ValueError, match="the dataset needs the columns input_ids and labels, lists of tokens, got"
+        ):
+            trainer.train()
+    trainer.train_dataset = []
+    with pytest.raises(ValueError, match="batches: no sentence pairs"):
+        trainer.train()
+
+
+def test_a_list_resumes_exactly(tmp_path: Path) -> None:
+    def run(folder: Path, steps: int, resume: bool = False) -> SparseTrainer:
+        model = marian(dropout=0.1)
+        sparsify(model, NMSparseConfig("2:4"))
+        settings = {"tokens_per_batch": 100, "save_strategy": "steps", "save_steps": 5, "max_steps": steps}
+        rows: Any = list(token_pairs(32))
+        trainer = SparseTrainer(
+            model=model, args=arguments(folder, **settings), train_dataset=rows, data_collator=collator(model)
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    through = run(tmp_path / "through", 12)
+    run(tmp_path / "stopped", 5)
+    resumed = run(tmp_path / "stopped", 12, resume=True)
+    assert largest_difference(weights(through), weights(resumed)) == 0
 
 
 def test_a_stream_trains_by_sentences(tmp_path: Path) -> None:
