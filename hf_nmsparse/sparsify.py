@@ -17,7 +17,7 @@ from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import soft_scale
 
-__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify", "unwrapped"]
+__all__ = ["LayerReport", "Report", "finalize", "has_adapters", "report", "select_layers", "sparsify", "unwrapped"]
 
 _NO_TARGET = "no target rule matches"
 
@@ -230,6 +230,11 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     return result
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the model, or the model into one of its own."""
+    return any(_is_of_peft(module) for module in model.modules())
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what torch.compile and data parallelism wrap around it, whose names are the stock ones."""
     while True:
@@ -271,10 +276,13 @@ def _is_adapter(model: nn.Module, name: str) -> bool:
     """Whether the module ``name`` belongs to an adapter of PEFT and not to the model that is adapted."""
     parts = name.split(".")
     for stop in range(len(parts), -1, -1):
-        kinds = type(model.get_submodule(".".join(parts[:stop]))).__mro__
-        if any(kind.__module__.startswith("peft.") for kind in kinds):
+        if _is_of_peft(model.get_submodule(".".join(parts[:stop]))):
             return stop == len(parts) or parts[stop] not in _ADAPTED
     return False
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def _is_plain(weight: Tensor) -> bool:

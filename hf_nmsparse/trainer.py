@@ -35,7 +35,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from hf_nmsparse.averaging import checkpoints
 from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream, pair_length
 from hf_nmsparse.files import flush
-from hf_nmsparse.layers import sparse_layers
+from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method, torch_optimizer
 from hf_nmsparse.packing import VALUE_DTYPES
@@ -44,7 +44,7 @@ from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.record import one_of
 from hf_nmsparse.saving import retied, save_packed
 from hf_nmsparse.schedule import Schedule
-from hf_nmsparse.sparsify import unwrapped
+from hf_nmsparse.sparsify import has_adapters, unwrapped
 from hf_nmsparse.srste import METHODS
 
 __all__ = ["Preempted", "SparseTrainer", "SparseTrainingArguments", "last_whole_checkpoint"]
@@ -223,12 +223,13 @@ class SparseTrainer(Seq2SeqTrainer):
     steps and processes. Checkpoints hold the dense masters under their stock names.
 
     Args:
-        model: A model after `sparsify`, or a dense one with ``sparse_method="dense"``.
+        model: A model after `sparsify`, or with ``sparse_method="dense"`` a dense one, or one whose adapters of PEFT
+            alone train. A model that was loaded packed is made ready to train.
         args: The arguments.
         **kwargs: As `transformers.Seq2SeqTrainer` takes them.
 
     Raises:
-        ValueError: The method and the model do not fit each other.
+        ValueError: The method and the model do not fit each other, or the model is wrapped, which Trainer does itself.
     """
 
     args: SparseTrainingArguments
@@ -238,15 +239,21 @@ class SparseTrainer(Seq2SeqTrainer):
     ) -> None:
         if not isinstance(args, SparseTrainingArguments):
             raise ValueError(f"SparseTrainer: args must be SparseTrainingArguments, got {type(args).__name__}")
-        if getattr(model, "quantization_method", None) == "nmsparse":
-            assert isinstance(model, PreTrainedModel)
-            prepare_for_training(model)
+        if model is not None:
+            _make_ready(model)
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
         super().__init__(model=model, args=args, **kwargs)
-        sparse = len(sparse_layers(self.model)) if self.model is not None else 0
+        assert self.model is not None
+        layers = [layer for layer in self.model.modules() if isinstance(layer, NMLinear)]
+        sparse = sum(layer.weight.requires_grad for layer in layers)
         if args.sparse_method == DENSE and sparse:
             raise ValueError(f"SparseTrainer: sparse_method 'dense' cannot train a model with {sparse} N:M layers")
+        if args.sparse_method != DENSE and not sparse and has_adapters(self.model):
+            raise ValueError(
+                f"SparseTrainer: sparse_method {args.sparse_method!r} trains N:M layers, and of this model adapters "
+                "alone train; set sparse_method='dense'"
+            )
         self.sparse_step: SparseStep | None = None
         self._padding: ZeroPadding | None = None  # of a dense training; SparseStep has its own
         self._stepped: torch.optim.Optimizer | None = None
@@ -269,6 +276,12 @@ class SparseTrainer(Seq2SeqTrainer):
         for shown, totals in ((ProgressCallback, _TotalsProgress), (PrinterCallback, _TotalsPrinter)):
             if self.pop_callback(shown) is not None:
                 self.add_callback(totals)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The model of ``model_init``, ready to train as one that is given is made."""
+        model: nn.Module = super().call_model_init(trial)
+        _make_ready(model)
+        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Builds the optimizer as Trainer does and hooks the method's rule into its step."""
@@ -642,6 +655,25 @@ class SparseTrainer(Seq2SeqTrainer):
                         if state.changed is not None:
                             logs[f"changed/{name}"] = state.changed
         super().log(logs, start_time)
+
+
+def _make_ready(model: nn.Module) -> None:
+    """Turns the layers of a model that was loaded packed into those that train; below adapters they stay as they are.
+
+    Raises:
+        ValueError: The model is wrapped.
+    """
+    if unwrapped(model) is not model:
+        raise ValueError(
+            f"SparseTrainer: wraps the model itself, got a {type(model).__name__}; give the model that is inside, and "
+            "torch_compile=True where it is to be compiled"
+        )
+    if (
+        isinstance(model, PreTrainedModel)
+        and getattr(model, "quantization_method", None) == "nmsparse"
+        and not has_adapters(model)
+    ):
+        prepare_for_training(model)
 
 
 def last_whole_checkpoint(output_dir: str | Path | None) -> str | None:

@@ -935,6 +935,61 @@ def test_model_and_method_must_fit(tmp_path: Path) -> None:
         SparseTrainer(model=marian())
 
 
+def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        given: Any = wrapped
+        with pytest.raises(ValueError, match=r"wraps the model itself, got a (OptimizedModule|DataParallel); give the"):
+            SparseTrainer(model=given, args=arguments(tmp_path))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_is_made_by_model_init_trains_as_one_that_is_given(tmp_path: Path, packed: bool) -> None:
+    start = marian()
+    sparsify(start, NMSparseConfig("2:4"))
+    save_packed(start, tmp_path / "packed", values="fp32")
+
+    def make() -> Any:
+        if packed:
+            return MarianMTModel.from_pretrained(tmp_path / "packed")
+        return copy.deepcopy(start)
+
+    given = train(tmp_path / "given", model=make())
+    made = SparseTrainer(
+        model_init=make,
+        args=arguments(tmp_path / "made"),
+        train_dataset=token_pairs(32),
+        data_collator=collator(start),
+    )
+    for _ in range(2):  # each training begins with a model of its own
+        made.train()
+        assert largest_difference(weights(given), weights(made)) == 0
+        assert made.sparse_step is not None
+        assert made.sparse_step.step == 4
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_train_over_sparse_layers(tmp_path: Path) -> None:
+    import peft
+
+    base = marian()
+    sparsify(base, NMSparseConfig("2:4"))
+    before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "fc1"]))
+    with pytest.raises(ValueError, match=r"'sr-ste' trains N:M layers, and of this model adapters alone train; set"):
+        train(tmp_path, model=model)
+    settings: dict[str, Any] = {"sparse_method": "dense", "sparse_decay": None, "learning_rate": 0.5, "pairs": 8}
+    trainer = train(tmp_path, model=model, max_steps=12, **settings)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    after = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): w for name, w in model.named_parameters()
+    }
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(weight.any() for name, weight in after.items() if "lora_B" in name)
+
+
 def test_defaults_of_the_methods(tmp_path: Path) -> None:
     decays = {
         method: arguments(tmp_path, sparse_method=method, sparse_decay=None).sparse_decay
