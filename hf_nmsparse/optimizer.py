@@ -212,15 +212,24 @@ class SparseStep:
                 f"SparseStep: {key!r} is in one of the saved state and this run only; resume with the model and the "
                 "arguments that the run began with"
             )
+        self.load_masks(state)
+        for name, layer in self.layers.items():
+            if self._changed is not None:
+                changed = unpack_bits(state[f"{name}.changed"], self._changed[name].shape)
+                self._changed[name] = changed.to(layer.weight.device)
+        self.start(int(state["step"]), self.steps)
+
+    def load_masks(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the masks alone from what `state_dict` gave; there are none where they follow from the weights.
+
+        Raises:
+            ValueError: The state is of other layers.
+        """
         for name, layer in self.layers.items():
             if f"{name}.mask" in state:
                 mask = state[f"{name}.mask"]
                 unpack_bits(mask, layer.weight.shape)  # refuses the mask of another layer
                 layer.mask = mask.to(layer.weight.device, copy=True)
-            if self._changed is not None:
-                changed = unpack_bits(state[f"{name}.changed"], self._changed[name].shape)
-                self._changed[name] = changed.to(layer.weight.device)
-        self.start(int(state["step"]), self.steps)
 
     def _check_shards(self) -> None:
         """Some engines shard the weights once the optimizer is there."""

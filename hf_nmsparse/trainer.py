@@ -505,6 +505,13 @@ class SparseTrainer(Seq2SeqTrainer):
                 f"checkpoint: {folder} could not be written: {reason}; {self._last_good()}; free space, then run again"
             ) from error
 
+    def _load_best_model(self) -> None:
+        """Loads the weights as Trainer does, and the masks that they were scored with."""
+        super()._load_best_model()
+        file = Path(self.state.best_model_checkpoint or "") / SPARSE_STEP_NAME
+        if self.sparse_step is not None and file.is_file():
+            self.sparse_step.load_masks(load_file(file))
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As Trainer does; a model with pruned weights in its forward is not the best, whatever it scores."""
         layers = self.sparse_step.layers.values() if self.sparse_step is not None else ()

@@ -525,25 +525,15 @@ def test_layers_are_logged_whole(tmp_path: Path) -> None:
     assert rows[0]["pruned"] == pytest.approx(layer.weight[~mask].abs().mean().item())
 
 
-def test_a_model_whose_weights_still_fade_is_not_the_best(tmp_path: Path) -> None:
-    """It may score better than all that are sparse, and would be cut down to its mask after that."""
-    model = marian()
+def train_for_the_best(folder: Path, worse_after: int, **settings: Any) -> tuple[SparseTrainer, list[float]]:
+    """Four steps with a checkpoint and an evaluation after each, and all evaluations."""
+    model = marian(init_std=0.2)
     sparsify(model, NMSparseConfig("2:4"))
-    settings: dict[str, Any] = {
-        "sparse_method": "decaying-mask",
-        "sparse_decay": None,
-        "sparse_fade": 0.75,
-        "learning_rate": 1.0,  # a worse model with every step
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-    }
+    common = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     pairs = token_pairs(8)
     trainer = SparseTrainer(
         model=model,
-        args=arguments(tmp_path, **settings),
+        args=arguments(folder, load_best_model_at_end=True, **common, **settings),
         train_dataset=pairs,
         eval_dataset=pairs,
         data_collator=collator(model),
@@ -551,16 +541,34 @@ def test_a_model_whose_weights_still_fade_is_not_the_best(tmp_path: Path) -> Non
 
     class Worse(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            with torch.no_grad():
-                model.model.shared.weight.mul_(4.0)
+            if state.global_step > worse_after:
+                with torch.no_grad():
+                    model.model.shared.weight.mul_(4.0)
 
     trainer.add_callback(Worse())
     trainer.train()
-    scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return trainer, [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def test_a_model_whose_weights_still_fade_is_not_the_best(tmp_path: Path) -> None:
+    """It may score better than all that are sparse, and would be cut down to its mask after that."""
+    fading: dict[str, Any] = {"sparse_method": "decaying-mask", "sparse_decay": None, "sparse_fade": 0.75}
+    trainer, scores = train_for_the_best(tmp_path, 0, **fading)
     assert min(scores) < scores[2]
     assert trainer.state.best_global_step == 3
     assert trainer.state.best_metric == scores[2]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[2])
+
+
+def test_the_best_model_has_the_masks_that_it_was_scored_with(tmp_path: Path) -> None:
+    """Masks of an interval are not those that the weights have by now."""
+    settings: dict[str, Any] = {"sparse_interval": 4, "optim": "adamw_torch", "learning_rate": 0.03}
+    trainer, scores = train_for_the_best(tmp_path, 3, **settings)
+    assert trainer.state.best_global_step == 3
+    assert trainer.evaluate()["eval_loss"] == scores[2]
+    assert isinstance(trainer.model, MarianMTModel)
+    layers = [layer for layer in trainer.model.modules() if isinstance(layer, NMLinear)]
+    assert any(not torch.equal(layer.current_mask(), magnitude_mask(layer.weight, layer.pattern)) for layer in layers)
 
 
 @pytest.mark.parametrize(
