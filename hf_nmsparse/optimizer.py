@@ -356,13 +356,20 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer of torch inside of what accelerate wraps around it.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is none, or one that never called the constructor of its base class and so takes no hooks.
     """
     inner = optimizer
-    while isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "optimizer"):
+    while any(kind.__module__.startswith("accelerate.") for kind in type(inner).__mro__) and hasattr(
+        inner, "optimizer"
+    ):
         inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise ValueError(f"SparseStep: needs an optimizer of torch, got {type(optimizer).__name__}; give the optimizer")
+    try:
+        torch.optim.Optimizer.register_step_pre_hook(inner, lambda *_: None).remove()
+    except AttributeError:
+        raise ValueError(
+            f"SparseStep: needs an optimizer of torch, got {type(optimizer).__name__}; give the optimizer itself"
+        ) from None
+    assert isinstance(inner, torch.optim.Optimizer)
     return inner
 
 

@@ -649,6 +649,41 @@ def test_what_is_no_optimizer_is_refused(no_optimizer: Any) -> None:
         SparseStep(network(), no_optimizer, "sr-ste")
 
 
+class Around(torch.optim.Optimizer):
+    """What wraps an optimizer and leaves the constructor of its base class out, as accelerate's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper with a step of its own after that of the optimizer inside."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.optimizer.step()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.add_(1.0)
+
+
+def test_wrappers_of_others() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="needs an optimizer of torch, got Around; give the optimizer itself"):
+        SparseStep(model, Around(optimizer), "asp")
+    lookahead = Lookahead(optimizer)
+    SparseStep(model, lookahead, "asp")
+    loss(model, torch.ones(2, 8)).backward()
+    lookahead.step()
+    for layer in layers_of(model):
+        assert torch.equal(layer.weight, apply_mask(layer.weight, layer.current_mask()))
+
+
 def test_a_scheduler_is_no_optimizer() -> None:
     model = network()
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters(), lr=0.1), lambda step: 1.0)
