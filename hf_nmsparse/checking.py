@@ -40,6 +40,7 @@ __all__ = [
     "is_reader",
     "names_in_model",
     "open_files",
+    "open_folder",
     "refuse_missing",
 ]
 
@@ -106,7 +107,7 @@ def check_folder(path: str | Path) -> PackedSummary:
     layers: dict[str, tuple[int, int]] = {}
     packed = dense = 0
     with ExitStack() as stack:
-        files = _open_folder(folder, stack)
+        files = open_folder(folder, stack)
         ends = (CODES, SCALE)
         for prefix in sorted({key.rpartition(".")[0] for key in files if key.endswith(ends)}):
             check_layer(files, prefix, None, config)
@@ -155,7 +156,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _open_folder(folder: Path, stack: ExitStack) -> dict[str, tuple[str, Any]]:
+def open_folder(folder: Path, stack: ExitStack) -> dict[str, tuple[str, Any]]:
     """Opens the safetensors files of a checkpoint: one, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():  # transformers prefers the one file, too

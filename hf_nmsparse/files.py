@@ -26,9 +26,11 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\
 def replaced(path: str | Path) -> Iterator[Path]:
     """A path to write to; what stands there at the end takes the place of ``path`` in one move.
 
-    It may be a folder where ``path`` is not there yet. Where the block fails, ``path`` stays as it was.
+    It may be a folder where ``path`` is not there yet. Folders above it are made as needed. Where the block fails,
+    ``path`` stays as it was.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         beside = Path(folder) / path.name
         yield beside

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
-from hf_nmsparse.checking import refuse_missing
+from hf_nmsparse.checking import check_complete, open_folder, refuse_missing
 
-__all__ = ["load_seq2seq"]
+__all__ = ["check_checkpoint", "load_seq2seq"]
 
 
 def load_seq2seq(source: str, **kwargs: Any) -> PreTrainedModel:
@@ -28,3 +31,13 @@ def load_seq2seq(source: str, **kwargs: Any) -> PreTrainedModel:
     refuse_missing(found["missing_keys"], found["unexpected_keys"], str(source), "save the whole model again")
     loaded: PreTrainedModel = model
     return loaded
+
+
+def check_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
+    """Checks that a checkpoint of the training holds all of ``model``, which Trainer loads without asking for it.
+
+    Raises:
+        ValueError: It does not.
+    """
+    with ExitStack() as stack:
+        check_complete(open_folder(Path(folder), stack), model, get_model_conversion_mapping(model))

@@ -473,8 +473,6 @@ class Evaluation:
 
     def write(self, path: str | Path) -> None:
         """Writes the record as JSON with sorted keys, one a line; folders are made as needed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as file:
             file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 

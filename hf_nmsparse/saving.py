@@ -28,7 +28,7 @@ from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import NMSparseQuantizationConfig, one_of, record_of
-from hf_nmsparse.wrappers import is_adapted, stock_name, unwrapped
+from hf_nmsparse.wrappers import has_adapters, stock_name, unwrapped
 
 __all__ = [
     "drop_reader",
@@ -222,7 +222,7 @@ def _write(
 def _itself(model: Any, where: str) -> PreTrainedModel:
     """The model that is to be saved, without what is wrapped around it."""
     model = unwrapped(model)
-    if any(is_adapted(module) for module in model.modules()):
+    if has_adapters(model):
         raise ValueError(
             f"{where}: the model holds PEFT adapters, which are no part of such files; save what "
             "model.merge_and_unload() returns, after finalize(model)"

@@ -16,8 +16,9 @@ from hf_nmsparse.layers import NMLinear, is_sharded, local, sparse_layers
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import soft_scale
+from hf_nmsparse.wrappers import is_of_peft, unwrapped
 
-__all__ = ["LayerReport", "Report", "finalize", "has_adapters", "report", "select_layers", "sparsify", "unwrapped"]
+__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
 
 _NO_TARGET = "no target rule matches"
 
@@ -230,22 +231,6 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     return result
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into the model, or the model into one of its own."""
-    return any(_is_of_peft(module) for module in model.modules())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile and data parallelism wrap around it, whose names are the stock ones."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # torch.compile's
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def _matches(name: str, rule: str) -> bool:
     """Whether ``rule`` matches the path ``name``, its end, or the same of a module above it."""
     parts = name.split(".")
@@ -276,13 +261,9 @@ def _is_adapter(model: nn.Module, name: str) -> bool:
     """Whether the module ``name`` belongs to an adapter of PEFT and not to the model that is adapted."""
     parts = name.split(".")
     for stop in range(len(parts), -1, -1):
-        if _is_of_peft(model.get_submodule(".".join(parts[:stop]))):
+        if is_of_peft(model.get_submodule(".".join(parts[:stop]))):
             return stop == len(parts) or parts[stop] not in _ADAPTED
     return False
-
-
-def _is_of_peft(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
@@ -36,6 +36,7 @@ from hf_nmsparse.averaging import checkpoints
 from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream, pair_length
 from hf_nmsparse.files import flush
 from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.loading import check_checkpoint, load_seq2seq
 from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method, torch_optimizer
 from hf_nmsparse.packing import VALUE_DTYPES
@@ -44,8 +45,8 @@ from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.record import one_of
 from hf_nmsparse.saving import retied, save_packed
 from hf_nmsparse.schedule import Schedule
-from hf_nmsparse.sparsify import has_adapters, unwrapped
 from hf_nmsparse.srste import METHODS
+from hf_nmsparse.wrappers import has_adapters, unwrapped
 
 __all__ = ["Preempted", "SparseTrainer", "SparseTrainingArguments", "last_whole_checkpoint"]
 
@@ -345,7 +346,7 @@ class SparseTrainer(Seq2SeqTrainer):
                 "distill_from: distils encoder-decoder models whose loss is the trainer's own; leave it out for "
                 f"{type(self.model).__name__}"
             )
-        teacher: PreTrainedModel = AutoModelForSeq2SeqLM.from_pretrained(self.args.distill_from, dtype=torch.float32)
+        teacher = load_seq2seq(self.args.distill_from, dtype=torch.float32)
         models: tuple[Any, ...] = teacher, self.model
         sizes = [model.config.get_text_config(decoder=True).vocab_size for model in models]
         if sizes[0] != sizes[1]:
@@ -474,6 +475,12 @@ class SparseTrainer(Seq2SeqTrainer):
         if self.preemption.stopped:
             raise Preempted(f"stopped by SIGTERM, saved at step {self.state.global_step}; the same command goes on")
         return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads the weights as Trainer does, if the checkpoint has all of them."""
+        if isinstance(self.model, PreTrainedModel) and not has_adapters(self.model):
+            check_checkpoint(resume_from_checkpoint, self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's step, which ends the run where the loss is not finite: no later step would mend the weights.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["is_adapted", "stock_name", "unwrapped"]
+__all__ = ["has_adapters", "is_of_peft", "stock_name", "unwrapped"]
 
 _AROUND = (DistributedDataParallel, DataParallel, AveragedModel)
 
@@ -33,6 +33,11 @@ def stock_name(name: str) -> str:
     return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
 
 
-def is_adapted(module: nn.Module) -> bool:
-    """Whether ``module`` is one of PEFT's: a layer with adapters, or a model around others."""
-    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether ``module`` is a class of PEFT's: a layer with adapters, or a model around others."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the model, or the model into one of its own."""
+    return any(is_of_peft(module) for module in model.modules())

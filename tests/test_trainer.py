@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     BartConfig,
@@ -415,8 +417,6 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
 
 
 def test_checkpoints_hold_the_dense_masters(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     trainer = train(tmp_path, save_strategy="steps", save_steps=4)
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert saved.keys() <= marian().state_dict().keys()
@@ -510,6 +510,21 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     marian(vocab_size=301).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has a vocabulary of 301, the model one of 300; they must share one"):
         train(tmp_path, distill_from=str(tmp_path))
+
+
+@pytest.mark.parametrize("lost", ["model.decoder.layers.1.", "model.encoder.layers.0.fc1.bias"])
+def test_what_a_checkpoint_or_a_teacher_lacks_is_refused(tmp_path: Path, lost: str) -> None:
+    train(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    checkpoint = tmp_path / "checkpoint-1"
+    tensors = load_file(checkpoint / "model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(lost)}
+    save_file(kept, checkpoint / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    message = rf"{lost}\S* (and \d+ more tensors are|is) missing; save the whole model"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, resume=True, max_steps=2)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "taught", distill_from=str(checkpoint))
 
 
 def test_layers_are_logged_whole(tmp_path: Path) -> None:
