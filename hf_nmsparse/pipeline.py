@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSeq2SeqLM, Pipeline
+from torch.utils.data import Dataset
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import logging
+
+from hf_nmsparse.texts import Direction, direction_of, encode, languages_of, positions_of, read_texts, start_token
 
 __all__ = ["TASK", "NMTranslationPipeline", "translate"]
-
-logger = logging.get_logger(__name__)
 
 TASK = "nmt-translation"
 """The name that ``transformers.pipeline`` takes; importing this module registers it."""
@@ -23,11 +23,34 @@ TASK = "nmt-translation"
 DEFAULT_MAX_NEW_TOKENS = 256
 """Where neither the caller nor the model sets a limit: transformers would stop after 20 tokens."""
 
+# What `generate` takes for each row of a batch, which is made here.
+_OF_EACH_ROW = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "encoder_outputs",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "decoder_attention_mask",
+    "past_key_values",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
+# What `generate` gives beside tokens.
+_BESIDE_TOKENS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
+
 
 def translate(
     model: Any,
     tokenizer: Any,
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     batch_size: int = 64,
     *,
     src_lang: str | None = None,
@@ -41,177 +64,240 @@ def translate(
 
     Args:
         model: An encoder-decoder model; it runs in evaluation mode and without gradients, on the device where it is.
-        tokenizer: Its tokenizer.
-        sentences: Texts of one sentence each.
+        tokenizer: Its tokenizer. It is not changed, so that threads can share it, each with languages of its own.
+        sentences: Texts of one sentence each: a list, an array, a Series, a column, a generator. They are read by
+            their place, whatever index they have.
         batch_size: Sentences in a batch.
         src_lang: Language code of the source as the tokenizer spells it, such as ``"eng_Latn"``. Multilingual only.
-        tgt_lang: The same of the target: its code is forced as the first token.
-        **generate_kwargs: For ``model.generate``, such as ``num_beams`` and ``max_new_tokens``. What is left out comes
-            from the model's generation config.
+        tgt_lang: The same of the target. Both reach the model as `texts.direction_of` says.
+        **generate_kwargs: For ``model.generate``, such as ``num_beams``, ``max_new_tokens`` and ``generation_config``.
+            A keyword goes before ``generation_config``, and that before the model's own generation config.
 
     Returns:
         One translation for each sentence.
 
     Raises:
-        ValueError: The model is no encoder-decoder, a sentence is no text, or a language is unknown or missing.
+        ValueError: The model is no encoder-decoder, a sentence is no text, a language is unknown or missing, or an
+            argument of ``generate`` asks for what a list of texts cannot hold.
     """
-    if not getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"translate: {type(model).__name__} is no encoder-decoder model; load a translation model")
-    if isinstance(sentences, str):
-        raise ValueError("translate: expected a list of texts, got one text; put it into a list")
-    for index, sentence in enumerate(sentences):
-        if not isinstance(sentence, str):
-            raise ValueError(f"translate: sentence {index} is no text but {type(sentence).__name__}")
-    if batch_size < 1:
-        raise ValueError(f"translate: batch_size needs at least 1, got {batch_size!r}")
-    generate_kwargs = _generation(model, tokenizer, tgt_lang, generate_kwargs)
-    translations = [""] * len(sentences)
-    todo = [index for index, sentence in enumerate(sentences) if sentence.strip()]
-    with _source_language(tokenizer, src_lang):
-        tokens = _encode(model, tokenizer, [sentences[index] for index in todo])
-    longest_first = sorted(range(len(todo)), key=lambda position: -len(tokens[position]))
-    training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(todo), batch_size):
-            batch = longest_first[start : start + batch_size]
-            texts = _generate(model, tokenizer, [tokens[position] for position in batch], generate_kwargs)
-            for position, text in zip(batch, texts, strict=True):
-                translations[todo[position]] = text
-    finally:
-        model.train(training)
+    if _asked_for(generate_kwargs).get("num_return_sequences") not in (None, 1):
+        raise ValueError("translate: one translation a sentence; leave num_return_sequences out or ask the pipeline")
+    texts = list(read_texts(sentences, "translate"))
+    translations = [""] * len(texts)
+    settings = {**generate_kwargs, "num_return_sequences": 1}
+    for places, output in _generated(model, tokenizer, texts, batch_size, src_lang, tgt_lang, settings):
+        decoded = tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for place, text in zip(places, decoded, strict=True):
+            translations[place] = text
     return translations
 
 
-def _generate(model: Any, tokenizer: Any, tokens: list[Tensor], generate_kwargs: dict[str, Any]) -> list[str]:
-    """Translates one batch of token sequences."""
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    batch_size: int,
+    src_lang: str | None,
+    tgt_lang: str | None,
+    given: Mapping[str, Any],
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Batch by batch the places of its texts and what ``generate`` gives for them: [batch * sequences, target]."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"translate: {type(model).__name__} is no encoder-decoder model; load a translation model")
+    _check_count("batch_size", batch_size)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "translate: the tokenizer has no padding token; set tokenizer.pad_token to the one of training"
+        )
+    direction = direction_of(model, tokenizer, src_lang, tgt_lang)
+    settings = _settings(model, tokenizer, given, direction)
+    todo = [place for place, text in enumerate(texts) if text.strip()]
+    if settings.get("streamer") is not None and len(todo) > 1:
+        raise ValueError(f"translate: a streamer follows one sentence, got {len(todo)}; leave it out")
+    limit = min(tokenizer.model_max_length, positions_of(model.get_encoder()) or float("inf"))
+    rows = encode(tokenizer, [direction.prompt + texts[place] for place in todo], limit, direction.frame)
+    tokens = dict(zip(todo, rows, strict=True))
+    longest_first = sorted(todo, key=lambda place: -len(tokens[place]))
+    allowed = settings.pop("prefix_allowed_tokens_fn", None)
+    with _evaluating(model):
+        for start in range(0, len(todo), batch_size):
+            batch = longest_first[start : start + batch_size]
+            if allowed is not None:
+                settings["prefix_allowed_tokens_fn"] = _by_place(allowed, batch)
+            yield batch, _generate(model, tokenizer, [torch.tensor(tokens[place]) for place in batch], settings)
+
+
+def _generate(model: Any, tokenizer: Any, tokens: list[Tensor], settings: dict[str, Any]) -> Tensor:
+    """What ``generate`` gives for one batch of token sequences: [batch * sequences, target]."""
     input_ids = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)  # [batch, source]
     attention_mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
     output = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), **generate_kwargs
-    )  # [batch, target]
-    texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return texts
-
-
-def _encode(model: Any, tokenizer: Any, sentences: list[str]) -> list[Tensor]:
-    """Token indices of each sentence, cut to what tokenizer and model can take."""
-    if not sentences:
-        return []
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or float("inf"))
-    encoded = tokenizer(sentences, verbose=False)["input_ids"]
-    too_long = [index for index, row in enumerate(encoded) if len(row) > limit]
-    if too_long:
-        logger.warning(f"translate: {len(too_long)} of {len(sentences)} sentences were cut to {limit} tokens")
-    for index in too_long:
-        encoded[index] = tokenizer(sentences[index], truncation=True, max_length=limit)["input_ids"]
-    return [torch.tensor(row) for row in encoded]
-
-
-def _generation(model: Any, tokenizer: Any, tgt_lang: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of ``generate``: ``given``, with a length limit and the target language."""
-    if given.get("num_return_sequences", 1) != 1:
-        raise ValueError("translate: one translation a sentence; leave num_return_sequences out")
-    kwargs = dict(given)
-    config = model.generation_config
-    forced = kwargs.get("forced_bos_token_id", config.forced_bos_token_id)
-    if tgt_lang is not None:
-        forced = kwargs["forced_bos_token_id"] = _language_id(tokenizer, "tgt_lang", tgt_lang)
-    starts_plainly = model.config.decoder_start_token_id in (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
+        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), **settings
     )
-    if _languages(tokenizer) and forced is None and starts_plainly:
-        raise ValueError("translate: this model translates into several languages; name one with tgt_lang")
-    if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
-        if config.max_new_tokens is not None or config.max_length is not None:
-            return kwargs
-        positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_NEW_TOKENS + 1
-        kwargs["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, positions - 1)
-    # Only one of the two limits goes to generate, or it warns when the model's own configuration holds the other.
-    # The decoder's start token counts in max_length.
-    if kwargs.get("max_new_tokens") is not None:
-        kwargs["max_length"] = kwargs["max_new_tokens"] + 1
-    return {**kwargs, "max_new_tokens": None}
+    sequences: Tensor = getattr(output, "sequences", output)  # the model's own settings may ask for more than tokens
+    return sequences
 
 
-def _languages(tokenizer: Any) -> dict[str, str]:
-    """The token of each language, by its code; empty where texts carry none.
-
-    M2M100 writes "en" as "__en__"; with mBART and NLLB the code is the token; FSMT has ``src_lang`` without any.
-    """
-    if not hasattr(tokenizer, "src_lang"):
-        return {}
-    tokens = getattr(tokenizer, "lang_code_to_token", None)
-    return tokens or {code: code for code in map(str, tokenizer.extra_special_tokens)}
-
-
-def _language_id(tokenizer: Any, name: str, language: str) -> int:
-    """The index of a language's token.
-
-    Raises:
-        ValueError: The tokenizer has no languages, or not this one.
-    """
-    languages = _languages(tokenizer)
-    if not languages:
-        raise ValueError(f"translate: this model has one pair of languages; leave out {name}, got {language!r}")
-    if language not in languages:
-        examples = [code for code in languages if code[:2] == language[:2]] or list(languages)[:5]
-        raise ValueError(
-            f"translate: {name} {language!r} is none of the {len(languages)} languages here, such as "
-            f"{', '.join(examples)}"
-        )
-    index: int = tokenizer.convert_tokens_to_ids(languages[language])
-    return index
+def _by_place(allowed: Callable[[int, Tensor], list[int]], places: list[int]) -> Callable[[int, Tensor], list[int]]:
+    """A ``prefix_allowed_tokens_fn`` that is asked about the place of a sentence, not about its row in the batch."""
+    return lambda row, tokens: allowed(places[row], tokens)
 
 
 @contextmanager
-def _source_language(tokenizer: Any, src_lang: str | None) -> Iterator[None]:
-    """Sets the language of the source while texts are encoded; the tokenizer keeps it as a state of its own."""
-    if src_lang is None:
-        yield
-        return
-    _language_id(tokenizer, "src_lang", src_lang)
-    previous = tokenizer.src_lang
-    tokenizer.src_lang = src_lang
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for a while; what was training then trains again, and nothing else."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        tokenizer.src_lang = previous
+        for module in training:
+            module.training = True
+
+
+def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's settings: those of ``generation_config``, and over them the keywords."""
+    config = given.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ValueError(f"translate: generation_config needs a GenerationConfig, got {type(config).__name__}")
+    keywords = {key: value for key, value in given.items() if key != "generation_config"}
+    return {**_set_in(config or GenerationConfig()), **keywords}
+
+
+def _set_in(config: GenerationConfig) -> dict[str, Any]:
+    """What is set in a generation config."""
+    known = vars(GenerationConfig()).keys() - {"transformers_version", "_from_model_config"}
+    return {key: value for key, value in vars(config).items() if key in known and value is not None}
+
+
+def _settings(model: Any, tokenizer: Any, given: Mapping[str, Any], direction: Direction) -> dict[str, Any]:
+    """The keywords of ``generate``: the caller's, with a limit of length and what the languages ask for."""
+    asked = _asked_for(given)
+    for key in _OF_EACH_ROW:
+        if asked.get(key) is not None:
+            raise ValueError(f"translate: {key} is made from the sentences, batch by batch; leave it out")
+    for key in _BESIDE_TOKENS:
+        if asked.get(key):
+            raise ValueError(f"translate: {key} has no place beside translations; call model.generate for it")
+    for key, value in direction.settings.items():
+        if asked.get(key) not in (None, value, _set_in(model.generation_config).get(key)):
+            raise ValueError(
+                f"translate: {key} {asked[key]} is another language than tgt_lang's; leave one of them out"
+            )
+    if not direction.settings:
+        _check_target(model, tokenizer, asked)
+    if isinstance(asked.get("decoder_start_token_id"), list):
+        raise ValueError("translate: decoder_start_token_id needs one token for all sentences, got a list")
+    if asked.get("num_return_sequences") is not None:
+        _check_count("num_return_sequences", asked["num_return_sequences"])
+    if asked.get("stop_strings") or model.generation_config.stop_strings or asked.get("assistant_tokenizer"):
+        asked["tokenizer"] = tokenizer
+    return {**asked, **direction.settings, **_limit(model, given)}
+
+
+def _check_target(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> None:
+    """Refuses to translate into a language that nobody has named."""
+    own = {
+        "decoder_start_token_id": start_token(model),
+        "forced_bos_token_id": model.generation_config.forced_bos_token_id,
+    }
+    first = {**own, **asked}
+    plain = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if (
+        hasattr(tokenizer, "set_src_lang_special_tokens")
+        and languages_of(tokenizer)
+        and first["forced_bos_token_id"] is None
+        and first["decoder_start_token_id"] in plain
+    ):
+        raise ValueError("translate: this model translates into several languages; name one with tgt_lang")
+
+
+def _limit(model: Any, given: Mapping[str, Any]) -> dict[str, int | None]:
+    """The limit of an output, as ``max_new_tokens`` or as ``max_length``, which counts the start token too.
+
+    The first of the keywords, the caller's configuration and the model's own that sets a limit decides, and there new
+    tokens go before the length, as in ``generate``. Where the decoder has so many positions and no more, the caller
+    cannot ask for more, and the model's own settings reach no further either.
+    """
+    positions = positions_of(model.get_decoder())
+    own = _set_in(model.generation_config)
+    for settings in (given, _set_in(given.get("generation_config") or GenerationConfig()), own):
+        # The last token is not read again, so that an output is one longer than the positions.
+        for key, other, start in (("max_new_tokens", "max_length", 0), ("max_length", "max_new_tokens", 1)):
+            value = settings.get(key)
+            if value is None:
+                continue
+            _check_count(key, value)
+            if positions is not None and value > positions + start:
+                if settings is not own:
+                    raise ValueError(
+                        f"translate: {key} {value} is beyond the {positions} positions of the decoder; give at most "
+                        f"{positions + start}"
+                    )
+                value = positions + start
+            return {key: value, other: None}  # or generate would warn where the model's own settings hold the other
+    return {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, positions or DEFAULT_MAX_NEW_TOKENS), "max_length": None}
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"translate: {name} needs at least 1, got {value!r}")
 
 
 class NMTranslationPipeline(Pipeline):
     """The pipeline ``pipeline("nmt-translation", model=...)``: texts to ``{"translation_text": ...}``.
 
     One text gives a list of one dictionary and a list gives a list; a generator is consumed as its results are
-    asked for. Arguments of `translate` may be given when it is built and in every call.
+    asked for. With ``num_return_sequences`` above 1 each text has a list of dictionaries, the best first. Arguments of
+    `translate` may be given when it is built and in every call.
     """
 
     _load_tokenizer = True  # type: ignore[assignment]
+    _pipeline_calls_generate = True
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Translates a text, a sequence of texts, or an iterator of texts.
+        """Translates a text, texts in anything that holds them in an order, or an iterator of texts.
 
         Args:
             inputs: What to translate.
             *args: None are known.
             **kwargs: ``batch_size``, ``src_lang``, ``tgt_lang`` and arguments of ``generate`` such as ``num_beams``.
+                ``return_tensors=True`` gives ``translation_token_ids`` in place of texts, and beside them with
+                ``return_text=True``; ``clean_up_tokenization_spaces`` is for decoding.
 
         Raises:
             ValueError: As `translate` raises it.
         """
         if isinstance(inputs, str):
-            inputs = [inputs]
-        elif isinstance(inputs, Sequence):
-            inputs = list(inputs)
-        elif isinstance(inputs, Iterator):
-            inputs = (text for text in inputs)
+            [result] = super().__call__(list(read_texts([inputs], TASK)), *args, **kwargs)
+            return result if isinstance(result, list) else [result]
+        if not isinstance(inputs, Dataset):  # which the pipeline reads as its results are asked for
+            lazy = isinstance(inputs, Iterator)
+            inputs = read_texts(inputs, TASK)
+            inputs = inputs if lazy else list(inputs)
         # Pipeline looks at the first element.
         return super().__call__(inputs, *args, **kwargs) if inputs != [] else []
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return {}, kwargs, {}
+    def _sanitize_parameters(
+        self,
+        return_tensors: bool | None = None,
+        return_text: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        truncation: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if truncation not in (None, True):
+            raise ValueError(f"{TASK}: what is too long for the model is always cut; leave truncation out")
+        for limit, other in (("max_length", "max_new_tokens"), ("max_new_tokens", "max_length")):
+            if kwargs.get(limit) is not None:  # takes the place of either of an earlier call
+                kwargs.setdefault(other, None)
+        results = {
+            "return_tensors": return_tensors,
+            "return_text": return_text,
+            "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
+        }
+        return {}, kwargs, {key: value for key, value in results.items() if value is not None}
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
         """Checks one text. Encoding waits for the batch."""
@@ -222,12 +308,35 @@ class NMTranslationPipeline(Pipeline):
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
         texts = input_tensors["text"]  # one text, or a list of them with batch_size above 1
         batch = [texts] if isinstance(texts, str) else texts
-        translations = translate(self.model, self.tokenizer, batch, batch_size=len(batch), **forward_parameters)
-        return {"text": translations[0] if isinstance(texts, str) else translations}
+        settings = self._prepare_generate_kwargs(forward_parameters)
+        if self.assistant_model is not None:
+            assistants = {"assistant_model": self.assistant_model, "assistant_tokenizer": self.assistant_tokenizer}
+            settings = {**assistants, **settings}
+        src_lang, tgt_lang = settings.pop("src_lang", None), settings.pop("tgt_lang", None)
+        asked, own = _asked_for(settings).get("num_return_sequences"), self.model.generation_config.num_return_sequences
+        tokens = [[torch.empty(0, dtype=torch.long)] * (asked or own or 1) for _ in batch]
+        for places, output in _generated(self.model, self.tokenizer, batch, len(batch), src_lang, tgt_lang, settings):
+            for place, rows in zip(places, output.split(len(output) // len(places)), strict=True):
+                tokens[place] = list(rows)
+        return {"tokens": tokens[0] if isinstance(texts, str) else tokens}
 
-    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> dict[str, str]:
-        """The result of one text."""
-        return {"translation_text": model_outputs["text"]}
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        """The result of one text: a dictionary, or several where several sequences were asked for."""
+        return_tensors = postprocess_parameters.get("return_tensors", False)
+        return_text = postprocess_parameters.get("return_text", not return_tensors)
+        clean_up = postprocess_parameters.get("clean_up_tokenization_spaces", False)
+        if not return_tensors and not return_text:
+            raise ValueError(f"{TASK}: return_text=False needs return_tensors=True, or nothing is left to return")
+        tokenizer: Any = self.tokenizer
+        results = []
+        for tokens in model_outputs["tokens"]:
+            result: dict[str, Any] = {"translation_token_ids": tokens} if return_tensors else {}
+            if return_text:
+                result["translation_text"] = tokenizer.decode(
+                    tokens, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up
+                )
+            results.append(result)
+        return results if len(results) > 1 else results[0]
 
 
 def _register() -> None:

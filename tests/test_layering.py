@@ -32,6 +32,7 @@ BANDS = (
         "metrics",
         "pipeline",
         "cards",
+        "texts",
         "diagnostics",
         "plots",
         "cli",

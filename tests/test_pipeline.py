@@ -1,33 +1,39 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     M2M100Config,
     M2M100ForConditionalGeneration,
-    MBart50Tokenizer,
-    MBartTokenizer,
     NllbTokenizer,
+    TextIteratorStreamer,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _language_id, _register, translate
+from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _generated, _register, translate
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparsify import sparsify
 from tests import tiny
+from tests.test_texts import MODELS
 
 SENTENCES = [
     "The garden is big.",
@@ -41,6 +47,10 @@ SENTENCES = [
 
 MODEL = tiny.marian(init_std=0.5).eval()  # large weights, so that what it says depends on what it reads
 TOKENIZER: Any = tiny.tokenizer()
+
+TOKENIZER_OF_40: Any = transformers.BertTokenizer(
+    vocab={word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"])}
+)
 
 make_pipeline: Any = transformers.pipeline  # its overloads know the built-in tasks only
 
@@ -113,6 +123,146 @@ def test_what_is_too_long_is_cut_and_logged(caplog: pytest.LogCaptureFixture) ->
     assert len(got) == 2
 
 
+CONFIG = GenerationConfig
+
+
+class TestGenerationSettings:
+    """Whatever sets them: a keyword goes before the caller's configuration, and that before the model's own."""
+
+    @pytest.mark.parametrize(
+        "own", [{}, {"max_length": 20}, {"max_new_tokens": 20}, {"max_length": 20, "max_new_tokens": 9}]
+    )
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"max_new_tokens": 3},
+            {"max_length": 4},
+            {"max_new_tokens": 3, "max_length": 50},
+            {"generation_config": CONFIG(max_new_tokens=3)},
+            {"generation_config": CONFIG(max_length=4)},
+            {"generation_config": CONFIG(max_new_tokens=30), "max_length": 4},
+            {"generation_config": CONFIG(max_length=30), "max_new_tokens": 3},
+            {"generation_config": CONFIG(max_new_tokens=3), "max_length": None},
+        ],
+        ids=str,
+    )
+    def test_the_nearest_limit_counts(
+        self, own: dict[str, Any], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = one_by_one(["A man"], max_new_tokens=3)
+        monkeypatch.setattr(MODEL, "generation_config", copy.deepcopy(MODEL.generation_config))
+        MODEL.generation_config.update(**own)
+        assert translate(MODEL, TOKENIZER, ["A man"], **given) == expected
+
+    def test_every_setting_of_a_configuration(self) -> None:
+        config = CONFIG(max_new_tokens=6, num_beams=3, length_penalty=3.0, no_repeat_ngram_size=1, bad_words_ids=[[40]])
+        keywords = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+        expected = one_by_one(SENTENCES, **keywords)
+        assert translate(MODEL, TOKENIZER, SENTENCES, generation_config=config) == expected
+        assert expected != one_by_one(SENTENCES, max_new_tokens=6)
+        other = translate(MODEL, TOKENIZER, SENTENCES, generation_config=config, num_beams=1)
+        assert other == one_by_one(SENTENCES, **{**keywords, "num_beams": 1})
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_no_model_is_asked_for_more_than_its_positions(self, name: str) -> None:
+        make, _, positions = MODELS[name]
+        model = make()
+        most = positions or 40
+
+        def lengths(**kwargs: Any) -> set[int]:
+            batches = _generated(model, TOKENIZER_OF_40, ["a", "b b b"], 1, None, None, kwargs)
+            return {output.shape[1] for _, output in batches}
+
+        assert lengths(max_new_tokens=most) == lengths(max_length=most + 1) == {most + 1}
+        model.generation_config.max_length = 500
+        assert lengths(num_beams=1) == ({most + 1} if positions else {500})
+        if positions is None:
+            return
+        for key, least in (("max_new_tokens", most), ("max_length", most + 1)):
+            message = f"{key} {least + 1} is beyond the {most} positions of the decoder; give at most {least}"
+            for asked in ({key: least + 1}, {"generation_config": CONFIG(**{key: least + 1})}):
+                with pytest.raises(ValueError, match=f"^translate: {message}$"):
+                    lengths(**asked)
+        model.generation_config.max_length = None
+        assert lengths() == {most + 1}
+
+    def test_stop_strings_need_no_tokenizer(self) -> None:
+        spelled = [TOKENIZER(letter)["input_ids"][-2] for letter in "xyz"]
+        forced: dict[str, Any] = {"prefix_allowed_tokens_fn": lambda _, tokens: [spelled[len(tokens) - 1]]}
+        assert translate(MODEL, TOKENIZER, ["A man"], max_new_tokens=3, **forced) == ["xyz"]
+        assert translate(MODEL, TOKENIZER, ["A man"], max_new_tokens=3, stop_strings=["y"], **forced) == ["xy"]
+        config = CONFIG(stop_strings=["y"], max_new_tokens=3)
+        assert translate(MODEL, TOKENIZER, ["A man"], generation_config=config, **forced) == ["xy"]
+
+    def test_prefix_allowed_tokens_are_asked_by_the_place_of_the_sentence(self) -> None:
+        texts = ["a", "a man sleeps in the garden", "a man"]  # translated in another order
+        allowed = [TOKENIZER(letter)["input_ids"][-2:-1] for letter in "xyz"]
+        by_place: dict[str, Any] = {"prefix_allowed_tokens_fn": lambda place, _: allowed[place]}
+        for batch_size in (1, 2, 3):
+            assert translate(MODEL, TOKENIZER, texts, batch_size, max_new_tokens=3, **by_place) == ["xxx", "yyy", "zzz"]
+
+    def test_what_the_checkpoint_asks_for_beside_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MODEL, "generation_config", copy.deepcopy(MODEL.generation_config))
+        MODEL.generation_config.update(
+            return_dict_in_generate=True, output_scores=True, num_return_sequences=2, num_beams=2
+        )
+        expected = [MODEL.generate(**TOKENIZER("A man", return_tensors="pt"), max_new_tokens=4).sequences[0]]
+        got = translate(MODEL, TOKENIZER, ["A man"], max_new_tokens=4)
+        assert got == TOKENIZER.batch_decode(expected, skip_special_tokens=True)
+        results = make_pipeline(TASK, model=MODEL, tokenizer=TOKENIZER, device="cpu")("A man", max_new_tokens=4)
+        assert [len(results), results[0]["translation_text"]] == [2, got[0]]
+
+    def test_a_streamer_follows_one_sentence(self) -> None:
+        queue = TextIteratorStreamer(TOKENIZER, skip_special_tokens=True)
+        [text] = translate(MODEL, TOKENIZER, ["A man"], max_new_tokens=4, streamer=queue)
+        assert "".join(queue) == text
+        with pytest.raises(ValueError, match="a streamer follows one sentence, got 2; leave it out"):
+            translate(MODEL, TOKENIZER, ["a", "b"], max_new_tokens=4, streamer=queue)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"generation_config": {"num_beams": 2}}, "generation_config needs a GenerationConfig, got dict"),
+            ({"max_new_tokens": 0}, "max_new_tokens needs at least 1, got 0"),
+            ({"max_length": 2.5}, "max_length needs at least 1, got 2.5"),
+            ({"max_length": "9"}, "max_length needs at least 1, got '9'"),
+            ({"max_new_tokens": True}, "max_new_tokens needs at least 1, got True"),
+            ({"num_return_sequences": 2}, "leave num_return_sequences out"),
+            ({"generation_config": CONFIG(num_beams=2, num_return_sequences=2)}, "leave num_return_sequences out"),
+            ({"return_dict_in_generate": True}, "return_dict_in_generate has no place beside translations"),
+            ({"generation_config": CONFIG(output_scores=True, return_dict_in_generate=True)}, "has no place beside"),
+            ({"decoder_input_ids": torch.zeros(1, 1)}, "decoder_input_ids is made from the sentences, batch by batch"),
+            ({"attention_mask": torch.ones(1, 1)}, "attention_mask is made from the sentences, batch by batch"),
+            (
+                {"decoder_start_token_id": [0, 0]},
+                "decoder_start_token_id needs one token for all sentences, got a list",
+            ),
+            ({"num_beems": 2}, "num_beems"),
+            ({"prefix": "translate: "}, "prefix"),
+            ({"batch_size": True}, "batch_size needs at least 1, got True"),
+            ({"batch_size": "8"}, "batch_size needs at least 1, got '8'"),
+        ],
+    )
+    def test_what_cannot_be_followed(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=rf"^.*{re.escape(message)}"):
+            translate(MODEL, TOKENIZER, ["A man"], **given)
+
+    def test_a_tokenizer_without_padding(self) -> None:
+        tokenizer = tiny.tokenizer()
+        tokenizer.pad_token = None
+        with pytest.raises(ValueError, match="the tokenizer has no padding token; set "):
+            translate(MODEL, tokenizer, ["A man"])
+
+
+def test_only_what_was_training_trains_again() -> None:
+    model = tiny.marian(dropout=0.5).train()
+    frozen = model.get_encoder().eval()
+    before = [module.training for module in model.modules()]
+    translate(model, TOKENIZER, ["A man"], max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+    assert not frozen.training
+
+
 def test_training_mode_is_restored() -> None:
     model = tiny.marian(init_std=0.5, dropout=0.5)
     model.train()
@@ -142,24 +292,6 @@ def test_bad_arguments(sentences: Any, kwargs: dict[str, Any], message: str) -> 
 def test_fsmt_has_a_source_language_and_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZER, "src_lang", "en", raising=False)
     assert translate(MODEL, TOKENIZER, ["A man"], max_new_tokens=3) == one_by_one(["A man"], max_new_tokens=3)
-
-
-def test_m2m100_writes_its_codes_in_another_way() -> None:
-    tokenizer = SimpleNamespace(
-        src_lang="en", lang_code_to_token={"de": "__de__", "fr": "__fr__"}, convert_tokens_to_ids={"__fr__": 38}.get
-    )
-    assert _language_id(tokenizer, "tgt_lang", "fr") == 38
-    with pytest.raises(ValueError, match="'__fr__' is none of the 2 languages here, such as de, fr"):
-        _language_id(tokenizer, "tgt_lang", "__fr__")
-
-
-@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer])
-def test_mbart_finds_its_codes(kind: Any) -> None:
-    tokenizer = kind(vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)])
-    assert _language_id(tokenizer, "tgt_lang", "de_DE") == tokenizer.convert_tokens_to_ids("de_DE")
-    assert _language_id(tokenizer, "tgt_lang", "de_DE") != tokenizer.unk_token_id
-    with pytest.raises(ValueError, match=r"'de' is none of the [0-9]+ languages here, such as de_DE"):
-        _language_id(tokenizer, "tgt_lang", "de")
 
 
 def test_a_decoder_alone_does_not_translate() -> None:
@@ -280,10 +412,91 @@ class TestPipeline:
         [result] = self.translator()("A man", num_beams=1, max_new_tokens=3)
         assert result["translation_text"] == one_by_one(["A man"], max_new_tokens=3)[0]
 
-    @pytest.mark.parametrize("bad", [3, None, {"text": "a"}, [3], [["a"]], [None]])
-    def test_no_text(self, bad: Any) -> None:
-        with pytest.raises(ValueError, match="nmt-translation: expected a text, got "):
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (3, "expected a list of texts, got int"),
+            (None, "expected a list of texts, got NoneType"),
+            ({"text": "a"}, "expected a list of texts, got dict"),
+            (b"a", "expected a list of texts, got bytes"),
+            ([3], "sentence 0 is no text but int"),
+            (["a", ["a"]], "sentence 1 is no text but list"),
+            ([None], "sentence 0 is no text but NoneType"),
+        ],
+    )
+    def test_no_text(self, bad: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=f"^nmt-translation: {message}$"):
             self.translator()(bad)
+
+    def test_a_generator_names_the_place(self) -> None:
+        with pytest.raises(ValueError, match="sentence 1 is no text but float"):
+            list(self.translator()(text for text in ("a", float("nan"))))
+
+    @pytest.mark.parametrize(
+        "texts",
+        [
+            pytest.param(pd.Series(SENTENCES[::-1], index=range(len(SENTENCES))[::-1])[::-1], id="a Series"),
+            pytest.param(np.array(SENTENCES), id="an array"),
+            pytest.param(dict(enumerate(SENTENCES)).values(), id="values"),
+            pytest.param(Dataset.from_dict({"text": SENTENCES})["text"], id="a column"),
+        ],
+    )
+    def test_texts_are_read_by_place(self, texts: Any) -> None:
+        assert tuple(self.translator(batch_size=2)(texts)) == self.expected
+        assert translate(MODEL, TOKENIZER, texts, 2, max_new_tokens=5, num_beams=2) == [
+            result["translation_text"] for result in self.expected
+        ]
+
+    def test_a_column_of_a_data_set_is_read_as_results_are_asked_for(self) -> None:
+        rows = KeyDataset(Dataset.from_dict({"text": SENTENCES}), "text")
+        results = self.translator(batch_size=2)(rows)
+        assert not isinstance(results, list)
+        assert tuple(results) == self.expected
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_several_sequences_of_each_text(self, batch_size: int) -> None:
+        results = self.translator(batch_size=batch_size)(SENTENCES, num_return_sequences=2)
+        assert [texts[0] for texts in results] == list(self.expected)
+        for sentence, texts in zip(SENTENCES, results, strict=True):
+            inputs = TOKENIZER(sentence, return_tensors="pt")
+            output = MODEL.generate(**inputs, max_new_tokens=5, num_beams=2, num_return_sequences=2)
+            expected = TOKENIZER.batch_decode(output, skip_special_tokens=True) if sentence.strip() else ["", ""]
+            assert [result["translation_text"] for result in texts] == expected
+        assert self.translator()(SENTENCES[0], num_return_sequences=2) == results[0]
+        assert self.translator()([SENTENCES[0]], num_return_sequences=2) == [results[0]]
+        assert list(self.translator()(iter(SENTENCES), num_return_sequences=2)) == results
+
+    def test_tokens_in_place_of_texts(self) -> None:
+        [result] = self.translator()("A man", return_tensors=True)
+        output = MODEL.generate(**TOKENIZER("A man", return_tensors="pt"), max_new_tokens=5, num_beams=2)
+        assert result.keys() == {"translation_token_ids"}
+        assert torch.equal(result["translation_token_ids"], output[0])
+        [both] = self.translator()("A man", return_tensors=True, return_text=True)
+        assert torch.equal(both.pop("translation_token_ids"), output[0])
+        assert both == self.expected[1]
+        with pytest.raises(ValueError, match="return_text=False needs return_tensors=True"):
+            self.translator()("A man", return_text=False)
+
+    def test_clean_up_is_for_decoding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TOKENIZER, "decode", lambda tokens, **kwargs: str(kwargs["clean_up_tokenization_spaces"]))
+        assert self.translator()("A man", clean_up_tokenization_spaces=True) == [{"translation_text": "True"}]
+        assert self.translator()("A man") == [{"translation_text": "False"}]
+
+    def test_truncation_of_the_old_pipeline(self) -> None:
+        assert self.translator()(SENTENCES[0], truncation=True) == [self.expected[0]]
+        with pytest.raises(ValueError, match="what is too long for the model is always cut; leave truncation out"):
+            self.translator()(SENTENCES[0], truncation=False)
+
+    @pytest.mark.parametrize("given", [{"max_length": 4}, {"generation_config": GenerationConfig(max_new_tokens=3)}])
+    def test_a_limit_of_a_call_wins_over_any_of_the_pipeline(self, given: dict[str, Any]) -> None:
+        [result] = self.translator()("A man", **given, num_beams=1)
+        assert result["translation_text"] == one_by_one(["A man"], max_new_tokens=3)[0]
+        [result] = make_pipeline(TASK, model=MODEL, tokenizer=TOKENIZER, device="cpu", **given)("A man")
+        assert result["translation_text"] == one_by_one(["A man"], max_new_tokens=3)[0]
+
+    def test_an_assistant(self) -> None:
+        translator = self.translator(assistant_model=MODEL)
+        assert translator("A man", num_beams=1) == [{"translation_text": one_by_one(["A man"], max_new_tokens=5)[0]}]
 
     def test_from_a_folder_and_back(self, tmp_path: Path) -> None:
         MODEL.save_pretrained(tmp_path / "model")

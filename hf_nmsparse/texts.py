@@ -1,0 +1,279 @@
+"""Texts into tokens: read by their place, in the language of the call, and without a trace on the tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+__all__ = [
+    "Direction",
+    "direction_of",
+    "encode",
+    "languages_of",
+    "positions_of",
+    "read_texts",
+    "start_token",
+]
+
+logger = logging.get_logger(__name__)
+
+Frame = tuple[list[int], list[int]]
+"""The tokens before and after those of a text."""
+
+
+def read_texts(texts: Any, where: str) -> Iterator[str]:
+    """The texts of anything that holds them one after the other: a list, an array, a Series, a column, a generator.
+
+    Args:
+        texts: Where they come from. They are read in their order, whatever index or keys they have.
+        where: Begins the message of an error.
+
+    Raises:
+        ValueError: It is one text, has no order or no single column, or an element is no text. Elements are looked at
+            as they are asked for.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"{where}: expected a list of texts, got one text; put it into a list")
+    if isinstance(texts, bytes | bytearray | Mapping | set | frozenset) or not isinstance(texts, Iterable):
+        raise ValueError(f"{where}: expected a list of texts, got {type(texts).__name__}")
+    dimensions = getattr(texts, "ndim", 1)
+    if dimensions != 1:
+        raise ValueError(f"{where}: expected a list of texts, got {dimensions} dimensions; give one column")
+    return (_text(text, index, where) for index, text in enumerate(texts))
+
+
+def _text(text: Any, index: int, where: str) -> str:
+    text = text.as_py() if hasattr(text, "as_py") else text  # an element of a pyarrow column
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: sentence {index} is no text but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: sentence {index} holds half a character, {text[error.start]!r}; decode it as what it is"
+        ) from None
+    return str(text)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What the languages of a call add to it.
+
+    Attributes:
+        prompt: Text before each sentence.
+        frame: Tokens around each sentence; None where the tokenizer adds its own.
+        settings: Arguments of ``generate``.
+    """
+
+    prompt: str = ""
+    frame: Frame | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def direction_of(model: Any, tokenizer: Any, src_lang: str | None, tgt_lang: str | None) -> Direction:
+    """The languages in the way that the documentation of the model's family asks for.
+
+    - NLLB, M2M100 and mBART-50: the source's code is part of the source, the target's is forced as the first token.
+    - mBART and PLBart: the target's code is what the decoder starts with.
+    - SeamlessM4T: ``generate`` takes the target's code itself.
+    - OPUS-MT and MADLAD: the target's code is the first word of the source.
+    - T5: the sentence that config.json has for the task, such as "translate English to German: ".
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, which is read and never changed.
+        src_lang: Code of the source; None takes the tokenizer's own.
+        tgt_lang: Code of the target; None leaves it to the model's settings.
+
+    Raises:
+        ValueError: The model has no such languages.
+    """
+    if _is_multilingual(tokenizer):
+        source = tokenizer.src_lang if src_lang is None else _token(tokenizer, "src_lang", src_lang)
+        settings = {} if tgt_lang is None else _target_settings(model, tokenizer, tgt_lang)
+        return Direction("", _source_frame(tokenizer, source), settings)
+    if src_lang is None and tgt_lang is None:
+        return Direction()
+    if prompts := _task_prompts(model):
+        return Direction(_one_prompt(prompts, src_lang, tgt_lang))
+    if src_lang is not None:
+        known = languages_of(tokenizer) and "reads its source language from the text"
+        raise ValueError(
+            f"translate: this model {known or 'has one pair of languages'}; leave out src_lang, got {src_lang!r}"
+        )
+    if _is_madlad(model, tokenizer, tgt_lang):
+        return Direction(f"<2{tgt_lang}> ")
+    return Direction(f"{_token(tokenizer, 'tgt_lang', str(tgt_lang))} ")
+
+
+def languages_of(tokenizer: Any) -> dict[str, str]:
+    """The token of each language, by its code; empty where texts carry none.
+
+    M2M100 writes "en" as "__en__" and OPUS-MT as ">>en<<"; with mBART and NLLB the code is the token.
+    """
+    if not _is_multilingual(tokenizer):
+        return {token[2:-2]: token for token in getattr(tokenizer, "supported_language_codes", ())}
+    tokens = getattr(tokenizer, "lang_code_to_token", None)  # M2M100
+    if tokens is None:
+        named = [*getattr(tokenizer, "lang_code_to_id", ()), *map(str, tokenizer.extra_special_tokens)]
+        tokens = {token.removeprefix("__").removesuffix("__"): token for token in named}
+    return {code: token for code, token in tokens.items() if _index(tokenizer, token) is not None}
+
+
+def _is_multilingual(tokenizer: Any) -> bool:
+    """Whether the tokenizer marks the language of a source; FSMT's has ``src_lang`` and no marks."""
+    return hasattr(tokenizer, "set_src_lang_special_tokens")
+
+
+def _index(tokenizer: Any, token: str) -> int | None:
+    index: int | None = tokenizer.convert_tokens_to_ids(token)
+    return None if index == tokenizer.unk_token_id else index
+
+
+def _token(tokenizer: Any, name: str, language: str) -> str:
+    """The token of a language, which may be named by its code or by the token itself.
+
+    Raises:
+        ValueError: The tokenizer has no languages, or not this one.
+    """
+    languages = languages_of(tokenizer)
+    if not languages:
+        raise ValueError(f"translate: this model has one pair of languages; leave out {name}, got {language!r}")
+    if language in languages:
+        return languages[language]
+    if language in languages.values():
+        return language
+    examples = [code for code in languages if code[:2] == str(language)[:2]] or list(languages)[:5]
+    raise ValueError(
+        f"translate: {name} {language!r} is none of the {len(languages)} languages here, such as {', '.join(examples)}"
+    )
+
+
+class _StandIn:
+    """Reads like a tokenizer, and keeps for itself what is set on it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._read = tokenizer
+        self._tokenizer = SimpleNamespace()  # in place of the backend, whose template a tokenizer sets
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._read, name)
+
+
+def _source_frame(tokenizer: Any, source: str | None) -> Frame:
+    """What the tokenizer's own rule puts around a text of this language, asked of a stand-in."""
+    codes = {token: code for code, token in getattr(tokenizer, "lang_code_to_token", {}).items()}
+    stand_in: Any = _StandIn(tokenizer)
+    type(tokenizer).set_src_lang_special_tokens(stand_in, codes.get(str(source), source))
+    return list(stand_in.prefix_tokens), list(stand_in.suffix_tokens)
+
+
+def _target_settings(model: Any, tokenizer: Any, tgt_lang: str) -> dict[str, Any]:
+    token = _token(tokenizer, "tgt_lang", tgt_lang)
+    if "tgt_lang" in inspect.signature(model.generate).parameters:
+        return {"tgt_lang": token}
+    index = _index(tokenizer, token)
+    if model.config.model_type in ("mbart", "plbart") and _source_frame(tokenizer, token)[1][-1] == index:
+        # Their labels end with the code, and shifted to the right they begin with it. mBART-50 has it in front.
+        return {"decoder_start_token_id": index, "forced_bos_token_id": None}
+    settings: dict[str, Any] = {"forced_bos_token_id": index}
+    if _names_a_language(tokenizer, start_token(model)):
+        settings["decoder_start_token_id"] = tokenizer.eos_token_id
+    return settings
+
+
+def start_token(model: Any) -> int | None:
+    """What the decoder starts with where the call says nothing of it."""
+    start: int | None = model.generation_config.decoder_start_token_id
+    return getattr(model.config, "decoder_start_token_id", None) if start is None else start
+
+
+def _names_a_language(tokenizer: Any, index: int | None) -> bool:
+    """Whether a token is the code of a language."""
+    return index is not None and index in [_index(tokenizer, token) for token in languages_of(tokenizer).values()]
+
+
+def _task_prompts(model: Any) -> dict[tuple[str, str], str]:
+    """For each pair of languages the sentence with which T5 asks for it, from its configuration."""
+    tasks = getattr(model.config, "task_specific_params", None) or {}
+    named = {name.removeprefix("translation_").partition("_to_"): task for name, task in tasks.items()}
+    return {(source, target): task["prefix"] for (source, to, target), task in named.items() if to and "prefix" in task}
+
+
+def _one_prompt(prompts: dict[tuple[str, str], str], src_lang: str | None, tgt_lang: str | None) -> str:
+    found = [
+        prompt
+        for (source, target), prompt in prompts.items()
+        if src_lang in (None, source) and tgt_lang in (None, target)
+    ]
+    if len(found) != 1:
+        pairs = ", ".join(f"{source} to {target}" for source, target in prompts)
+        raise ValueError(
+            f"translate: src_lang {src_lang!r} and tgt_lang {tgt_lang!r} name no single pair here; it has {pairs}"
+        )
+    return found[0]
+
+
+def _is_madlad(model: Any, tokenizer: Any, tgt_lang: str | None) -> bool:
+    return model.config.model_type == "t5" and _index(tokenizer, f"<2{tgt_lang}>") is not None
+
+
+def encode(tokenizer: Any, texts: list[str], limit: float, frame: Frame | None = None) -> list[list[int]]:
+    """Tokens of each text, cut to ``limit`` of them; how many were cut is logged.
+
+    The tokenizer is not told to cut: it would do so for other threads as well.
+
+    Args:
+        tokenizer: The tokenizer, which stays as it is.
+        texts: The texts.
+        limit: The most tokens of a text, with those around it.
+        frame: Tokens around each text; None takes those of the tokenizer.
+    """
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None, verbose=False)["input_ids"]
+    if frame is not None:
+        encoded = [[*frame[0], *row, *frame[1]] for row in encoded]
+    too_long = [index for index, row in enumerate(encoded) if len(row) > limit]
+    if too_long:
+        logger.warning(f"translate: {len(too_long)} of {len(texts)} sentences were cut to {limit} tokens")
+    for index in too_long:
+        row = tokenizer(texts[index], add_special_tokens=False, verbose=False)["input_ids"]
+        before, after = frame or _around(encoded[index], row)
+        room = max(int(limit) - len(before) - len(after), 0)
+        kept = row[len(row) - room :] if tokenizer.truncation_side == "left" else row[:room]
+        encoded[index] = [*before, *kept, *after]
+    return encoded
+
+
+def _around(whole: list[int], inner: list[int]) -> Frame:
+    """What of ``whole`` comes before and after ``inner``."""
+    start = next(start for start in range(len(whole)) if whole[start : start + len(inner)] == inner)
+    return whole[:start], whole[start + len(inner) :]
+
+
+def positions_of(part: nn.Module) -> int | None:
+    """How many tokens an encoder or a decoder has positions for; None where it makes them as they are needed.
+
+    Only a table has an end: T5's positions are relative, and M2M100, NLLB and FSMT compute theirs anew.
+    """
+    tables = [
+        table
+        for name, table in part.named_modules()
+        if isinstance(table, nn.Embedding)
+        and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+        and not hasattr(table, "make_weight")
+    ]
+    # BART leaves out the first rows, RoBERTa those up to the row of padding.
+    return min((len(table.weight) - _rows_left_out(table) for table in tables), default=None)
+
+
+def _rows_left_out(table: nn.Embedding) -> int:
+    offset: int = getattr(table, "offset", 0)
+    return offset if table.padding_idx is None else table.padding_idx + 1
