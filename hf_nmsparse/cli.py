@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -18,10 +21,13 @@ __all__ = ["main"]
 
 # torch and transformers take seconds to import: each command imports what it needs.
 
-# What a folder holds beside the model: the tokenizer of any kind, the settings of generation, the card.
+# What a folder holds beside the model: the tokenizer, whose class names more, the settings of generation, the card.
 _FILES_BESIDE = (
     "README.md",
     "generation_config.json",
+    "chat_template*",
+    "processor_config.json",
+    "preprocessor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -44,21 +50,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; or 2 after a user's error, with one line on standard error; or 1 where the reader of the output went away.
     """
+    _keep_standard_numbers()
     try:
         args = _parser().parse_args(argv)
+        if sys.stdout is None and args.run is not _translate:
+            raise ValueError("standard output is closed; open it or send it to /dev/null")
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes standard output once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ValueError, OSError) as error:
-        reason = str(error).strip() or type(error).__name__
-        print(f"nmsparse: {reason.splitlines()[0]}", file=sys.stderr)
+        _say(f"nmsparse: {_one_line(error)}", error=True)
+        _drop_output()
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _keep_standard_numbers() -> None:
+    """Where the caller has closed a standard stream no file takes its number, or what native code says ends in it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
+
+def _drop_output() -> None:
+    """Drops what standard output does not take: Python tries once more when it ends."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says first."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+
+
+def _say(text: object, error: bool = False) -> None:
+    """Prints text that may come from a file or an argument."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:
+        return
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    print(_plain(str(text)), file=stream)
+
+
+def _plain(text: str) -> str:
+    """Lines of text with nothing in them that steers a terminal."""
+    shown = (char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)
+    return "".join(shown)
+
+
+def _plain_record(record: logging.LogRecord) -> bool:
+    """Makes what is logged plain: transformers names keys and settings of files."""
+    record.msg, record.args = _plain(record.getMessage()), ()
+    return True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -171,35 +224,35 @@ def _inspect(args: argparse.Namespace) -> None:
 
     found = check_folder(args.path)
     pattern, dtype = found.pattern, VALUE_DTYPES[found.values]
-    print(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
-    print(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
-    print(f"sparse layers  {len(found.layers)}, every one valid")
-    print(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
-    print(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
-    print(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
-    print(f"dense bytes    {found.dense_bytes:,}")
-    print(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
-    print(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
+    _say(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
+    _say(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
+    _say(f"sparse layers  {len(found.layers)}, every one valid")
+    _say(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
+    _say(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
+    _say(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
+    _say(f"dense bytes    {found.dense_bytes:,}")
+    _say(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
+    _say(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
     if args.layers:
         for name, (rows, columns) in found.layers.items():
-            print(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
+            _say(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
 
 
 def _pack(args: argparse.Namespace) -> None:
     from hf_nmsparse.layers import sparse_layers
     from hf_nmsparse.saving import save_packed
 
-    _check_target(args.target)
-    model, _ = _load(args.source, tokenizer=False)
-    if sparse_layers(model):
-        if args.pattern is not None:
-            raise ValueError(f"{args.source} knows its own pattern; leave out --pattern")
-    elif args.pattern is None:
-        raise ValueError(f"{args.source} says nothing of sparsity; if its weights are masked, give --pattern 2:4")
-    else:
-        _mark_masked_layers(model, args.pattern)
-    save_packed(model, args.target, values=args.values, embeddings=args.embeddings, standalone=args.standalone)
-    _copy_files_beside(args.source, args.target)
+    with _new_folder(args.target) as target:
+        model, _ = _load(args.source, tokenizer=False)
+        if sparse_layers(model):
+            if args.pattern is not None:
+                raise ValueError(f"{args.source} knows its own pattern; leave out --pattern")
+        elif args.pattern is None:
+            raise ValueError(f"{args.source} says nothing of sparsity; if its weights are masked, give --pattern 2:4")
+        else:
+            _mark_masked_layers(model, args.pattern)
+        save_packed(model, target, values=args.values, embeddings=args.embeddings, standalone=args.standalone)
+        _copy_files_beside(args.source, target)
     _inspect(argparse.Namespace(path=args.target, layers=False))
 
 
@@ -217,34 +270,35 @@ def _mark_masked_layers(model: Any, text: str) -> None:
         raise ValueError(f"no linear layer of the model is {pattern} sparse; train it before it is packed")
     for name in chosen:
         if name not in masked:
-            print(f"nmsparse: {name} is not {pattern} sparse and stays dense", file=sys.stderr)
+            _say(f"nmsparse: {name} is not {pattern} sparse and stays dense", error=True)
     sparsify(model, NMSparseConfig(pattern, masked if len(masked) < len(chosen) else None))
 
 
 def _export(args: argparse.Namespace) -> None:
     from hf_nmsparse.saving import export_dense
 
-    _check_target(args.target)
-    model, _ = _load(args.source, tokenizer=False)
-    export_dense(model, args.target)
-    _copy_files_beside(args.source, args.target)
-    print(f"{args.target}: dense")
+    with _new_folder(args.target) as target:
+        model, _ = _load(args.source, tokenizer=False)
+        export_dense(model, target)
+        _copy_files_beside(args.source, target)
+    _say(f"{args.target}: dense")
 
 
 def _convert(args: argparse.Namespace) -> None:
     from hf_nmsparse.bitmask import convert_bitmask
 
-    _check_target(args.target)
-    count = convert_bitmask(args.source, args.target)
-    print(f"{args.target}: dense, {count} weights are 2:4 sparse")
+    with _new_folder(args.target) as target:
+        count = convert_bitmask(args.source, target)
+    _say(f"{args.target}: dense, {count} weights are 2:4 sparse")
 
 
 def _translate(args: argparse.Namespace) -> None:
     with _reading(args.input) as source:
         _check_output(args.output, args.input)
-        chunks = _translations(args, source, args.batch_size if args.input == "-" else _CHUNK)
+        chunks = _translations(args, source, _CHUNK if Path(args.input).is_file() else args.batch_size)
+        first = next(chunks, [])  # whatever fails fails before the output is touched
         with _writing(args.output) as target:
-            for chunk in chunks:
+            for chunk in chain([first], chunks):
                 target.writelines(f"{text}\n" for text in chunk)
                 target.flush()
 
@@ -263,15 +317,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not sources:
         raise ValueError(f"{args.source} is empty")
     score(references, references, args.tokenize)
-    for output in (args.output, args.json):
+    for output, other in ((args.output, None), (args.json, args.output)):
         _check_output(output, args.source, args.reference, args.baseline)
+        if output is not None and output == other:
+            raise ValueError(f"{output} is given as --output and as --json; name two files")
 
     hypotheses = [text for chunk in _translations(args, iter(sources), _CHUNK) for text in chunk]
     if args.output is not None:
         with _writing(args.output) as file:
             file.writelines(f"{text}\n" for text in hypotheses)
     result = score(hypotheses, references, args.tokenize)
-    print(result)
+    _say(result)
     asked = (
         "model",
         "source",
@@ -292,7 +348,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     }
     if baseline is not None:
         comparison = compare(hypotheses, baseline, references, tokenize=args.tokenize)
-        print(comparison)
+        _say(comparison)
         record["against_baseline"] = {
             **asdict(comparison),
             "difference": comparison.difference,
@@ -307,7 +363,7 @@ def _plot(args: argparse.Namespace) -> None:
     from hf_nmsparse.plots import plot_runs, read_run
 
     for file in plot_runs([read_run(folder) for folder in args.runs], args.output, args.format):
-        print(file)
+        _say(file)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -325,45 +381,74 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    device = _device(args.device)
     model, tokenizer = _load(args.model)
     _mask_for_good(model)
     if args.compute is not None or args.head is not None:
         set_compute(model, args.compute or "auto", args.head)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(device)
-    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
-        raise ValueError(f"--device {device}: {error}") from error
+    model.to(device)
     generation = {"num_beams": args.beams, "max_length": args.max_length}
     given = {key: value for key, value in generation.items() if value is not None}
 
     def translated(sentences: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
-        texts = translate(model, tokenizer, sentences, args.batch_size, **languages, **given)
+        try:
+            texts = translate(model, tokenizer, sentences, args.batch_size, **languages, **given)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--device {device}: {error}; give a smaller --batch-size") from error
         return [" ".join(text.splitlines()) for text in texts]
 
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
 
 
+def _device(name: str | None) -> str:
+    """The device to compute on: the one that was named, if numbers can be had there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that were devices once
+            torch.zeros(1, device=name).item()
+    except Exception as error:  # what is raised is up to each device: AssertionError, ModuleNotFoundError and others
+        raise ValueError(f"--device {name}: {str(error).strip()}") from error
+    return name
+
+
 def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
-    """The model in a folder or on the Hub, and its tokenizer."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-    from transformers.utils import logging
+    """The model in a folder or on the Hub, and its tokenizer.
+
+    Nobody is asked whether to run code that comes with them: the terminal may be where the sentences come from.
+    """
+    from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
     import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
+    from hf_nmsparse.packing import PackedFormatError
 
-    logging.disable_progress_bar()
-    if not Path(source).exists() and source.count("/") != 1:
+    disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_plain_record)
+    if not Path(source).is_dir() and (Path(source).exists() or source.count("/") != 1):
         raise ValueError(f"no folder {source}, and no 'user/name' on the Hub either")
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(source)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{source}: the weights do not fit config.json: {str(error).strip()}") from error
-    if not tokenizer:
-        return model, None
+        model = AutoModelForSeq2SeqLM.from_pretrained(source, trust_remote_code=False)
+        if (Path(source) / "generation_config.json").exists():  # the model passes over a damaged one in silence
+            GenerationConfig.from_pretrained(source)
+    except (PackedFormatError, OSError):
+        raise
+    except Exception as error:  # what is raised for damaged files is up to each reader
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        raise ValueError(f"{source} cannot be loaded: {kind}{str(error).strip()}") from error
+    return model, _load_tokenizer(source) if tokenizer else None
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        return model, AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what is raised for missing files is up to each tokenizer, TypeError among others
         raise ValueError(f"{source}: no tokenizer could be loaded: {str(error).strip()}") from error
 
@@ -377,13 +462,29 @@ def _mask_for_good(model: Any) -> None:
         module.to_linear()
 
 
-def _check_target(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; give a new folder")
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder that was not there, or was empty. Where the block fails nothing of it stays."""
+    from safetensors import SafetensorError
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already; give a new folder")
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException as error:
+        for left in made[-1:] or path.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if isinstance(error, SafetensorError):  # of a full disk, where others raise OSError
+            raise ValueError(f"{path} cannot be written: {error}") from error
+        raise
 
 
 def _check_output(output: str | None, *inputs: str | None) -> None:
     """Refuses a file that cannot be written or is one of the inputs."""
+    if output == "-" and sys.stdout is None:
+        raise ValueError("standard output is closed; open it or give --output FILE")
     if output is None or output == "-":
         return
     path = Path(output)
@@ -391,21 +492,33 @@ def _check_output(output: str | None, *inputs: str | None) -> None:
         raise ValueError(f"{path} is a folder; name a file")
     if not path.parent.is_dir():
         raise ValueError(f"no folder {path.parent} to write {path.name} into")
-    if path.exists() and any(name not in (None, "-") and path.samefile(name) for name in inputs):
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: permission denied")
+    if path.is_file() and any(name is not None and os.path.samestat(path.stat(), _state(name)) for name in inputs):
         raise ValueError(f"{path} is an input; name another output")
+
+
+def _state(name: str) -> os.stat_result:
+    return os.fstat(sys.stdin.fileno()) if name == "-" else Path(name).stat()
 
 
 def _copy_files_beside(source: str, target: Path) -> None:
     """Copies tokenizer, generation settings and card as they are; of a Hub model the tokenizer is loaded and saved."""
-    if Path(source).is_dir():
-        for pattern in _FILES_BESIDE:
-            for file in Path(source).glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, target / file.name)
+    if not Path(source).is_dir():
+        _load_tokenizer(source).save_pretrained(target)
         return
-    from transformers import AutoTokenizer
+    for pattern in (*_FILES_BESIDE, *_tokenizer_files(source)):
+        for file in Path(source).glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
 
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+def _tokenizer_files(folder: str) -> set[str]:
+    """What the class of the tokenizer in a folder calls its files; nothing where there is none that loads."""
+    try:
+        return set(_load_tokenizer(folder).vocab_files_names.values())
+    except ValueError:
+        return set()
 
 
 def _lines(name: str) -> list[str]:
@@ -415,26 +528,36 @@ def _lines(name: str) -> list[str]:
 
 @contextmanager
 def _reading(name: str) -> Iterator[Iterator[str]]:
-    """The lines of a file or of standard input, without what ends them. Only a line feed ends a line."""
+    """The lines of a file, of a pipe or of standard input, without what ends them."""
     if name == "-":
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(encoding="utf-8", newline="\n")
-        yield _decoded(sys.stdin, "standard input")
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; open it or name a file")
+        yield _decoded(sys.stdin.buffer, "standard input")
         return
-    if not Path(name).is_file():
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is a folder; name a file")
+    if not Path(name).exists():
         raise ValueError(f"no file {name}")
-    with Path(name).open(encoding="utf-8", newline="\n") as file:
+    with Path(name).open("rb") as file:
         yield _decoded(file, name)
 
 
-def _decoded(lines: IO[str], name: str) -> Iterator[str]:
-    number = 0
-    try:
-        for line in lines:
-            number += 1
-            yield line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 after line {number}") from error
+def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Text of UTF-8. Only a line feed ends a line, with or without a carriage return before it."""
+    for number, line in enumerate(lines):
+        if number == 0:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{name} is UTF-16; make it UTF-8, such as with iconv -f UTF-16 -t UTF-8")
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line:
+                return
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 after line {number}") from error
+        if "\0" in text:
+            raise ValueError(f"{name} is no text: line {number + 1} holds a NUL; make it UTF-8")
+        yield text[:-1].removesuffix("\r") if text.endswith("\n") else text
 
 
 @contextmanager

@@ -291,7 +291,11 @@ def compare_statistics(
 def _bleu(tokenize: str) -> BLEU:
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"score: tokenize {tokenize!r} is unknown; sacreBLEU knows {', '.join(BLEU.TOKENIZERS)}")
-    return BLEU(tokenize=tokenize)
+    try:
+        return BLEU(tokenize=tokenize)
+    except (Exception, SystemExit) as error:  # each needs packages, a dictionary or a download of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"score: tokenize {tokenize!r} is not ready on this machine: {reason}") from error
 
 
 def _corpus_bleu(statistics: np.ndarray) -> float:

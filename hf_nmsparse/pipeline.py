@@ -116,6 +116,7 @@ def _generated(
         raise ValueError(f"translate: a streamer follows one sentence, got {len(todo)}; leave it out")
     limit = min(tokenizer.model_max_length, positions_of(model.get_encoder()) or float("inf"))
     rows = encode(tokenizer, [direction.prompt + texts[place] for place in todo], limit, direction.frame)
+    _check_vocabulary(model, rows, settings)
     tokens = dict(zip(todo, rows, strict=True))
     longest_first = sorted(todo, key=lambda place: -len(tokens[place]))
     allowed = settings.pop("prefix_allowed_tokens_fn", None)
@@ -141,6 +142,20 @@ def _generate(model: Any, tokenizer: Any, tokens: list[Tensor], settings: dict[s
 def _by_place(allowed: Callable[[int, Tensor], list[int]], places: list[int]) -> Callable[[int, Tensor], list[int]]:
     """A ``prefix_allowed_tokens_fn`` that is asked about the place of a sentence, not about its row in the batch."""
     return lambda row, tokens: allowed(places[row], tokens)
+
+
+def _check_vocabulary(model: Any, rows: list[list[int]], settings: Mapping[str, Any]) -> None:
+    """Refuses tokens that the model has no embedding for."""
+    own = {"decoder_start_token_id": start_token(model), **_set_in(model.generation_config), **settings}
+    first = [[own[key]] for key in ("decoder_start_token_id", "forced_bos_token_id") if own.get(key) is not None]
+    for embeddings, tokens in ((model.get_input_embeddings(), rows), (model.get_output_embeddings(), first)):
+        size = len(embeddings.weight)
+        most = max(map(max, tokens), default=0)
+        if most >= size:
+            raise ValueError(
+                f"translate: token {most} is beyond the {size} of the model; give it the tokenizer and the settings "
+                "that it was trained with"
+            )
 
 
 @contextmanager
