@@ -516,8 +516,12 @@ def _copy_files_beside(source: str, target: Path) -> None:
 def _tokenizer_files(folder: str) -> set[str]:
     """What the class of the tokenizer in a folder calls its files; nothing where there is none that loads."""
     try:
-        return set(_load_tokenizer(folder).vocab_files_names.values())
-    except ValueError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it would be used with
+            return set(_load_tokenizer(folder).vocab_files_names.values())
+    except ValueError as error:
+        if (Path(folder) / "tokenizer_config.json").exists():
+            _say(f"nmsparse: {_one_line(error)}; its files of unusual names stay behind", error=True)
         return set()
 
 

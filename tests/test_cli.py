@@ -2,20 +2,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from transformers.utils import logging
 
-from hf_nmsparse.cli import main
+from hf_nmsparse.cli import _copy_files_beside, _decoded, _device, _plain, main
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.metrics import compare, score
@@ -24,6 +30,10 @@ from hf_nmsparse.pipeline import translate
 from hf_nmsparse.sparsify import sparsify
 from tests import tiny
 from tests.test_plots import write_run
+from tests.test_texts import FAMILIES
+from tests.test_texts import folder as vocabularies  # noqa: F401  # a fixture
+
+hf: Any = transformers  # whose classes take keywords that their signatures do not name
 
 SENTENCES = ["The garden is big.", "A man", "", "sleeps in the garden. The garden is big.", "Der Garten", "A man"]
 LAYER = "model.encoder.layers.0.fc1"
@@ -65,6 +75,31 @@ def fails(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> 
     assert captured.err.count("\n") == 1
 
 
+TOKENIZERS: dict[str, Callable[[Path], Any]] = {
+    "bert": lambda folder: hf.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}),
+    "bart": lambda folder: hf.BartTokenizer(
+        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "a": 5}, merges=[]
+    ),
+    "byt5": lambda folder: hf.ByT5Tokenizer(),
+    "pegasus": lambda folder: hf.PegasusTokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)], offset=0
+    ),
+    "prophetnet": lambda folder: hf.ProphetNetTokenizer(
+        **written(folder, "vocab_file", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n[X_SEP]\na\nman\n")
+    ),
+    "bartpho": lambda folder: hf.BartphoTokenizer(
+        str(folder / "sp.model"), **written(folder, "monolingual_vocab_file", "▁a 1\n▁man 1\n")
+    ),
+}
+
+
+def written(folder: Path, argument: str, content: Any) -> dict[str, str]:
+    """An argument of a tokenizer that names a file of this content."""
+    file = folder / argument
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return {argument: str(file)}
+
+
 class TestArguments:
     @pytest.mark.parametrize(
         ("argv", "message"),
@@ -87,6 +122,194 @@ class TestArguments:
         assert raised.value.code == 0
         text = capsys.readouterr().out
         assert all(command in text for command in ("inspect", "pack", "export", "translate", "evaluate"))
+
+
+@pytest.fixture(scope="module")
+def shell(models: Path) -> Callable[[str], subprocess.CompletedProcess[bytes]]:
+    """Runs a command in bash, in a fresh process; ``nmsparse`` stands for this one."""
+
+    def run(command: str) -> subprocess.CompletedProcess[bytes]:
+        own = f"{shlex.quote(sys.executable)} -m hf_nmsparse"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            ["bash", "-c", command.replace("nmsparse", own, 1)], capture_output=True, cwd=models, env=environment
+        )
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
+        return done
+
+    return run
+
+
+class TestStandardStreams:
+    """What the shell closes with ``>&-`` is None in Python."""
+
+    def test_all_of_them_closed(self, models: Path, tmp_path: Path, shell: Any) -> None:
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        files = f"--input {tmp_path}/in --output {tmp_path}/out"
+        done = shell(f"nmsparse translate --model packed --max-length 6 {files} <&- >&- 2>&-")
+        assert done.returncode == 0
+        # The file took the number of no standard stream: nothing else was written to it.
+        [expected, *_] = translations(models / "packed", max_length=6)[1:]
+        assert (tmp_path / "out").read_text(encoding="utf-8") == f"{expected}\n"
+
+    def test_an_output_that_takes_nothing(self, shell: Any) -> None:
+        done = shell("nmsparse inspect packed >/dev/full")
+        assert done.returncode == 2
+        assert done.stderr == b"nmsparse: [Errno 28] No space left on device\n"
+
+    @pytest.mark.parametrize(
+        ("stream", "argv", "message"),
+        [
+            ("stdout", ["inspect", "packed"], "standard output is closed; open it or send it to /dev/null"),
+            ("stdout", ["translate", "--model", "packed"], "standard output is closed; open it or give --output FILE"),
+            ("stdin", ["translate", "--model", "packed"], "standard input is closed; open it or name a file"),
+            (
+                "stdin",
+                ["evaluate", "--model", "packed", "--source", "-", "--reference", "-"],
+                "standard input is closed",
+            ),
+        ],
+    )
+    def test_closed(
+        self,
+        stream: str,
+        argv: list[str],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A man\n")))
+        monkeypatch.setattr(sys, stream, None)
+        fails(argv, message, capsys)
+
+    def test_without_standard_error_nothing_goes_elsewhere(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stderr", None)
+        assert main(["prune"]) == 2
+        assert capsys.readouterr().out == ""
+
+
+HOSTILE = "\x1b[31m\x9b\x07\r\x08\u202e\u2028\ud800"
+
+
+def plain(text: str) -> bool:
+    return all(char.isprintable() or char == "\n" for char in text)
+
+
+class TestNothingSteersTheTerminal:
+    @given(st.text(alphabet=st.characters(exclude_categories=[])))
+    def test_any_text(self, text: str) -> None:
+        assert plain(_plain(text))
+        assert _plain(text).count("\n") == text.count("\n")
+
+    def test_ordinary_text_is_left_as_it_is(self) -> None:
+        assert _plain("größer: 日本語\n") == "größer: 日本語\n"
+
+    @pytest.mark.parametrize("key", ["producer", "targets", "ignored", "pattern", "values", "format_version"])
+    def test_what_config_json_carries(
+        self, models: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(models / "packed", tmp_path / "m")
+        config = json.loads((tmp_path / "m/config.json").read_text(encoding="utf-8"))
+        config["quantization_config"][key] = [HOSTILE] if key in ("targets", "ignored") else HOSTILE
+        (tmp_path / "m/config.json").write_text(json.dumps(config), encoding="utf-8")
+        capsys.readouterr()
+        status = main(["inspect", str(tmp_path / "m"), "--layers"])
+        captured = capsys.readouterr()
+        assert "\\x1b[31m" in (captured.out if status == 0 else captured.err)
+        assert plain(captured.out)
+        assert plain(captured.err)
+
+    def test_keys_of_a_checkpoint(self, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        shutil.copytree(models / "dense", tmp_path / "m")
+        tensors = load_file(tmp_path / "m/model.safetensors") | {f"{HOSTILE[:4]}.weight": torch.zeros(2)}
+        save_file(tensors, tmp_path / "m/model.safetensors", {"format": "pt"})
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        main(["translate", "--model", str(tmp_path / "m"), "--input", str(tmp_path / "in"), "--max-length", "3"])
+        captured = capfd.readouterr()
+        assert "\x1b" not in captured.err + captured.out
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            [HOSTILE],
+            ["inspect", HOSTILE],
+            ["pack", HOSTILE, "new"],
+            ["plot", HOSTILE],
+            ["translate", "--model", "m", "--input", HOSTILE],
+            ["translate", "--model", "m", "--beams", HOSTILE],
+            ["translate", "--model", "m", "--device", HOSTILE],
+            ["evaluate", "--model", "m", "--source", HOSTILE, "--reference", "r"],
+        ],
+    )
+    def test_arguments(self, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("nmsparse: ")
+        assert error.count("\n") == 1
+        assert plain(error)
+
+
+class TestReading:
+    @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\n\0\ufeff"))))
+    def test_only_a_line_feed_ends_a_line(self, lines: list[str]) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        expected = [line.removesuffix("\r") for line in lines]
+        assert list(_decoded(io.BytesIO(text.encode()), "f")) == expected
+        assert list(_decoded(io.BytesIO(text.encode("utf-8-sig")), "f")) == expected
+
+    @pytest.mark.parametrize(
+        ("content", "lines"),
+        [
+            (b"\xef\xbb\xbfa\nb", ["a", "b"]),
+            (b"\xef\xbb\xbf", []),
+            (b"a\n\xef\xbb\xbfb\n", ["a", "\ufeffb"]),
+            (b"a\rb\r\nc\r\r\n", ["a\rb", "c\r"]),
+            (b"a\n\nb\r", ["a", "", "b\r"]),
+            ("a\u2028b\x85c\x0bd\x0ce\x1cf\n".encode(), ["a\u2028b\x85c\x0bd\x0ce\x1cf"]),
+        ],
+    )
+    def test_lines(self, content: bytes, lines: list[str]) -> None:
+        assert list(_decoded(io.BytesIO(content), "f")) == lines
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("A man\n".encode("utf-16"), "f is UTF-16; make it UTF-8, such as with iconv"),
+            (b"\xfe\xff\x00A", "f is UTF-16; make it UTF-8, such as with iconv"),
+            ("A man\n".encode("utf-16-le"), "f is no text: line 1 holds a NUL; make it UTF-8"),
+            (b"A man\nschl\xe4ft\n", "f is not UTF-8 after line 1"),
+        ],
+    )
+    def test_other_encodings(self, content: bytes, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            list(_decoded(io.BytesIO(content), "f"))
+
+    @pytest.mark.parametrize(
+        ("command", "pipe"),
+        [
+            ("translate", "--input"),
+            ("evaluate", "--source"),
+            ("evaluate", "--reference"),
+            ("evaluate", "--baseline"),
+        ],
+    )
+    def test_pipes_are_files(self, models: Path, tmp_path: Path, command: str, pipe: str) -> None:
+        argv = [command, "--model", str(models / "packed"), "--max-length", "6"]
+        for argument in ["--input"] if command == "translate" else ["--source", "--reference", "--baseline"]:
+            (tmp_path / argument).write_text("A man\nDer Garten\n", encoding="utf-8")
+            argv += [argument, str(tmp_path / argument)]
+        assert main([*argv, "--output", str(tmp_path / "expected")]) == 0
+        (tmp_path / pipe).unlink()
+        os.mkfifo(tmp_path / pipe)
+        text = ("\ufeffA man\nDer Garten\n", "utf-8")
+        writer = threading.Thread(target=(tmp_path / pipe).write_text, args=text)
+        writer.start()
+        assert main([*argv, "--output", str(tmp_path / "got")]) == 0
+        writer.join()
+        assert (tmp_path / "got").read_bytes() == (tmp_path / "expected").read_bytes() != b""
 
 
 class TestInspect:
@@ -173,6 +396,93 @@ class TestPackAndExport:
             "model.safetensors",
             "tokenizer_config.json",
         }
+
+    def test_a_full_disk_leaves_nothing_behind(self, models: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        script = f"""
+import resource, sys
+from hf_nmsparse.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+for command in ("pack", "export"):
+    for target in ("new/of/it", "empty"):
+        assert main([command, {str(models / "training")!r}, target]) == 2
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=tmp_path, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
+        assert len(lines) == 4
+        assert all("cannot be written: " in line and "File too large" in line for line in lines)
+        assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+    @pytest.mark.parametrize("command", ["pack", "export"])
+    def test_what_fails_late_leaves_nothing_behind(
+        self,
+        models: Path,
+        tmp_path: Path,
+        command: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("shutil.copyfile", full)
+        fails([command, str(models / "training"), str(tmp_path / "a/b")], "No space left on device", capsys)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.usefixtures("vocabularies")
+    @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses:UserWarning")
+    @pytest.mark.parametrize("name", [*FAMILIES, *TOKENIZERS])
+    def test_every_tokenizer_opens_in_the_copy(self, tmp_path: Path, vocabularies: Path, name: str) -> None:  # noqa: F811
+        tokenizer = TOKENIZERS[name](vocabularies) if name in TOKENIZERS else FAMILIES[name].tokenizer(vocabularies)
+        source, target = tmp_path / "source", tmp_path / "target"
+        tokenizer.save_pretrained(source)
+        target.mkdir()
+        for unwanted in ("optimizer.pt", "trainer_state.json"):
+            (source / unwanted).touch()
+        _copy_files_beside(str(source), target)
+        files = {folder: {file.name: file.read_bytes() for file in folder.iterdir()} for folder in (source, target)}
+        assert files[source].keys() - files[target].keys() == {"optimizer.pt", "trainer_state.json"}
+        assert files[source].items() >= files[target].items()
+        opened = type(tokenizer).from_pretrained(target)
+        assert opened("a man sleeps")["input_ids"] == tokenizer("a man sleeps")["input_ids"]
+
+    def test_a_tokenizer_that_does_not_load_here(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        names = {*hf.FSMTTokenizer.vocab_files_names.values(), "tokenizer_config.json"}
+        for name in names:
+            (tmp_path / name).write_text('{"tokenizer_class": "MissingTokenizer"}', encoding="utf-8")
+        (tmp_path / "to").mkdir()
+        capsys.readouterr()
+        _copy_files_beside(str(tmp_path), tmp_path / "to")
+        assert {file.name for file in (tmp_path / "to").iterdir()} == names
+        error = capsys.readouterr().err
+        assert "no tokenizer could be loaded" in error
+        assert error.endswith("; its files of unusual names stay behind\n")
+
+    def test_a_chat_template_and_a_processor_go_along(self, models: Path, tmp_path: Path) -> None:
+        names = {"chat_template.jinja", "processor_config.json", "preprocessor_config.json"}
+        for name in names:
+            (tmp_path / name).write_text("{}", encoding="utf-8")
+        (tmp_path / "to").mkdir()
+        _copy_files_beside(str(tmp_path), tmp_path / "to")
+        assert {file.name for file in (tmp_path / "to").iterdir()} == names
+
+    def test_code_of_a_folder_is_neither_run_nor_asked_about(
+        self, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        shutil.copytree(models / "training", tmp_path / "m")
+        (tmp_path / "m/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+        for file, change in (
+            ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}),
+            ("config.json", {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}),
+        ):
+            settings = json.loads((tmp_path / "m" / file).read_text(encoding="utf-8"))
+            (tmp_path / "m" / file).write_text(json.dumps(settings | change), encoding="utf-8")
+            status = main(["export", str(tmp_path / "m"), str(tmp_path / file)])
+        assert status == 2
+        assert "contains custom code" in capsys.readouterr().err
+        assert not (tmp_path / "ran").exists()
 
     def test_export_and_pack_are_inverse(self, models: Path, tmp_path: Path) -> None:
         assert main(["export", str(models / "packed"), str(tmp_path / "dense")]) == 0
@@ -301,7 +611,12 @@ class TestTranslate:
             (["--input", "{tmp}/in.txt", "--model", "{tmp}"], "config.json"),
             (["--input", "{tmp}/in.txt", "--model", "{tmp}/bare"], "{tmp}/bare: no tokenizer could be loaded"),
             (["--input", "{tmp}/in.txt", "--max-length", "1"], "max_length"),
-            (["--input", "{tmp}/in.txt", "--device", "abacus"], "--device abacus: "),
+            (["--input", "{tmp}/in.txt", "--max-length", "200"], "max_length 200 is beyond the 64 positions"),
+            (["--input", "{tmp}"], "{tmp} is a folder; name a file"),
+            (["--input", "{tmp}/utf16.txt"], "utf16.txt is UTF-16; make it UTF-8"),
+            (["--input", "{tmp}/in.txt", "--threads", "9" * 20], "Overflow"),
+            (["--input", "{tmp}/in.txt", "--beams", "9" * 5000], "invalid _positive value"),
+            (["--input", "{tmp}/in.txt", "--model", "{tmp}/in.txt"], "no folder {tmp}/in.txt"),
             (["--input", "{tmp}/latin1.txt"], "latin1.txt is not UTF-8 after line"),
         ],
     )
@@ -315,11 +630,91 @@ class TestTranslate:
     ) -> None:
         (tmp_path / "in.txt").write_text("A man\n", encoding="utf-8")
         MarianMTModel.from_pretrained(models / "dense").save_pretrained(tmp_path / "bare")  # no tokenizer
+        (tmp_path / "utf16.txt").write_text("A man\n", encoding="utf-16")
         (tmp_path / "latin1.txt").write_bytes("schläft\n".encode("latin-1"))
         options = [option.format(tmp=tmp_path) for option in options]
         argv = ["translate", "--model", str(models / "packed"), *options]
         fails(argv, message.format(tmp=tmp_path), capsys)
         assert (tmp_path / "in.txt").read_text(encoding="utf-8") == "A man\n"
+
+    @pytest.mark.parametrize(
+        "device", ["abacus", "meta", "", "cuda:99", "cuda:x", "privateuseone", "mkldnn", "cpu:0:1", "\n"]
+    )
+    def test_a_device_without_numbers(self, device: str) -> None:
+        with pytest.raises(ValueError, match=f"^--device {device}: ."):
+            _device(device)
+
+    def test_what_is_no_translation_model(
+        self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(models / "dense", tmp_path / "m")
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        for changes, message in (
+            ({"model_type": "gpt2"}, "Unrecognized configuration class"),
+            ({"model_type": "abacus"}, "model type `abacus`"),
+            ({"dtype": "nonsense"}, "nonsense"),
+            ({"d_model": "x"}, "Field 'd_model' expected int"),
+            ({"activation_function": "x"}, "KeyError: 'x'"),
+        ):
+            config = json.loads((models / "dense/config.json").read_text(encoding="utf-8"))
+            (tmp_path / "m/config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+            fails(["translate", "--model", str(tmp_path / "m"), "--input", str(tmp_path / "in")], message, capsys)
+
+    @pytest.mark.parametrize("index", ['{"weight_map": {"a"', "[]", "{}", '{"weight_map": {"a": 3}}', "\0"])
+    @pytest.mark.parametrize("command", ["translate", "export"])
+    def test_a_damaged_index(
+        self, models: Path, tmp_path: Path, index: str, command: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(models / "packed", tmp_path / "m")
+        (tmp_path / "m/model.safetensors").rename(tmp_path / "m/model-00001-of-00001.safetensors")
+        (tmp_path / "m/model.safetensors.index.json").write_text(index, encoding="utf-8")
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        options = ["--model", str(tmp_path / "m"), "--input", str(tmp_path / "in")]
+        fails(
+            [command, *(options if command == "translate" else [str(tmp_path / "m"), str(tmp_path / "new")])],
+            "",
+            capsys,
+        )
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("settings", ["{", "[]", '{"num_beams": "a"}', '{"decoder_start_token_id": 99999}'])
+    def test_damaged_generation_settings(
+        self, models: Path, tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(models / "packed", tmp_path / "m")
+        (tmp_path / "m/generation_config.json").write_text(settings, encoding="utf-8")
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        fails(["translate", "--model", str(tmp_path / "m"), "--input", str(tmp_path / "in")], "", capsys)
+
+    def test_the_tokenizer_of_another_model(
+        self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(models / "dense", tmp_path / "m")
+        vocabulary = {word: 500 * index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
+        hf.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / "m")
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        message = "token 1500 is beyond the 300 of the model; give it the tokenizer"
+        fails(["translate", "--model", str(tmp_path / "m"), "--input", str(tmp_path / "in")], message, capsys)
+
+    @pytest.mark.parametrize("options", [["--tgt-lang", "de"], ["--max-length", "200"]])
+    def test_an_output_is_left_alone_when_the_settings_are_wrong(
+        self, models: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "out").write_text("precious", encoding="utf-8")
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        files = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+        fails(["translate", "--model", str(models / "packed"), *files, *options], "translate: ", capsys)
+        assert (tmp_path / "out").read_text(encoding="utf-8") == "precious"
+
+    def test_standard_input_is_an_input_too(
+        self, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        with (tmp_path / "in").open(encoding="utf-8") as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            argv = ["translate", "--model", str(models / "packed"), "--output", str(tmp_path / "in")]
+            fails(argv, "is an input; name another output", capsys)
+        assert (tmp_path / "in").read_text(encoding="utf-8") == "A man\n"
 
     def test_an_output_is_left_alone_when_the_model_fails(
         self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -402,6 +797,9 @@ class TestEvaluate:
             (["--baseline", "{tmp}/none"], "no file {tmp}/none"),
             (["--output", "{tmp}/ref"], "ref is an input; name another output"),
             (["--json", "{tmp}/none/out.json"], "no folder {tmp}/none to write out.json into"),
+            (["--json", "{tmp}/new", "--output", "{tmp}/new"], "new is given as --output and as --json"),
+            (["--baseline", "{tmp}"], "{tmp} is a folder; name a file"),
+            (["--tokenize", "ja-mecab"], "tokenize 'ja-mecab' is not ready on this machine: Japanese tokenization"),
         ],
     )
     def test_a_mistake_shows_before_the_translation(

