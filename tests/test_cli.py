@@ -111,10 +111,45 @@ class TestArguments:
             (["translate", "--model", "m", "--beams", "0"], "--beams: needs a number of at least 1, got '0'"),
             (["translate", "--model", "m", "--batch-size", "x"], "--batch-size: needs a number of at least 1, got 'x'"),
             (["pack", "a", "b", "--values", "int4"], "invalid choice: 'int4'"),
+            (["pack", "a", "b", "--embeddings", "int4"], "invalid choice: 'int4'"),
+            (["pack", "a", "{tmp}/file"], "{tmp}/file is there already; give a new folder"),
+            (["pack", "a", "{tmp}/file/new"], "Not a directory"),
+            (["pack", "a", ""], ". is there already; give a new folder"),
+            (["pack", "{tmp}/file", "{tmp}/new"], "no folder {tmp}/file"),
+            (["export", "a/b/c", "{tmp}/new"], "no folder a/b/c"),
+            (["convert", "{tmp}", "{tmp}/new"], "config.json"),
+            (["inspect", "{tmp}/file"], "holds no config.json"),
+            (["inspect", "p", "q"], "unrecognized arguments: q"),
+            (["inspect", "9" * 5000], "File name too long"),
+            (["translate", "--model", "m", "--compute", "fp8"], "invalid choice: 'fp8'"),
+            (["translate", "--model", "m", "--head", "fp8"], "invalid choice: 'fp8'"),
+            (["translate", "--model", "m", "--threads", "-1"], "--threads: needs a number of at least 1, got '-1'"),
+            (["translate", "--model", "m", "--max-length", "1.5"], "--max-length: needs a number of at least 1"),
+            (["translate", "--model", "m", "--input", ""], "is a folder; name a file"),
+            (["translate", "--model", "m", "--input", "{tmp}/file", "--output", ""], ". is a folder; name a file"),
+            (
+                ["translate", "--model", "m", "--input", "{tmp}/file", "--output", "{tmp}/file/x"],
+                "no folder {tmp}/file",
+            ),
+            (["evaluate", "--model", "m", "--source", "{tmp}/file"], "--reference"),
+            (["evaluate", "--model", "m", "--source", "{tmp}", "--reference", "{tmp}/file"], "{tmp} is a folder"),
+            (["plot", "{tmp}/file"], "{tmp}/file holds no evaluation.json"),
+            (["plot", "{tmp}", "--format", "pdf"], "invalid choice: 'pdf'"),
+            (["doctor", "x"], "unrecognized arguments: x"),
         ],
     )
-    def test_bad(self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        fails(argv, message, capsys)
+    def test_bad(self, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").write_text("A man\n", encoding="utf-8")
+        fails([part.format(tmp=tmp_path) for part in argv], message.format(tmp=tmp_path), capsys)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_what_cannot_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        argv = ["translate", "--model", "m", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+        fails(argv, "out cannot be written: permission denied", capsys)
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as raised:

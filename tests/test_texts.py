@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -455,6 +456,22 @@ def test_threads_share_a_tokenizer_and_not_their_languages(name: str, folder: Pa
         sys.setswitchinterval(interval)
         logging.getLogger("hf_nmsparse").setLevel(logging.NOTSET)
     assert wrong == []
+
+
+def test_threads_translate_each_in_its_languages(folder: Path) -> None:
+    family = FAMILIES["nllb"]
+    tokenizer = family.tokenizer(folder)
+    model = family.model(tokenizer)
+    pairs = [("eng_Latn", "deu_Latn"), ("deu_Latn", "fra_Latn"), ("fra_Latn", "eng_Latn")]
+
+    def work(pair: tuple[str, str]) -> list[str]:
+        source, target = pair
+        return translate(model, tokenizer, SENTENCES, 2, src_lang=source, tgt_lang=target, max_new_tokens=6)
+
+    alone = [work(pair) for pair in pairs]
+    assert len(set(map(tuple, alone))) == len(pairs)
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(work, pairs * 5)) == alone * 5
 
 
 class TestLanguages:
