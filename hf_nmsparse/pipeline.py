@@ -147,7 +147,8 @@ def _by_place(allowed: Callable[[int, Tensor], list[int]], places: list[int]) ->
 def _check_vocabulary(model: Any, rows: list[list[int]], settings: Mapping[str, Any]) -> None:
     """Refuses tokens that the model has no embedding for."""
     own = {"decoder_start_token_id": start_token(model), **_set_in(model.generation_config), **settings}
-    first = [[own[key]] for key in ("decoder_start_token_id", "forced_bos_token_id") if own.get(key) is not None]
+    named = (own.get("decoder_start_token_id"), own.get("forced_bos_token_id"))
+    first = [[token] for token in named if isinstance(token, int)]
     for embeddings, tokens in ((model.get_input_embeddings(), rows), (model.get_output_embeddings(), first)):
         size = len(embeddings.weight)
         most = max(map(max, tokens), default=0)
@@ -328,8 +329,10 @@ class NMTranslationPipeline(Pipeline):
             assistants = {"assistant_model": self.assistant_model, "assistant_tokenizer": self.assistant_tokenizer}
             settings = {**assistants, **settings}
         src_lang, tgt_lang = settings.pop("src_lang", None), settings.pop("tgt_lang", None)
-        asked, own = _asked_for(settings).get("num_return_sequences"), self.model.generation_config.num_return_sequences
-        tokens = [[torch.empty(0, dtype=torch.long)] * (asked or own or 1) for _ in batch]
+        own = self.model.generation_config.num_return_sequences
+        count = _asked_for(settings).get("num_return_sequences") or own or 1
+        _check_count("num_return_sequences", count)
+        tokens = [[torch.empty(0, dtype=torch.long)] * count for _ in batch]  # of a blank text
         for places, output in _generated(self.model, self.tokenizer, batch, len(batch), src_lang, tgt_lang, settings):
             for place, rows in zip(places, output.split(len(output) // len(places)), strict=True):
                 tokens[place] = list(rows)

@@ -254,7 +254,9 @@ def encode(tokenizer: Any, texts: list[str], limit: float, frame: Frame | None =
 
 def _around(whole: list[int], inner: list[int]) -> Frame:
     """What of ``whole`` comes before and after ``inner``."""
-    start = next(start for start in range(len(whole)) if whole[start : start + len(inner)] == inner)
+    start = next((start for start in range(len(whole)) if whole[start : start + len(inner)] == inner), None)
+    if start is None:
+        raise ValueError("translate: a sentence is too long, and this tokenizer cannot be told where to cut; split it")
     return whole[:start], whole[start + len(inner) :]
 
 

@@ -466,6 +466,11 @@ class TestPipeline:
         assert self.translator()([SENTENCES[0]], num_return_sequences=2) == [results[0]]
         assert list(self.translator()(iter(SENTENCES), num_return_sequences=2)) == results
 
+    @pytest.mark.parametrize("count", [0, -1, "2", True, 1.5])
+    def test_a_number_of_sequences_that_is_none(self, count: Any) -> None:
+        with pytest.raises(ValueError, match=f"num_return_sequences needs at least 1, got {count!r}"):
+            self.translator()("A man", num_return_sequences=count)
+
     def test_tokens_in_place_of_texts(self) -> None:
         [result] = self.translator()("A man", return_tensors=True)
         output = MODEL.generate(**TOKENIZER("A man", return_tensors="pt"), max_new_tokens=5, num_beams=2)
