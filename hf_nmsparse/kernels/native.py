@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 import threading
 from dataclasses import dataclass
@@ -43,7 +44,11 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
-_ABI = 3
+_HEADER = struct.Struct("=4siiiqq32x")  # what a packed weight begins with: `Header` in csrc/common.h
+_MAGIC, _ORDER = b"NMSW", 1
+_UNITS_OF = {8: "avx2 and scalar", 16: "avx512 and avx512_bf16"}  # by their lanes
+
+_ABI = 4
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "dense_int8": torch.int8}
@@ -54,8 +59,8 @@ _SIGNATURES = {
     "nms_select_unit": ("i", "s"),
     "nms_packed_bytes": ("l", "ill"),
     "nms_repack": (None, "illpppp"),
-    "nms_restore": (None, "illppp"),
-    "nms_multiply": (None, "illlplpppi"),
+    "nms_restore": ("i", "illppp"),
+    "nms_multiply": ("i", "illlplpppi"),
     "nms_rank": ("l", "pplii"),
     "nms_decay": (None, "pppfl"),
     "nms_apply": (None, "pppfl"),
@@ -165,7 +170,8 @@ def repack(
         scale: fp32 ``[out_features]`` for int8 formats.
 
     Returns:
-        uint8, flat, good for this process' vector unit only.
+        uint8, flat, good for this process' vector unit only. It begins with a header that says so, and `restore` and
+        `multiply` refuse what was made for another unit, format or shape.
 
     Raises:
         ValueError: A tensor does not fit the format.
@@ -194,9 +200,10 @@ def restore(packed: Tensor, format: str, out_features: int, in_features: int) ->
     _check(packed, format, out_features, in_features)
     dense = torch.empty((out_features, in_features), dtype=_VALUES[format], device="cpu")
     scale = torch.empty(out_features, dtype=torch.float32, device="cpu") if format in ("int8", "dense_int8") else None
-    _library().nms_restore(
+    if not _library().nms_restore(
         FORMATS[format], out_features, in_features, packed.data_ptr(), dense.data_ptr(), _address(scale)
-    )
+    ):
+        raise _no_weight(packed, format, out_features, in_features)
     return dense, scale
 
 
@@ -243,7 +250,7 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
         else:
             x = x.contiguous()
     y = torch.empty((*shape[:-1], out_features), dtype=dtype, device="cpu")
-    _library().nms_multiply(
+    if not _library().nms_multiply(
         FORMATS[format],
         y.numel() // out_features if out_features else 0,
         out_features,
@@ -254,7 +261,8 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         number,
-    )
+    ):
+        raise _no_weight(packed, format, out_features, in_features)
     return y
 
 
@@ -368,7 +376,29 @@ def _address(tensor: Tensor | None) -> int | None:
 def _check(packed: Tensor, format: str, out_features: int, in_features: int) -> None:
     fits = packed.is_cpu and packed.dtype == torch.uint8 and packed.is_contiguous()
     if not fits or packed.numel() != packed_bytes(format, out_features, in_features):
-        raise ValueError(
-            f"kernels: {packed.numel()} bytes on {packed.device} are no {format} weight of "
-            f"{[out_features, in_features]} for the unit {status().unit}"
-        )
+        raise _no_weight(packed, format, out_features, in_features)
+
+
+def _no_weight(packed: Tensor, format: str, out_features: int, in_features: int) -> ValueError:
+    """The error that ``packed`` is where a weight of this process' unit is asked for."""
+    unit = status().unit
+    return ValueError(
+        f"kernels: {packed.numel()} bytes on {packed.device} are no {format} weight of {[out_features, in_features]} "
+        f"for the unit {unit}: {_what_is_wrong(packed, format, out_features, in_features, unit)}"
+    )
+
+
+def _what_is_wrong(packed: Tensor, format: str, out_features: int, in_features: int, unit: str | None) -> str:
+    if not packed.is_cpu or packed.dtype != torch.uint8 or not packed.is_contiguous():
+        return "they must be uint8 on the CPU, without gaps"
+    head = bytes(packed.flatten()[: _HEADER.size].tolist()).ljust(_HEADER.size, b"\0")
+    magic, order, lanes, kind, rows, columns = _HEADER.unpack(head)
+    if (magic, order) != (_MAGIC, _ORDER):
+        return "they were made by another version of hf_nmsparse, or are no weight; export the model again"
+    if unit not in _UNITS_OF.get(lanes, "").split():
+        made_for = _UNITS_OF.get(lanes, f"units of {lanes} lanes")
+        return f"they are for {made_for}; export the model here, or where it was with HF_NMSPARSE_UNIT={unit}"
+    if (kind, rows, columns) != (FORMATS[format], out_features, in_features):
+        known = dict(enumerate(FORMATS)).get(kind, f"format {kind}")
+        return f"they are {known} of {[rows, columns]}"
+    return "they are cut short, or go on behind the weight"

@@ -35,9 +35,9 @@ int32_t nms_select_unit(const char* name);
 int64_t nms_packed_bytes(int32_t format, int64_t out, int64_t in);
 void nms_repack(int32_t format, int64_t out, int64_t in, const void* values, const uint8_t* codes, const float* scales,
                 uint8_t* packed);
-void nms_restore(int32_t format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales);
-void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
-                  const uint8_t* packed, const void* bias, void* y, int32_t number);
+int32_t nms_restore(int32_t format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales);
+int32_t nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
+                     const uint8_t* packed, const void* bias, void* y, int32_t number);
 int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m);
 void nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
 void nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
@@ -238,9 +238,17 @@ Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false)
                w.packed.data());
     Array<uint8_t> dense(w.dense.count);
     Array<float> scales(w.scales.count);
-    nms_restore(format, out, in, w.packed.data(), dense.data(), scaled ? scales.data() : nullptr);
+    const auto restore = [&] {
+        return nms_restore(format, out, in, w.packed.data(), dense.data(), scaled ? scales.data() : nullptr);
+    };
+    require(restore() == 1, "a weight is refused");
     require(dense.same(w.dense), "restore gives another weight than repack took");
     require(scales.same(w.scales), "restore gives other scales than repack took");
+    uint8_t& changed = w.packed[draw.below(64)];  // of the header
+    const uint8_t bit = static_cast<uint8_t>(1u << draw.below(8));
+    changed ^= bit;
+    require(restore() == 0, "a weight with a damaged header is taken");
+    changed ^= bit;
     return w;
 }
 
@@ -275,8 +283,9 @@ Numbers make_bias(Number number, int64_t out) {
 
 Numbers multiply(const Weight& w, const Input& x, const Numbers* bias) {
     Numbers y(x.x.number, x.rows * w.out);
-    nms_multiply(w.format, x.rows, w.out, w.in, x.x.data(), x.stride, w.packed.data(), bias ? bias->data() : nullptr,
-                 y.data(), x.x.number);
+    const int32_t done = nms_multiply(w.format, x.rows, w.out, w.in, x.x.data(), x.stride, w.packed.data(),
+                                      bias ? bias->data() : nullptr, y.data(), x.x.number);
+    require(done == 1, "a weight is refused");
     return y;
 }
 

@@ -45,9 +45,22 @@ struct Product {
     Number number;
 };
 
-// What one vector unit offers; `lanes` decides the layout of packed weights.
+// What a packed weight begins with: whose order it has and whose shape. The size keeps the weight behind it where vectors
+// like it.
+struct Header {
+    char magic[4];
+    int32_t order;  // of `layout.h`, counted up whenever it changes
+    int32_t lanes;
+    int32_t format;
+    int64_t out, in;
+    uint8_t unused[32];
+};
+static_assert(sizeof(Header) == 64, "a weight begins at a multiple of 64 bytes");
+
+// What one vector unit offers; `lanes` decides the layout of packed weights, which these functions see without header.
 struct Unit {
     const char* name;
+    int32_t lanes;
     int64_t (*packed_bytes)(Format format, int64_t out, int64_t in);
     void (*repack)(Format format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
                    const float* scales, uint8_t* packed);

@@ -17,6 +17,8 @@
 
 namespace nms {
 
+constexpr int32_t layout_order = 1;  // the number of the order above, which `Header` carries
+
 template <class V>
 struct Layout {
     static constexpr int64_t lanes = V::lanes;

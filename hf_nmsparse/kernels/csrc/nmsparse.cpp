@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "common.h"
+#include "layout.h"
 
 #define NMS_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -45,6 +46,15 @@ const Unit* fastest() {
 
 const Unit* unit = fastest();
 
+Header header(int32_t format, int64_t out, int64_t in) {
+    return {{'N', 'M', 'S', 'W'}, layout_order, unit->lanes, format, out, in, {}};
+}
+
+bool fits(const uint8_t* packed, int32_t format, int64_t out, int64_t in) {
+    const Header expected = header(format, out, in);
+    return std::memcmp(packed, &expected, sizeof expected) == 0;
+}
+
 }  // namespace
 
 void run_parallel(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -71,7 +81,7 @@ uint8_t* scratch(int64_t bytes) {
 
 using namespace nms;
 
-NMS_EXPORT int32_t nms_abi() { return 3; }
+NMS_EXPORT int32_t nms_abi() { return 4; }
 
 NMS_EXPORT void nms_set_parallel_for(void* function) { parallel_for = reinterpret_cast<ParallelFor>(function); }
 
@@ -88,26 +98,34 @@ NMS_EXPORT int32_t nms_select_unit(const char* name) {
 }
 
 NMS_EXPORT int64_t nms_packed_bytes(int32_t format, int64_t out, int64_t in) {
-    return unit->packed_bytes(static_cast<Format>(format), out, in);
+    return sizeof(Header) + unit->packed_bytes(static_cast<Format>(format), out, in);
 }
 
 NMS_EXPORT void nms_repack(int32_t format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
                            const float* scales, uint8_t* packed) {
-    unit->repack(static_cast<Format>(format), out, in, values, codes, scales, packed);
+    const Header head = header(format, out, in);
+    std::memcpy(packed, &head, sizeof head);
+    unit->repack(static_cast<Format>(format), out, in, values, codes, scales, packed + sizeof head);
 }
 
-NMS_EXPORT void nms_restore(int32_t format, int64_t out, int64_t in, const uint8_t* packed, void* dense,
-                            float* scales) {
-    unit->restore(static_cast<Format>(format), out, in, packed, dense, scales);
+// This and `nms_multiply` return 0, and do nothing, where `packed` is not this unit's weight of the format and shape. It
+// has the bytes of `nms_packed_bytes`.
+NMS_EXPORT int32_t nms_restore(int32_t format, int64_t out, int64_t in, const uint8_t* packed, void* dense,
+                               float* scales) {
+    if (!fits(packed, format, out, in)) return 0;
+    unit->restore(static_cast<Format>(format), out, in, packed + sizeof(Header), dense, scales);
+    return 1;
 }
 
-NMS_EXPORT void nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
-                             const uint8_t* packed, const void* bias, void* y, int32_t number) {
-    const Product product{rows, out, in, x, x_stride, packed, bias, y, static_cast<Number>(number)};
+NMS_EXPORT int32_t nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
+                                const uint8_t* packed, const void* bias, void* y, int32_t number) {
+    if (!fits(packed, format, out, in)) return 0;
+    const Product product{rows, out, in, x, x_stride, packed + sizeof(Header), bias, y, static_cast<Number>(number)};
     if (unit->multiply_pairs && format == sparse_bf16 && number == bf16)
         unit->multiply_pairs(product);
     else
         unit->multiply(static_cast<Format>(format), product);
+    return 1;
 }
 
 // Renews `mask`, a bit a weight; returns how many of its bits changed, or -1 if a weight is NaN.

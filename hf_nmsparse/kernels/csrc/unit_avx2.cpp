@@ -6,6 +6,7 @@ namespace nms {
 
 const Unit avx2_unit = {
     "avx2",
+    Avx2::lanes,
     Layout<Avx2>::packed_bytes,
     Layout<Avx2>::repack,
     Layout<Avx2>::restore,

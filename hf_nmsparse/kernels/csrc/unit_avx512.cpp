@@ -6,6 +6,7 @@ namespace nms {
 
 const Unit avx512_unit = {
     "avx512",
+    Avx512::lanes,
     Layout<Avx512>::packed_bytes,
     Layout<Avx512>::repack,
     Layout<Avx512>::restore,
@@ -19,6 +20,7 @@ const Unit avx512_unit = {
 
 const Unit avx512_bf16_unit = {
     "avx512_bf16",
+    Avx512::lanes,
     Layout<Avx512>::packed_bytes,
     Layout<Avx512>::repack,
     Layout<Avx512>::restore,

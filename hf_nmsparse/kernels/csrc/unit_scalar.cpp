@@ -6,6 +6,7 @@ namespace nms {
 
 const Unit scalar_unit = {
     "scalar",
+    Scalar::lanes,
     Layout<Scalar>::packed_bytes,
     Layout<Scalar>::repack,
     Layout<Scalar>::restore,
