@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from hf_nmsparse.kernels import cpu, native
-from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear
+from hf_nmsparse.kernels.rounded import rounded
+from hf_nmsparse.layers import KernelLinear, PackedLinear
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from recipes import results_table
@@ -129,7 +130,7 @@ def candidates(layer: Layer) -> dict[str, Candidate]:
             found[f"2:4 {values}"] = of_kernel(weight, values)
             if values != "int8":
                 found[f"2:4 {values}, x bf16"] = of_kernel(weight, values, torch.bfloat16)
-    found["dense int8"] = of_kernel(Int8Head.from_linear(linear).kernel_weight, "dense_int8")
+    found["dense int8"] = of_kernel(rounded(linear.weight), "dense_int8")
     return found
 
 

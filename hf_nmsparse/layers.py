@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import cpu, native, reference, semi_structured
+from hf_nmsparse.kernels import cpu, native, reference, rounded, semi_structured
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
@@ -239,11 +240,13 @@ class PackedLinear(nn.Module):
         return _describe(self, f"values={values}")
 
 
-class KernelLinear(nn.Module):
+class KernelLinear(nn.Linear):
     """A linear layer that holds its weight, and nothing else of it, in the order of the CPU kernels.
 
     Its state dict has the tensors of the packed file, and it pickles as them, because the order in memory is of use to
-    this process' vector unit only.
+    this machine's vector unit only. Processes of one machine hand each other the memory itself.
+    It is an ``nn.Linear`` to PEFT and others who put layers around it: its input gets the gradient of the dense layer.
+
 
     Attributes:
         kernel_weight: The weight, flat bytes.
@@ -263,11 +266,11 @@ class KernelLinear(nn.Module):
             ValueError: There is no kernel for the pattern, the weight does not lie on the CPU, or the native library is
                 not used.
         """
-        super().__init__()
+        super(nn.Linear, self).__init__()  # which would make a dense weight
         self._check(packed)
         self.in_features, self.out_features, self.pattern = packed.in_features, packed.out_features, packed.pattern
         self.dtype, self.format = packed.dtype, format
-        self.bias = packed.bias
+        self.bias = packed.bias  # type: ignore[assignment]
         self.register_buffer("kernel_weight", self._repacked(packed.packed_tensors()), persistent=False)
         self.train(packed.training)
 
@@ -321,9 +324,14 @@ class KernelLinear(nn.Module):
         return dense.to(self.dtype) if scale is None else (dense * scale[:, None]).to(self.dtype)
 
     @property
-    def weight(self) -> Tensor:
-        """Shape and number type of the dense weight, without its numbers: some models ask for these."""
-        return torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Shape, number type and device of the dense weight, without its numbers: models and PEFT ask for these."""
+        shape = torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
+        if torch.compiler.is_compiling():
+            return shape
+        weight = shape.as_subclass(_PackedAway)
+        weight.place = self.kernel_weight.device
+        return weight
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
@@ -374,6 +382,39 @@ class KernelLinear(nn.Module):
         return _describe(self, f"format={self.format}")
 
 
+class _PackedAway(Tensor):
+    """What a layer shows as its weight: whoever asks for more than what kind of tensor it is gets an error."""
+
+    place: torch.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.device.__get__:
+            return args[0].place
+        if func not in _QUESTIONS:
+            raise ValueError(
+                "kernels: the numbers of a weight that lies packed are asked for; read them with layer.dense_weight(), "
+                "or call prepare_for_training(model) before you add adapters that read or change them, as a merge does"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+_QUESTIONS = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "layout", "ndim", "requires_grad", "is_meta", "is_cuda", "is_cpu", "is_leaf", "grad")
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+    Tensor.__hash__,
+    Tensor.__repr__,
+}
+
 _FORMAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -384,10 +425,24 @@ def _describe(layer: PackedLinear | KernelLinear, more: str) -> str:
     )
 
 
+def _rebuilt(kind: type[KernelLinear], state: dict[str, Any]) -> KernelLinear:
+    layer = kind.__new__(kind)
+    nn.Module.__setstate__(layer, state)
+    return layer
+
+
+def _handed_over(layer: KernelLinear) -> tuple[Any, ...]:
+    """How a layer goes to another process of this machine: with the memory of its weight, which both share then."""
+    return _rebuilt, (type(layer), layer.__dict__.copy())
+
+
+ForkingPickler.register(KernelLinear, _handed_over)
+
+
 class SemiStructuredLinear(KernelLinear):
     """A linear layer that computes on the sparse tensor cores of an NVIDIA GPU, in fp16 or bf16.
 
-    Its weight stays in the number type and on the device that it was made with. Gradients stop here.
+    Its weight stays in the number type and on the device that it was made with.
     """
 
     def __init__(self, packed: PackedLinear) -> None:
@@ -427,9 +482,8 @@ class Int8Head(nn.Linear):
     """An output projection that multiplies in int8 and keeps its float weight, which embeddings share.
 
     It is an ``nn.Linear`` whose class is changed in place: ties, state dict and files are those of the float weight.
+    Each forward computes with that weight as it is then, rounded to eight bits a row; see `rounded`.
     """
-
-    kernel_weight: Tensor
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Int8Head:
@@ -438,43 +492,21 @@ class Int8Head(nn.Linear):
         Raises:
             ValueError: The weight does not lie on the CPU, or the native library is not used.
         """
-        if linear.weight.device.type != "cpu":
-            raise ValueError(f"kernels: the head lies on {linear.weight.device}, not on the CPU; choose head='dense'")
-        packed = _int8_rows(linear.weight)
+        rounded.rounded(linear.weight)
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        linear.register_buffer("kernel_weight", packed, persistent=False)
         return linear
 
     def to_linear(self) -> nn.Linear:
         """Turns the layer itself back into an ``nn.Linear``."""
-        del self.kernel_weight
+        if isinstance(self.weight, rounded.RoundedParameter):
+            self.weight.to_parameter()
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
-        return cpu.linear(input, self.kernel_weight, self.bias, "dense_int8", self.out_features)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.kernel_weight = _int8_rows(self.weight)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_buffers"] = {"kernel_weight": None}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.kernel_weight = _int8_rows(self.weight)
-
-
-def _int8_rows(weight: Tensor) -> Tensor:
-    if weight.shape[1] > cpu.WIDEST_INT8:
-        raise ValueError(f"kernels: int8 takes up to {cpu.WIDEST_INT8} inputs, got {weight.shape[1]}; keep it dense")
-    values, scale = quantize_rows(weight)
-    return native.repack("dense_int8", weight.shape[1], values, scale=scale)
+        return rounded.linear(input, self.weight, self.bias)
 
 
 def local(tensor: Tensor) -> Tensor:

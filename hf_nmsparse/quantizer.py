@@ -221,8 +221,8 @@ class NMSparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """A packed model is not trained as it is: see `prepare_for_training`."""
-        return False
+        """With adapters over it, as PEFT adds them; to train the weights themselves see `prepare_for_training`."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -255,7 +255,7 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
     config.compute, config.head = compute, head
     stay_packed = _computing_packed(layers, compute, config.pattern, model.device)
     for name, layer in layers.items():
-        if name not in stay_packed and isinstance(layer, nn.Linear):
+        if name not in stay_packed and isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear):
             continue
         packed = _packed_layer(layer, config.pattern, name)
         if name not in stay_packed:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
-from hf_nmsparse.layers import NMLinear, is_sharded, local, sparse_layers
+from hf_nmsparse.layers import KernelLinear, NMLinear, is_sharded, local, sparse_layers
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import soft_scale
@@ -70,7 +70,11 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
         ValueError: A rule matches no linear layer, or every layer stays dense.
     """
     model = unwrapped(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, KernelLinear)  # which has no weight to train
+    }
     for field, rules in (("targets", config.targets), ("ignore", config.ignore)):
         for rule in rules or ():
             if not any(_matches(name, rule) for name in linears):
@@ -221,7 +225,7 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
         shape = (int(module.out_features), int(module.in_features))
         if pattern is None:
             rows.append(LayerReport(name, shape, None, 1.0, 0, getattr(module, "dense_reason", "")))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not isinstance(module, KernelLinear):
             violations = count_violations(module.weight, pattern)
             rows.append(LayerReport(name, shape, pattern, pattern.density, violations))
         else:  # a packed layer cannot hold more than N

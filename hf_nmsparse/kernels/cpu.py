@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_nmsparse.kernels import native
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["WIDEST_INT8", "fits", "linear", "preferred_format"]
+__all__ = ["WIDEST_INT8", "fits", "linear", "needs_dispatch", "preferred_format"]
 
 # A pair of u8 x s8 products per column, summed in 32 bits, stays exact up to here.
 WIDEST_INT8 = 1 << 16
@@ -60,14 +60,22 @@ torch.library.register_autograd("nmsparse::linear", _backward, setup_context=_ke
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_features: int) -> Tensor:
     """``x @ W.T + bias`` with the arguments and errors of `native.multiply`, differentiable in ``x`` and ``bias``.
 
-    Without a graph to build or to trace, the library is called past torch's dispatcher, whose time is a good part of
-    a small product's. Other tensors than plain ones have no memory, or record what is done with them.
+    Where nothing needs torch's dispatcher the library is called past it: its time is a good part of a small product's.
     """
-    plain = type(x) is Tensor and not (torch.compiler.is_compiling() or torch._C._get_tracing_state())
-    if torch.is_grad_enabled() or not plain:
+    if needs_dispatch(x):
         result: Tensor = torch.ops.nmsparse.linear(x, packed, bias, format, out_features)
         return result
     return native.multiply(x, packed, bias, format, out_features)
+
+
+def needs_dispatch(x: Tensor) -> bool:
+    """Whether a graph is built or traced; other tensors than plain ones have no memory, or record what is done."""
+    return (
+        torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def fits(pattern: NMPattern, in_features: int) -> bool:
