@@ -389,7 +389,7 @@ class _PackedAway(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.device.__get__:
+        if func == Tensor.device.__get__:
             return args[0].place
         if func not in _QUESTIONS:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nmsparse.kernels import native, reference
+from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packing import pack, quantize_rows, unpack
@@ -388,6 +389,57 @@ class Tied(nn.Module):
         return logits
 
 
+def fresh(rows: int = 50) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, 24))
+
+
+def assign(model: Tied, weight: nn.Parameter) -> None:
+    model.embedding.weight = model.head.weight = weight
+    model.head.bias = nn.Parameter(torch.zeros(len(weight)))
+
+
+def renew(module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding):
+        module.weight.data.normal_()
+
+
+def train(model: Tied, optimizer: Any, **options: Any) -> None:
+    model(torch.arange(20)).square().sum().backward()
+    optimizer([model.embedding.weight], lr=0.5, **options).step()
+    model.zero_grad()
+
+
+def in_place(model: Tied, context: Any) -> None:
+    with context():
+        model.embedding.weight.normal_()
+
+
+# Every way in which the weight that head and embedding share may come to hold other numbers.
+CHANGES: dict[str, Callable[[Tied], Any]] = {
+    "copy into data": lambda model: model.embedding.weight.data.copy_(fresh()),
+    "some rows of data": lambda model: model.head.weight.data[3:9].normal_(std=3),
+    "data set": lambda model: setattr(model.embedding.weight, "data", fresh().data),
+    "in place": lambda model: in_place(model, torch.no_grad),
+    "in place, inference mode": lambda model: in_place(model, torch.inference_mode),
+    "detached": lambda model: model.head.weight.detach().normal_(),
+    "one number": lambda model: model.head.weight.detach()[7, 5].mul_(-1000),
+    "nn.init": lambda model: nn.init.normal_(model.embedding.weight),
+    "load_state_dict": lambda model: model.load_state_dict(Tied().state_dict()),
+    "load_state_dict of the embedding": lambda model: model.embedding.load_state_dict({"weight": fresh()}),
+    "load_state_dict, assigned": lambda model: model.load_state_dict(Tied().state_dict(), assign=True),
+    "another parameter": lambda model: assign(model, fresh()),
+    "a larger one": lambda model: assign(model, fresh(60)),
+    "a smaller one": lambda model: assign(model, fresh(40)),
+    "swapped": lambda model: torch.utils.swap_tensors(model.embedding.weight, fresh()),
+    "SGD": lambda model: train(model, torch.optim.SGD),
+    "SGD, fused": lambda model: train(model, torch.optim.SGD, fused=True),
+    "AdamW, fused": lambda model: train(model, torch.optim.AdamW, fused=True),
+    "AdamW, foreach": lambda model: train(model, torch.optim.AdamW, foreach=True),
+    "vector_to_parameters": lambda model: nn.utils.vector_to_parameters(torch.randn(50 * 24), [model.embedding.weight]),
+    "there and back": lambda model: model.to(torch.float16).apply(renew).float(),
+}
+
+
 @needs_library
 class TestInt8Head:
     def test_the_layer_itself_is_turned(self) -> None:
@@ -442,9 +494,82 @@ class TestInt8Head:
             assert distance(cast(tokens), expected) < 2e-2  # embeddings, and with them the inputs, were rounded
         with (
             torch.no_grad(),
-            pytest.raises(ValueError, match="the head lies on meta, not on the CPU; choose head=.dense."),
+            pytest.raises(ValueError, match=r"the head lies on meta, not on the CPU; choose head=.dense."),
         ):
             model.to("meta").head(torch.randn(1, 24))
+
+    @pytest.mark.parametrize("change", CHANGES)
+    @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "enable_grad"])
+    def test_it_follows_every_change_of_the_embedding(self, change: str, mode: str) -> None:
+        model, tokens = Tied(), torch.arange(20)
+        head = Int8Head.from_linear(model.head)
+        context = getattr(torch, mode)
+        with context():
+            before = model(tokens).detach()
+        for _ in range(2):  # the second time what the first one left is in use
+            CHANGES[change](model)
+            with context():
+                after = model(tokens).detach()
+                expected = F.linear(model.embedding(tokens), head.weight, head.bias).detach()
+                assert distance(after, expected) < 2e-2
+                assert distance(after[..., :40], before[..., :40]) > 4e-2
+                assert torch.equal(model(tokens), after)
+            before = after
+
+    def test_it_rounds_only_after_a_change(self) -> None:
+        model, tokens = Tied(), torch.arange(50)
+        Int8Head.from_linear(model.head)
+        kept = rounded(model.head.weight)
+        with torch.no_grad():
+            for _ in range(3):
+                model(tokens)
+            model.state_dict()
+            list(model.parameters())
+        model.head.weight.requires_grad_(False)
+        model(tokens)
+        assert rounded(model.head.weight) is kept
+
+    def test_a_compiled_head_follows_too(self) -> None:
+        torch.compiler.reset()
+        model, tokens = Tied(), torch.arange(20)
+        Int8Head.from_linear(model.head)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.equal(compiled(tokens), model(tokens))
+                model.embedding.weight.data.mul_(-3)
+
+    def test_a_weight_made_in_inference_mode_is_not_counted_and_not_rounded(self) -> None:
+        with torch.inference_mode():
+            model, tokens = Tied(), torch.arange(20)
+            Int8Head.from_linear(model.head)
+            for _ in range(2):
+                expected = F.linear(model.embedding(tokens), model.head.weight, model.head.bias)
+                assert torch.equal(model(tokens), expected)
+                model.embedding.weight.mul_(-3)
+
+    def test_gradients_are_those_of_the_dense_head(self) -> None:
+        model, tokens, upstream = Tied(), torch.randint(50, (3, 4)), torch.randn(3, 4, 50)
+        dense = copy.deepcopy(model)
+        Int8Head.from_linear(model.head)
+        for either in (model, dense):
+            either(tokens).backward(upstream)
+        for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+    def test_the_weight_is_an_ordinary_parameter_to_others(self) -> None:
+        model = Tied()
+        keys = set(vars(model.embedding.weight))
+        Int8Head.from_linear(model.head)
+        assert isinstance(model.embedding.weight, nn.Parameter)
+        assert type(model.state_dict()["embedding.weight"]) is Tensor
+        assert type(pickle.loads(pickle.dumps(model.embedding.weight))) is nn.Parameter
+        assert len(pickle.dumps(model.head)) < len(pickle.dumps(Tied().head)) + 500  # the rounded rows stay here
+        model.head.to_linear()  # type: ignore[operator]
+        assert type(model.embedding.weight) is nn.Parameter
+        assert set(vars(model.embedding.weight)) == keys
 
     @pytest.mark.parametrize("in_features", [1, 3, 17, 100])
     def test_any_width(self, in_features: int) -> None:

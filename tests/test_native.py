@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_nmsparse.kernels import cpu, native
-from hf_nmsparse.layers import KernelLinear, PackedLinear
+from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.packing import pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
@@ -156,9 +156,14 @@ def check_what_another_unit_left(folder: Path, unit: str) -> None:
         for key, tensor in layer.state_dict().items():
             assert torch.equal(tensor, left["state"][name][key])
         assert distance(layer(left["x"]), left["dense"].double()) < BOUNDS[name], name
-    if left["bytes"].numel() != native.packed_bytes("fp32", 8, 16):  # else a unit of the same width and order
-        with pytest.raises(ValueError, match=r"bytes on cpu are no fp32 weight of \[8, 16\] for the unit"):
-            native.multiply(left["x"], left["bytes"], None, "fp32", 8)
+    for name in (*loaded, "dense_int8"):  # the head is exported with its float weight
+        exported = torch.export.load(folder / f"{name}.pt2").module()
+        if name == "dense_int8" or unit in native._UNITS_OF[left["lanes"]].split():
+            assert distance(exported(left["x"]).detach(), left["dense"].double()) < BOUNDS[name], name
+            continue
+        message = rf"are no {name} weight of \[8, 16\] for the unit {unit}: they are for .*; export the model here"
+        with pytest.raises(ValueError, match=message):
+            exported(left["x"])
     (folder / f"{unit}.pickle").write_bytes(pickle.dumps(loaded))
 
 
@@ -174,9 +179,13 @@ def test_unit(unit: str, tmp_path: Path) -> None:
     }
     x = torch.randn(40, 16)
     state = {name: layer.state_dict() for name, layer in layers.items()}
-    torch.save(
-        {"x": x, "dense": x @ weight.T, "bytes": layers["fp32"].kernel_weight, "state": state}, tmp_path / "left.pt"
-    )
+    head = torch.nn.Linear(16, 8, bias=False)
+    head.weight = torch.nn.Parameter(weight)
+    for name, layer in {**layers, "dense_int8": Int8Head.from_linear(head)}.items():
+        torch.export.save(torch.export.export(layer, (x,)), tmp_path / f"{name}.pt2")
+    lanes = native._HEADER.unpack(bytes(layers["fp32"].kernel_weight[:64].tolist()))[2]
+    left = {"x": x, "dense": x @ weight.T, "state": state, "lanes": lanes}
+    torch.save(left, tmp_path / "left.pt")
     (tmp_path / "layers.pickle").write_bytes(pickle.dumps(layers))
     process(f"from tests.test_native import check_unit; check_unit({unit!r}, {str(tmp_path)!r})", HF_NMSPARSE_UNIT=unit)
     back = pickle.loads((tmp_path / f"{unit}.pickle").read_bytes())
@@ -614,6 +623,67 @@ def test_restoring_is_exact(data: st.DataObject) -> None:
     assert scale is None or back_scale is None or torch.equal(back_scale, scale)
 
 
+# ---- what a packed weight says of itself ----
+
+
+def refused(packed: Tensor, kind: str, out_features: int, in_features: int, why: str = "") -> None:
+    """Both functions that read a packed weight refuse it in the same line."""
+    message = (
+        rf"^kernels: \d+ bytes on cpu are no {kind} weight of \[{out_features}, {in_features}\] for the unit \w+: "
+    )
+    with pytest.raises(ValueError, match=message + f".*{why}.*$"):
+        native.multiply(torch.ones(3, in_features), packed, None, kind, out_features)
+    with pytest.raises(ValueError, match=message + f".*{why}.*$"):
+        native.restore(packed, kind, out_features, in_features)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_weight_is_refused_in_one_line(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(native.FORMATS)))
+    packed = packed_weight(sparse_weight(6, 28), kind)
+    how = data.draw(st.sampled_from(["header", "shorter", "longer", "another", "noise"]))
+    if how == "header":
+        place, value = data.draw(st.integers(0, 63)), data.draw(st.integers(1, 255))
+        packed[place] ^= value
+    elif how == "shorter":
+        packed = packed[: data.draw(st.integers(0, packed.numel() - 1))]
+    elif how == "longer":
+        packed = torch.cat([packed, packed[: data.draw(st.integers(1, 200))]])
+    elif how == "another":
+        other = data.draw(st.sampled_from([other for other in native.FORMATS if other != kind]))
+        packed = packed_weight(sparse_weight(6, 28), other)
+    else:
+        packed = torch.randint(256, (data.draw(st.integers(0, 2 * packed.numel())),), dtype=torch.uint8)
+    refused(packed, kind, 6, 28)
+
+
+@pytest.mark.parametrize("kind", native.FORMATS)
+def test_a_weight_of_another_shape_with_as_many_bytes_is_refused(kind: str) -> None:
+    packed = packed_weight(sparse_weight(6, 28), kind)
+    for shape in ((7, 28), (6, 32)):  # in the same blocks of rows and chunks of columns
+        assert packed.numel() == native.packed_bytes(kind, *shape)
+        refused(packed, kind, *shape, why=rf"they are {kind} of \[6, 28\]")
+
+
+def test_what_the_line_says_of_a_weight() -> None:
+    packed = packed_weight(sparse_weight(8, 16), "fp32")
+    lanes = native._HEADER.unpack(bytes(packed[:64].tolist()))[2]
+
+    def changed(magic: bytes = b"NMSW", order: int = 1, lanes: int = lanes) -> Tensor:
+        head = native._HEADER.pack(magic, order, lanes, 0, 8, 16)
+        return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), packed[64:]])
+
+    assert torch.equal(native.restore(changed(), "fp32", 8, 16)[0], native.restore(packed, "fp32", 8, 16)[0])
+    refused(changed(b"NMSX"), "fp32", 8, 16, "another version of hf_nmsparse, or are no weight; export the model again")
+    refused(changed(order=2), "fp32", 8, 16, "another version of hf_nmsparse, or are no weight; export the model again")
+    refused(packed[64:], "fp32", 8, 16, "another version of hf_nmsparse, or are no weight; export the model again")
+    others = {8: "avx512 and avx512_bf16", 16: "avx2 and scalar"}[lanes]
+    refused(changed(lanes=24 - lanes), "fp32", 8, 16, f"they are for {others}; export the model here, or where it was")
+    refused(changed(lanes=4), "fp32", 8, 16, "they are for units of 4 lanes")
+    refused(packed[:-1], "fp32", 8, 16, "they are cut short")
+
+
 # ---- the operator of torch ----
 
 
@@ -624,6 +694,12 @@ def test_opcheck(kind: str) -> None:
     torch.library.opcheck(torch.ops.nmsparse.linear.default, (x, packed, bias, kind, 12))
     torch.library.opcheck(torch.ops.nmsparse.linear.default, (x.detach()[0], packed, None, kind, 12))
     torch.library.opcheck(torch.ops.nmsparse.weight.default, (packed, kind, 12, 16))
+
+
+def test_opcheck_of_the_rounded_product() -> None:
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 16), (12, 16), (12,)))
+    torch.library.opcheck(torch.ops.nmsparse.rounded_linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.nmsparse.rounded_linear.default, (x.detach()[0], weight.detach(), None))
 
 
 # The import of torch's own compiler warns.

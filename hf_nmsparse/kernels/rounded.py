@@ -68,7 +68,7 @@ def rounded(weight: Tensor) -> Tensor:
     """
     if not weight.is_cpu:
         raise ValueError(f"kernels: the head lies on {weight.device}, not on the CPU; choose head='dense'")
-    if type(weight) is nn.Parameter:
+    if type(weight) is nn.Parameter and not weight.is_inference():
         weight.__class__ = RoundedParameter
     return weight.rounded() if isinstance(weight, RoundedParameter) else _round(weight)
 
