@@ -30,8 +30,22 @@ def weight(packed: Tensor, format: str, out_features: int, in_features: int) -> 
 _OPERATORS.impl("weight", weight, "CPU")
 
 
-def _linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_features: int) -> Tensor:
+def shape(x: Tensor, out_features: int) -> Tensor:
+    """What a graph knows of a product with a packed weight.
+
+    Raises:
+        ValueError: The graph is for ONNX.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "kernels: ONNX has no products with packed weights; call set_compute(model, 'dense', head='dense') before "
+            "torch.onnx.export"
+        )
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    return shape(x, out_features)
 
 
 def _weight_shape(packed: Tensor, format: str, out_features: int, in_features: int) -> Tensor:

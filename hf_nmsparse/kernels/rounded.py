@@ -43,7 +43,7 @@ class RoundedParameter(nn.Parameter):
         """Nothing: other processes round for themselves."""
 
     def may_change(self) -> None:
-        """To be called where it may be changed uncounted, as fused optimizers do."""
+        """To be called before changes that torch does not count, as those of fused optimizers."""
         self._changes += 1
 
     def rounded(self) -> Tensor:
@@ -87,7 +87,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return cpu.shape(x, weight.shape[0])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,5 +122,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _multiply(x, weight, bias)
     result: Tensor = torch.ops.nmsparse.rounded_linear(x, weight, bias)
     if result.requires_grad and weight.requires_grad and isinstance(weight, RoundedParameter):
-        weight.may_change()
+        result.register_hook(lambda _: weight.may_change())  # once it has a gradient, an optimizer may follow
     return result
