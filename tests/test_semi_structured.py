@@ -110,6 +110,17 @@ class TestLayer:
         model.save_pretrained(tmp_path / "again")
         assert same_files(packed, tmp_path / "again")
 
+    def test_input_and_bias_get_the_gradients_of_the_dense_layer(self, packed: Path) -> None:
+        sparse, dense = load(packed, "semi_structured"), load(packed, "dense")
+        name = next(iter(sparse_layers(sparse)))
+        grads: list[Any] = []
+        for layer in (sparse.get_submodule(name), dense.get_submodule(name)):
+            x = torch.linspace(-1, 1, 3 * layer.in_features).reshape(3, -1).to(torch.bfloat16).requires_grad_()
+            layer(x).square().sum().backward()
+            grads.append((x.grad, layer.bias.grad))
+        assert torch.equal(grads[0][0], grads[1][0])
+        assert torch.equal(grads[0][1], grads[1][1])
+
     def test_int8_files_compute_in_the_number_type_of_the_model(self, tmp_path: Path) -> None:
         save_packed(training().to(torch.bfloat16), tmp_path, values="int8")
         assert torch.equal(logits(load(tmp_path, "semi_structured")), logits(load(tmp_path, "dense")))

@@ -63,7 +63,9 @@ def restore(compressed: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias``; ``x`` is ``[..., in_features]`` on the weight's device and in its number type.
+    """``x @ W.T + bias``, differentiable in ``x`` and ``bias``.
+
+    ``x`` is ``[..., in_features]`` on the weight's device and in its number type.
 
     Raises:
         ValueError: ``x`` has another device or number type.
@@ -73,7 +75,26 @@ def linear(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
             f"semi_structured: the weight is {compressed.dtype} on {compressed.device}, got an input of {x.dtype} on "
             f"{x.device}; load the model anew for that, or choose compute='dense'"
         )
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        result: Tensor = _Product.apply(x, compressed, bias)
+        return result
     return F.linear(x.contiguous(), compressed, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The product with the gradients of the dense one, for which the weight is restored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.compressed = compressed
+        return F.linear(x.contiguous(), compressed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        [grad] = grads
+        x = grad @ restore(ctx.compressed) if ctx.needs_input_grad[0] else None
+        bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return x, None, bias
 
 
 @lru_cache(maxsize=256)
