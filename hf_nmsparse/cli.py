@@ -421,10 +421,10 @@ def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
 
     Nobody is asked whether to run code that comes with them: the terminal may be where the sentences come from.
     """
-    from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
-    import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
+    from hf_nmsparse.loading import load_seq2seq
     from hf_nmsparse.packing import PackedFormatError
 
     disable_progress_bar()
@@ -433,7 +433,7 @@ def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
     if not Path(source).is_dir() and (Path(source).exists() or source.count("/") != 1):
         raise ValueError(f"no folder {source}, and no 'user/name' on the Hub either")
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(source, trust_remote_code=False)
+        model = load_seq2seq(source, trust_remote_code=False)
         if (Path(source) / "generation_config.json").exists():  # the model passes over a damaged one in silence
             GenerationConfig.from_pretrained(source)
     except (PackedFormatError, OSError):

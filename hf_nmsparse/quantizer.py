@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ class NMSparseQuantizer(HfQuantizer):
             for entry in used
             if not any(isinstance(operation, _Unpack) for operation in getattr(entry, "operations", ()))
         ]
+        model.num_parameters = partial(_num_parameters, model)  # type: ignore[method-assign]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -211,6 +212,7 @@ class NMSparseQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Makes a model that `from_pretrained` took for quantized an ordinary one."""
         super().remove_quantization_config(model)
+        model.__dict__.pop("num_parameters", None)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
@@ -314,6 +316,17 @@ _merge = AutoHfQuantizer.merge_quantization_configs
 AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
     _merge_with_compute(getattr(_merge, "stock", _merge))
 )
+
+
+def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """What ``model.num_parameters`` counts: of a packed weight every weight of the layer, as of its dense form."""
+    count = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    for layer in () if only_trainable else model.modules():
+        if isinstance(layer, KernelLinear):
+            count += layer.out_features * layer.in_features
+        elif isinstance(layer, PackedLinear):
+            count += layer.out_features * layer.in_features - layer.weight.numel()
+    return count
 
 
 def _computing_packed(

@@ -131,7 +131,8 @@ def finalize(model: nn.Module) -> None:
             not N:M sparse.
     """
     model = unwrapped(model)
-    layers = [layer for name in sparse_layers(model) if isinstance(layer := model.get_submodule(name), nn.Linear)]
+    found = map(model.get_submodule, sparse_layers(model))
+    layers = [layer for layer in found if isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear)]
     if not layers:
         raise ValueError(
             "finalize: the model has no N:M layer in training; call sparsify(model, config) first, or load a packed "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -648,6 +649,24 @@ class TestSetCompute:
         for model in (build(), training()):
             with pytest.raises(ValueError, match="set_compute: the model was not loaded from a packed checkpoint"):
                 set_compute(model, "dense")
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+@pytest.mark.parametrize("compute", ["auto", "dense", "reference"])
+def test_parameters_are_those_of_the_dense_model(compute: str, values: str, tmp_path: Path) -> None:
+    save_packed(training(), tmp_path, values)
+    stock, model = build(), load(tmp_path, compute)
+    embeddings = stock.num_parameters() - stock.num_parameters(exclude_embeddings=True)
+    again = pickle.loads(pickle.dumps(model))
+    for loaded in (model, copy.deepcopy(model), again):
+        assert loaded.num_parameters() == stock.num_parameters()
+        assert loaded.num_parameters(exclude_embeddings=True) == stock.num_parameters() - embeddings
+    changed = copy.deepcopy(model)
+    set_compute(changed, "dense")
+    changed.resize_token_embeddings(110)
+    assert changed.num_parameters() == stock.num_parameters() + 10 * 32
+    assert model.num_parameters() == stock.num_parameters()
+    assert "num_parameters" not in model.dequantize().__dict__
 
 
 class TestPrepareForTraining:
