@@ -1,21 +1,27 @@
 """N:M sparse translation models for Hugging Face Transformers.
 
-Importing this package registers two things with transformers: the loader, so that ``from_pretrained`` reads packed N:M
-checkpoints, and the pipeline ``"nmt-translation"``.
+After ``import hf_nmsparse`` transformers knows two things: the loader, so that ``from_pretrained`` reads packed N:M
+checkpoints, and the pipeline ``"nmt-translation"``. Names are loaded when they are used.
 """
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.optimizer import SparseStep
-from hf_nmsparse.packing import PackedFormatError
-from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.pipeline import NMTranslationPipeline
-from hf_nmsparse.quantizer import prepare_for_training, set_compute
-from hf_nmsparse.record import NMSparseQuantizationConfig
-from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
-from hf_nmsparse.sparsify import finalize, report, sparsify
-from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments
+from hf_nmsparse import registration
+
+if TYPE_CHECKING:
+    from hf_nmsparse.config import NMSparseConfig
+    from hf_nmsparse.optimizer import SparseStep
+    from hf_nmsparse.packing import PackedFormatError
+    from hf_nmsparse.pattern import NMPattern
+    from hf_nmsparse.pipeline import NMTranslationPipeline
+    from hf_nmsparse.quantizer import prepare_for_training, set_compute
+    from hf_nmsparse.record import NMSparseQuantizationConfig
+    from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
+    from hf_nmsparse.sparse_model import finalize, report, sparsify
+    from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments
+
+__version__ = "0.1.0"
 
 __all__ = [
     "NMPattern",
@@ -35,3 +41,38 @@ __all__ = [
     "set_compute",
     "sparsify",
 ]
+
+_HOMES = {
+    "NMPattern": "pattern",
+    "NMSparseConfig": "config",
+    "NMSparseQuantizationConfig": "record",
+    "NMTranslationPipeline": "pipeline",
+    "PackedFormatError": "packing",
+    "SparseStep": "optimizer",
+    "SparseTrainer": "trainer",
+    "SparseTrainingArguments": "trainer",
+    "export_dense": "saving",
+    "finalize": "sparse_model",
+    "prepare_for_training": "quantizer",
+    "push_to_hub": "saving",
+    "report": "sparse_model",
+    "save_packed": "saving",
+    "set_compute": "quantizer",
+    "sparsify": "sparse_model",
+}
+
+registration.register()
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, each imported from its module when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """What completion shows: the public names too, whether they have been used or not."""
+    return sorted({*globals(), *__all__})

@@ -261,7 +261,7 @@ def _mark_masked_layers(model: Any, text: str) -> None:
     from hf_nmsparse.config import NMSparseConfig
     from hf_nmsparse.masks import count_violations
     from hf_nmsparse.pattern import NMPattern
-    from hf_nmsparse.sparsify import select_layers, sparsify
+    from hf_nmsparse.sparse_model import select_layers, sparsify
 
     pattern = NMPattern.parse(text)
     chosen, _ = select_layers(model, NMSparseConfig(pattern))

@@ -6,12 +6,11 @@ packed checkpoints and checkpoints of the training. It is the only module that k
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    AutoHfQuantizer,
-    AutoQuantizationConfig,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
@@ -47,14 +41,14 @@ from hf_nmsparse.packing import PackedFormatError, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
-from hf_nmsparse.sparsify import select_layers, sparsify
+from hf_nmsparse.sparse_model import select_layers, sparsify
 from hf_nmsparse.wrappers import unwrapped
 
 __all__ = ["NMSparseQuantizer", "prepare_for_training", "set_compute"]
 
 logger = logging.get_logger(__name__)
 
-# A second import of this file, as importlib.reload does it, replaces what the first one registered.
+# In place of what `record` has put there for it.
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
 
@@ -294,28 +288,6 @@ def prepare_for_training(model: PreTrainedModel) -> None:
         same = False
     quantizer.remove_quantization_config(model)
     sparsify(model, config if same else NMSparseConfig(config.pattern, names, ()))
-
-
-def _merge_with_compute(merge: Any) -> Any:
-    """Lets the user's choices through where transformers takes the file's record and warns that it drops the rest."""
-
-    @wraps(merge)
-    def merge_quantization_configs(record: Any, from_args: Any = None) -> Any:
-        if isinstance(from_args, NMSparseQuantizationConfig):
-            config = AutoQuantizationConfig.from_dict(record) if isinstance(record, dict) else copy.copy(record)
-            if isinstance(config, NMSparseQuantizationConfig):
-                config.compute, config.head = from_args.compute, from_args.head
-                return merge(config, None)
-        return merge(record, from_args)
-
-    merge_quantization_configs.stock = merge  # type: ignore[attr-defined]
-    return merge_quantization_configs
-
-
-_merge = AutoHfQuantizer.merge_quantization_configs
-AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
-    _merge_with_compute(getattr(_merge, "stock", _merge))
-)
 
 
 def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

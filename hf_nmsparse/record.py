@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    register_quantization_config,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.packing import FORMAT_VERSION, VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["COMPUTES", "HEADS", "METHOD", "NMSparseQuantizationConfig", "one_of", "record_of"]
 
@@ -172,3 +182,35 @@ def record_of(model: PreTrainedModel) -> NMSparseQuantizationConfig:
     if isinstance(record, NMSparseQuantizationConfig):
         return record
     return NMSparseQuantizationConfig.from_dict(record) if record else NMSparseQuantizationConfig()
+
+
+def _quantizer(*args: Any, **kwargs: Any) -> Any:
+    """The loader, which takes part of transformers' models along and is imported with the first of them."""
+    from hf_nmsparse.quantizer import NMSparseQuantizer
+
+    return NMSparseQuantizer(*args, **kwargs)
+
+
+AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _quantizer)  # type: ignore[arg-type]  # called as a class is
+
+
+def _merge_with_compute(merge: Any) -> Any:
+    """Lets the user's choices through where transformers takes the file's record and warns that it drops the rest."""
+
+    @wraps(merge)
+    def merge_quantization_configs(record: Any, from_args: Any = None) -> Any:
+        if isinstance(from_args, NMSparseQuantizationConfig):
+            config = AutoQuantizationConfig.from_dict(record) if isinstance(record, dict) else copy.copy(record)
+            if isinstance(config, NMSparseQuantizationConfig):
+                config.compute, config.head = from_args.compute, from_args.head
+                return merge(config, None)
+        return merge(record, from_args)
+
+    merge_quantization_configs.stock = merge  # type: ignore[attr-defined]
+    return merge_quantization_configs
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs
+AutoHfQuantizer.merge_quantization_configs = staticmethod(  # type: ignore[method-assign]
+    _merge_with_compute(getattr(_merge, "stock", _merge))
+)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -399,7 +398,7 @@ class SparseTrainer(Seq2SeqTrainer):
         dataset: Any = self.train_dataset
         collate, batches = self.data_collator, dict[str, Any]()
         lengths = None if is_stream(dataset) else pair_lengths(dataset)
-        if isinstance(dataset, Dataset):
+        if is_table(dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
@@ -759,6 +758,11 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or not by_number
 
 
+def is_table(dataset: Any) -> bool:
+    """Whether it is a ``datasets.Dataset``; that package need not be installed."""
+    return hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
+
+
 def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]:
     """Tokens of the source and target sentences of a tokenised dataset, from its length columns if it has them.
 
@@ -770,7 +774,7 @@ def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int
     """
     first = dataset[0] if len(dataset) else None
     known = isinstance(first, Mapping) and {"source_length", "target_length"} <= first.keys()
-    if known and isinstance(dataset, Dataset):  # millions of numbers, which row by row would take minutes
+    if known and is_table(dataset):  # millions of numbers, which row by row would take minutes
         read = dataset.select_columns(["source_length", "target_length"]).with_format("numpy")[:]
         return read["source_length"], read["target_length"]
     rows = (dataset[number] for number in range(len(dataset)))  # not all datasets of torch end an iteration

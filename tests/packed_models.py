@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf, marian, t5
 
 BART, T5 = bart(60, d_model=16, layers=1), t5(60, d_model=16, layers=1)

@@ -14,7 +14,7 @@ from hf_nmsparse.cards import model_card, write_card
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.metrics import Comparison, Evaluation, Score, evaluation_record
 from hf_nmsparse.saving import save_packed
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS
 from tests import tiny
 

@@ -27,7 +27,7 @@ from hf_nmsparse.masks import count_violations
 from hf_nmsparse.metrics import compare, score
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from tests import tiny
 from tests.test_plots import write_run
 from tests.test_texts import FAMILIES

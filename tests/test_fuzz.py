@@ -21,7 +21,7 @@ from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packing import PackedFormatError
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf
 
 COPIES = 5_000  # of each checkpoint

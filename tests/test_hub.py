@@ -16,7 +16,7 @@ from transformers import MarianMTModel
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.saving import save_packed
-from hf_nmsparse.sparsify import finalize, sparsify
+from hf_nmsparse.sparse_model import finalize, sparsify
 from tests.hub import LocalHub, local_hub
 from tests.tiny import marian, tokenizer
 

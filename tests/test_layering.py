@@ -11,10 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
     {"pattern", "masks", "srste", "schedule", "packing", "kernels"},
-    {"config", "layers", "losses", "padding", "sparsify", "optimizer", "wrappers"},
+    {"config", "layers", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
     {
         "quantizer",
         "record",
+        "registration",
         "checking",
         "saving",
         "trainer",
@@ -103,7 +104,7 @@ def test_imports_point_down(path: Path) -> None:
         ("kernels", "import hf_nmsparse", ["hf_nmsparse"]),
         ("layers", "from hf_nmsparse.masks import magnitude_mask", []),
         ("layers", "import torch_scatter", ["torch_scatter"]),
-        ("sparsify", "from transformers import PreTrainedModel", ["transformers.PreTrainedModel"]),
+        ("sparse_model", "from transformers import PreTrainedModel", ["transformers.PreTrainedModel"]),
         ("trainer", "import transformers\nimport hf_nmsparse\nfrom hf_nmsparse.masks import apply_mask", []),
     ],
 )

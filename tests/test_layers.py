@@ -16,7 +16,7 @@ from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 
 PATTERN = NMPattern(2, 4)
 

@@ -15,7 +15,7 @@ from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
-from hf_nmsparse.sparsify import finalize, report, sparsify
+from hf_nmsparse.sparse_model import finalize, report, sparsify
 from tests.tiny import bart, hf, t5
 
 BART, T5 = bart(40, d_model=16, layers=1), t5(40, d_model=16, layers=1)

@@ -18,7 +18,7 @@ from hf_nmsparse.masks import apply_mask, magnitude_mask, pack_bits
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.schedule import Schedule
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import kept
 
 PATTERN = NMPattern(2, 4)

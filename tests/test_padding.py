@@ -17,7 +17,7 @@ from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import local
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.padding import ZeroPadding, padding_rows
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf, marian, t5
 
 PAD = 5

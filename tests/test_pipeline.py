@@ -31,7 +31,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _generated, _register, translate
 from hf_nmsparse.saving import save_packed
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from tests import tiny
 from tests.test_texts import MODELS
 

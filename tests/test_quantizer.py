@@ -28,7 +28,7 @@ from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantizer import prepare_for_training, set_compute
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
-from hf_nmsparse.sparsify import finalize, sparsify
+from hf_nmsparse.sparse_model import finalize, sparsify
 from tests.tiny import bart, hf, t5
 
 BART = bart(100, d_model=32, layers=2) | {"forced_eos_token_id": None}

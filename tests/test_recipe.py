@@ -25,7 +25,7 @@ from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import read_curve, read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
-from hf_nmsparse.sparsify import select_layers
+from hf_nmsparse.sparse_model import select_layers
 from recipes.wmt_en_de import DEFAULT, describe, load_model, load_tokenizer, parse, read_lines, run
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14

@@ -20,7 +20,7 @@ from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_laye
 from hf_nmsparse.quantizer import set_compute
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
-from hf_nmsparse.sparsify import finalize
+from hf_nmsparse.sparse_model import finalize
 from tests.packed_models import BUILDERS, contents, output, sparse
 
 FC1 = "model.encoder.layers.0.fc1"

@@ -17,7 +17,7 @@ from hf_nmsparse.masks import apply_mask, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.schedule import Schedule
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS, StepContext, soft_scale, soft_threshold, straight_through
 from tests.tiny import kept
 

@@ -29,7 +29,7 @@ from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.standalone import PackedRecord, dense_tensors, dense_weight
 from tests.hub import local_hub
 from tests.packed_models import BUILDERS, contents, sparse

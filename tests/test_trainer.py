@@ -43,7 +43,7 @@ from hf_nmsparse.losses import token_loss
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.trainer import (
     Preempted,

@@ -17,7 +17,7 @@ from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits, update_mask
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.sparsify import sparsify
+from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import soft_threshold
 
 if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.sparsify import finalize, report, select_layers, sparsify
+from hf_nmsparse.sparse_model import finalize, report, select_layers, sparsify
 from tests.tiny import marian
 
 
@@ -240,7 +240,7 @@ def test_another_subclass_stays_dense() -> None:
     assert type(model["scaled"]) is Scaled
 
 
-def test_sparsify_changes_what_it_selects_and_nothing_else() -> None:
+def test_sparse_model_changes_what_it_selects_and_nothing_else() -> None:
     model = Model()
     keys, state = list(model.state_dict()), {name: value.clone() for name, value in model.state_dict().items()}
     dense = sparsify(model, NMSparseConfig("1:4", targets=["fc1"]))
@@ -260,7 +260,7 @@ def test_a_bare_linear_layer() -> None:
     assert isinstance(layer, NMLinear)
 
 
-def test_sparsify_twice_is_refused() -> None:
+def test_sparse_model_twice_is_refused() -> None:
     model = Model()
     sparsify(model, NMSparseConfig("2:4", targets=["fc1"]))
     with pytest.raises(ValueError, match="the model is sparse already"):

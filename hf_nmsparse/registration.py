@@ -1,0 +1,74 @@
+"""What transformers has to know of this package: the packed format, and the pipeline "nmt-translation".
+
+Both are told it when transformers imports what keeps such lists, which takes seconds that a process may never need.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Registers loader and pipeline, now or as soon as transformers is ready for them."""
+    _after_import({"transformers.quantizers.auto": _register_format, "transformers.pipelines": _register_pipeline})
+
+
+def _register_format() -> None:
+    import hf_nmsparse.record  # noqa: F401  # registers itself
+
+
+def _register_pipeline() -> None:
+    import hf_nmsparse.pipeline  # noqa: F401  # registers itself
+
+
+def _after_import(actions: Mapping[str, Callable[[], None]]) -> None:
+    """Runs the action of each module once the module has been imported, in whatever way and by whomever."""
+    waiting = dict(actions)
+    for name in [name for name in waiting if name in sys.modules]:
+        waiting.pop(name)()
+    if waiting:
+        # The first to be asked: a finder behind those of Python would not be asked at all.
+        sys.meta_path.insert(0, _Watch(waiting))
+
+
+class _Watch(MetaPathFinder):
+    """Finds modules where they are, and has them run an action at the end of their import."""
+
+    def __init__(self, actions: dict[str, Callable[[], None]]) -> None:
+        self._actions = actions
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        action = self._actions.pop(fullname, None)  # so that the next line does not come here again
+        if action is None:
+            return None
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, action)
+        return spec
+
+
+class _Then(Loader):
+    """A module's own loader, and an action after it."""
+
+    def __init__(self, loader: Any, action: Callable[[], None]) -> None:
+        self._loader, self._action = loader, action
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self._loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader  # as if nobody had watched
+        self._loader.exec_module(module)
+        self._action()
