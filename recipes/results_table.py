@@ -1,8 +1,8 @@
-"""Makes the README's tables from the files in recipes/results and benchmarks/results.
+"""Makes the tables of the README files from the files in recipes/results and benchmarks/results.
 
 python recipes/results_table.py            prints them
-python recipes/results_table.py --write    puts them into README.md, each between its two markers, and draws the
-                                           pictures of the studies
+python recipes/results_table.py --write    writes each into its README file (`home` says which), between its two
+                                           markers, and draws the pictures of the studies
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from hf_nmsparse.metrics import Comparison, Evaluation, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+MEASURED = ROOT / "benchmarks" / "results"
 
 Columns = Mapping[str, Callable[[dict[str, Any]], object]]
 
-# Of the kernels, the layers that the README shows, and its columns.
+# Of the kernels, the layers that benchmarks/README.md shows, and its columns.
 SHAPES = ([512, 2048], [1024, 4096], [512, 32000])
 CANDIDATES = {
     "torch bf16": "torch bf16",
@@ -35,6 +35,14 @@ CANDIDATES = {
     "2:4 fp32, x bf16": "2:4 fp32, x bf16",
     "2:4 bf16": "2:4 bf16",
     "2:4 bf16, x bf16": "2:4 bf16, x bf16",
+    "2:4 int8": "2:4 int8",
+}
+
+# Of the whole models, those that README.md shows, as it calls them.
+SUMMARY = {
+    "transformers fp32": "transformers fp32",
+    "CTranslate2 int8": "CTranslate2 int8",
+    "dense int8": "own dense int8",
     "2:4 int8": "2:4 int8",
 }
 
@@ -283,6 +291,37 @@ def generate_of(record: dict[str, Any]) -> str:
     return "\n".join(rows).rstrip()
 
 
+def summary_of(record: dict[str, Any]) -> str:
+    """Of the whole models, the few that tell sparsity from kernels: bytes, tokens a second, and two ratios."""
+    shown = [row for row in record["rows"] if (row["beams"], row["batch"]) in ((1, 1), (4, 16))]
+    shown.sort(key=lambda row: (row["beams"], row["threads"]))
+    size = {name: record["bytes"][file] for name, file in record["candidates"].items()}
+    names = [name for name in SUMMARY if name in size]
+    lines = table_head(["model", "bytes", *(f"{decoding(row)}, {row['threads']} thr." for row in shown)])
+    for name in names:
+        speeds = [f"{row['tokens_per_second'][name]:,.0f}" for row in shown]
+        lines.append(table_row([SUMMARY[name], f"{size[name]:,}", *speeds]))
+
+    def ratio(row: dict[str, Any], name: str) -> float:
+        speeds = row["tokens_per_second"]
+        return float(speeds["2:4 int8"] / speeds[name])
+
+    ranges = []
+    for name in [name for name in names if name in ("dense int8", "CTranslate2 int8")]:
+        # The dense int8 candidate has no file of its own: it is rounded as it loads.
+        smaller = "" if name == "dense int8" else f"{size['2:4 int8'] / size[name]:.2f}"
+        lines.append(table_row([f"2:4 int8 / {SUMMARY[name]}", smaller, *(f"{ratio(row, name):.2f}" for row in shown)]))
+        ratios = [ratio(row, name) for row in record["rows"]]
+        ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f} times that of {SUMMARY[name]}")
+    lines += [
+        "",
+        f"Tokens a second, and bytes of the model file. Over all {len(record['rows'])} settings measured the speed of "
+        f"2:4 int8 is {' and '.join(ranges)}. {record['model']}, random weights; transformers "
+        f"{record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {machine(record)}",
+    ]
+    return "\n".join(lines)
+
+
 def decoding(row: dict[str, Any]) -> str:
     """Beam and batch of a measurement in a few words."""
     return f"{'greedy' if row['beams'] == 1 else 'beam ' + str(row['beams'])}, batch {row['batch']}"
@@ -487,8 +526,10 @@ OF = {
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 
-FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")} | {"kernels": "kernels_*.json"}
+FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")}
+FILES |= {"kernels": "kernels_*.json", "summary": "generate.json"}
 MAKERS: dict[str, Callable[[], str]] = {
+    "summary": lambda: summary_of(read(MEASURED / "generate.json")),
     "results": table,
     "masks": masks_table,
     "kernels": kernels_table,
@@ -499,24 +540,32 @@ MAKERS: dict[str, Callable[[], str]] = {
 TABLES = {name: make for name, make in MAKERS.items() if name not in FILES or any(MEASURED.glob(FILES[name]))}
 
 
+def home(name: str) -> Path:
+    """The file that shows a table."""
+    if name == "summary":
+        return ROOT / "README.md"
+    of_the_recipe = name in ("results", "faults") or name.startswith("study ")
+    return ROOT / ("recipes" if of_the_recipe else "benchmarks") / "README.md"
+
+
 def markers(name: str) -> tuple[str, str]:
-    """What stands before and after a table in the README."""
+    """What stands before and after a table in its file."""
     return f"<!-- {name}: recipes/results_table.py -->", f"<!-- end of {name} -->"
 
 
 def main() -> None:
-    """Prints the tables or writes them into the README."""
+    """Prints the tables or writes them into the README files."""
     write = sys.argv[1:] == ["--write"]
     for name, make in TABLES.items():
         if not write:
             print(make(), end="\n\n")
             continue
-        begin, end = markers(name)
-        before, found, rest = README.read_text(encoding="utf-8").partition(begin)
+        page, (begin, end) = home(name), markers(name)
+        before, found, rest = page.read_text(encoding="utf-8").partition(begin)
         _, ended, after = rest.partition(end)
         if not found or not ended:
-            raise SystemExit(f"results_table: README.md needs the two lines {begin} and {end}")
-        README.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
+            raise SystemExit(f"results_table: {page.relative_to(ROOT)} needs the two lines {begin} and {end}")
+        page.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
     if write:
         for folder in studies():
             plot_runs([read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))], folder / "plots")

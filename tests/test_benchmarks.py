@@ -91,6 +91,11 @@ def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = file.with_suffix(".md").read_text(encoding="utf-8")
     assert_table(table, ["model", "file", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
     assert "Not measured: CTranslate2 int8" in table
+    summary = results_table.summary_of(record)
+    assert_table(summary, ["model", "bytes", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
+    [last] = [line for line in summary.splitlines() if line.startswith("| 2:4 int8 / ")]
+    speeds = record["rows"][0]["tokens_per_second"]
+    assert last.split(" | ")[2] == f"{speeds['2:4 int8'] / speeds['dense int8']:.2f}"
 
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
