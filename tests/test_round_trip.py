@@ -207,10 +207,7 @@ def test_shards(compute: str, tmp_path: Path) -> None:
     save_packed(loaded, tmp_path / "b", max_shard_size="20KB")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     loaded.save_pretrained(tmp_path / "c", max_shard_size="20KB")
-    first, again = contents(tmp_path / "a"), contents(tmp_path / "c")
-    if compute == "reference":  # transformers counts the parameters of the model that it saves into the index
-        assert first.pop("model.safetensors.index.json") != again.pop("model.safetensors.index.json")
-    assert first == again
+    assert contents(tmp_path / "a") == contents(tmp_path / "c")  # the index counts the weights of the dense form
 
 
 @pytest.mark.parametrize("compute", ["dense", "reference"])
