@@ -10,8 +10,8 @@ demo: .venv/installed  ## train, pack, reload and score a small 2:4 model: about
 	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml \
 	    recipes/wmt_en_de.py recipes/configs/demo.yaml
 
-test: .venv/installed lint  ## the whole test suite
-	$(BIN)/pytest
+test: .venv/installed lint  ## the whole test suite, in two processes
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
