@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_the_walk_finds_what_points_up(module: str, source: str, broken: list[st
 
 
 def test_one_file_touches_hf_quantizer() -> None:
-    touching = [path.name for path in FILES if "HfQuantizer" in path.read_text(encoding="utf-8")]
+    touching = [path.name for path in FILES if re.search(r"\bHfQuantizer\b", path.read_text(encoding="utf-8"))]
     assert touching == ["quantizer.py"]
 
 
@@ -135,7 +136,21 @@ def code_from_data(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_no_code_is_made_from_data(path: Path) -> None:
-    assert code_from_data(path.read_text(encoding="utf-8")) == []
+    by_name = ["importlib.import_module", "import_module"] if path == PACKAGE / "__init__.py" else []
+    assert code_from_data(path.read_text(encoding="utf-8")) == by_name
+
+
+def test_the_package_imports_what_a_table_in_it_names() -> None:
+    """Its public names are loaded when they are used: by modules that are written there as literals."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    [table] = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "_HOMES"
+    ]
+    assert {f"{module}.py" for module in ast.literal_eval(table).values()} <= {path.name for path in FILES}
+    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and "import_module" in ast.dump(node.func)]
+    assert ast.unparse(call.args[0]) == "f'{__name__}.{_HOMES[name]}'"
 
 
 @pytest.mark.parametrize(
