@@ -409,6 +409,33 @@ def train(model: Tied, optimizer: Any, **options: Any) -> None:
     model.zero_grad()
 
 
+def train_with_a_look(model: Tied) -> None:
+    """A forward between the gradient and the step, as a metric or a closure makes it."""
+    model(torch.arange(20)).square().sum().backward()
+    with torch.no_grad():
+        model(torch.arange(20))
+    torch.optim.AdamW([model.embedding.weight], lr=0.5, fused=True).step()
+    model.zero_grad()
+
+
+def step_twice(model: Tied) -> None:
+    """Two steps with one gradient, looked at in between."""
+    model(torch.arange(20)).square().sum().backward()
+    optimizer = torch.optim.SGD([model.embedding.weight], lr=0.5, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            model(torch.arange(20))
+        optimizer.step()
+    model.zero_grad()
+
+
+def train_the_embedding_alone(model: Tied) -> None:
+    """With a gradient that the head has no part in, as that of an encoder."""
+    model.embedding(torch.arange(20)).square().sum().backward()
+    torch.optim.SGD([{"params": [model.embedding.weight]}], lr=5, fused=True).step()
+    model.zero_grad()
+
+
 def in_place(model: Tied, context: Any) -> None:
     with context():
         model.embedding.weight.normal_()
@@ -434,6 +461,9 @@ CHANGES: dict[str, Callable[[Tied], Any]] = {
     "SGD": lambda model: train(model, torch.optim.SGD),
     "SGD, fused": lambda model: train(model, torch.optim.SGD, fused=True),
     "AdamW, fused": lambda model: train(model, torch.optim.AdamW, fused=True),
+    "fused, after a forward in between": train_with_a_look,
+    "fused, twice with one gradient": step_twice,
+    "fused, with a gradient of the embedding alone": train_the_embedding_alone,
     "AdamW, foreach": lambda model: train(model, torch.optim.AdamW, foreach=True),
     "vector_to_parameters": lambda model: nn.utils.vector_to_parameters(torch.randn(50 * 24), [model.embedding.weight]),
     "there and back": lambda model: model.to(torch.float16).apply(renew).float(),
@@ -538,6 +568,22 @@ class TestInt8Head:
             for _ in range(2):
                 assert torch.equal(compiled(tokens), model(tokens))
                 model.embedding.weight.data.mul_(-3)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
+    def test_a_compiled_step_counts_too(self) -> None:
+        torch.compiler.reset()
+        model, tokens = Tied(), torch.arange(20)
+        Int8Head.from_linear(model.head)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1)
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for _ in range(3):
+            before = model(tokens).detach()
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            step()
+            expected = F.linear(model.embedding(tokens), model.head.weight, model.head.bias)
+            assert distance(model(tokens), expected) < 2e-2
+            assert distance(before, expected) > 4e-2
 
     def test_a_weight_made_in_inference_mode_is_not_counted_and_not_rounded(self) -> None:
         with torch.inference_mode():

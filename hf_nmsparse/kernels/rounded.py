@@ -1,7 +1,7 @@
 """The product with a dense weight rounded to int8 as it stands, as the torch operator ``nmsparse::rounded_linear``.
 
-The float weight is the only one. Its copy in int8 is kept with it and made anew when the weight has changed, however it
-was changed, so that exported and compiled graphs, copies and other processes know the float weight alone.
+The float weight is the only one. Its copy in int8 is kept with it and made anew when the weight has changed, so that
+exported and compiled graphs, copies and other processes know the float weight alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.packing import quantize_rows
@@ -22,7 +23,9 @@ class RoundedParameter(nn.Parameter):
     """A parameter that keeps its rows in int8 beside itself: an ``nn.Parameter`` whose class is changed in place.
 
     torch counts what happens to a tensor in place, but not what happens through ``data``: whoever asks for that may
-    write to it, so asking counts as a change.
+    write to it, so asking counts as a change. Nor does it count what fused optimizers do, so that each step of an
+    optimizer counts as one. What nobody can count are later writes through memory that was handed out before: through
+    ``data`` kept from an earlier call, NumPy or DLPack. Ask for ``data`` once more after these.
     """
 
     _changes = 0
@@ -43,7 +46,7 @@ class RoundedParameter(nn.Parameter):
         """Nothing: other processes round for themselves."""
 
     def may_change(self) -> None:
-        """To be called before changes that torch does not count, as those of fused optimizers."""
+        """To be called around changes that torch does not count."""
         self._changes += 1
 
     def rounded(self) -> Tensor:
@@ -121,6 +124,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not cpu.needs_dispatch(x):
         return _multiply(x, weight, bias)
     result: Tensor = torch.ops.nmsparse.rounded_linear(x, weight, bias)
-    if result.requires_grad and weight.requires_grad and isinstance(weight, RoundedParameter):
-        result.register_hook(lambda _: weight.may_change())  # once it has a gradient, an optimizer may follow
     return result
+
+
+def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Counts the step of an optimizer as a change of every parameter that it holds."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter, RoundedParameter):
+                parameter.may_change()
+
+
+register_optimizer_step_post_hook(_count_step)
