@@ -333,6 +333,20 @@ class KernelLinear(nn.Linear):
         weight.place = self.kernel_weight.device
         return weight
 
+    def requires_grad_(self, requires_grad: bool = True) -> KernelLinear:
+        """As torch's; models do not ask it of their layers, and whoever asks it of this one wants the weight trained.
+
+        Raises:
+            ValueError: Gradients are asked for, and the weight can have none.
+        """
+        if requires_grad:
+            raise ValueError(
+                "kernels: a weight that lies packed cannot be trained; call prepare_for_training(model) to train the "
+                "model, or load it with compute='dense' to train this layer"
+            )
+        super().requires_grad_(False)
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
         return cpu.linear(input, self.kernel_weight, self.bias, self.format, self.out_features)
@@ -366,6 +380,11 @@ class KernelLinear(nn.Linear):
                 self.kernel_weight = self._repacked(tensors)
             except ValueError as error:
                 errors.append(f"{prefix}weight: {error}")
+        elif "weight" in tensors:  # which a load that is not strict would leave out without a word
+            errors.append(
+                f"{prefix}weight: the layer is packed, got a weight without its codes or scale; load the model with "
+                "compute='dense' to give it dense weights"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,12 +37,13 @@ from hf_nmsparse.checking import (
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cpu, native, semi_structured
 from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, SemiStructuredLinear, sparse_layers
+from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packing import PackedFormatError, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
 from hf_nmsparse.sparse_model import select_layers, sparsify
-from hf_nmsparse.wrappers import unwrapped
+from hf_nmsparse.wrappers import has_adapters, is_of_peft, unwrapped
 
 __all__ = ["NMSparseQuantizer", "prepare_for_training", "set_compute"]
 
@@ -176,7 +177,7 @@ class NMSparseQuantizer(HfQuantizer):
                 # An offloaded layer gets its weight when it is used, as the file holds it.
                 if isinstance(layer, PackedLinear) and not hasattr(layer, "_hf_hook"):
                     model.set_submodule(name, _kernel_layer(layer, self.quantization_config.compute))
-        _set_head(model, self.quantization_config)
+        _set_head(model, self.quantization_config.head)
         # The model keeps the conversions of its loading, and would run them backwards over the packed tensors.
         used: list[Any] = model._weight_conversions  # type: ignore[assignment]
         model._weight_conversions = [  # type: ignore[assignment]
@@ -229,7 +230,8 @@ class NMSparseQuantizer(HfQuantizer):
 def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -> None:
     """Switches a model that was loaded packed to another way to compute, in place.
 
-    A weight that was rounded, to bf16 or int8, stays so: load the model again for the file's own.
+    A weight that was rounded, to bf16 or int8, stays so: load the model again for the file's own. What is frozen stays
+    so, too.
 
     Args:
         model: The model.
@@ -237,8 +239,8 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
         head: As in `NMSparseQuantizationConfig`.
 
     Raises:
-        ValueError: ``compute`` or ``head`` is unknown or not possible here, the model was not loaded packed, or it is
-            spread over devices.
+        ValueError: ``compute`` or ``head`` is unknown or not possible here, the model was not loaded packed, it is
+            spread over devices, or a weight has left the pattern. The model stays as it was then.
     """
     one_of("compute", compute, COMPUTES, where="set_compute")
     one_of("head", head, (None, *HEADS), where="set_compute")
@@ -248,39 +250,53 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
     for name, layer in layers.items():
         if hasattr(layer, "_hf_hook"):
             raise ValueError(f"set_compute: {name} is offloaded; load the model again with compute={compute!r}")
-    config.compute, config.head = compute, head
     stay_packed = _computing_packed(layers, compute, config.pattern, model.device)
+    replaced: dict[str, nn.Module] = {}  # all are made before the first takes its place: one may be impossible
     for name, layer in layers.items():
         if name not in stay_packed and isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear):
             continue
-        packed = _packed_layer(layer, config.pattern, name)
+        packed = _packed_layer(layer, config.pattern, name, _trains(model, name))
         if name not in stay_packed:
-            model.set_submodule(name, packed.to_linear())
+            dense = packed.to_linear()
+            dense.weight.requires_grad_(_trains(model, name))
+            replaced[name] = dense
         else:
-            model.set_submodule(name, packed if compute == "reference" else _kernel_layer(packed, compute))
-    _set_head(model, config)
+            replaced[name] = packed if compute == "reference" else _kernel_layer(packed, compute)
+    if head is not None:
+        _set_head(model, head)
+    for name, layer in replaced.items():
+        model.set_submodule(name, layer)
+    config.compute, config.head = compute, head
+    _set_head(model, head)
 
 
 def prepare_for_training(model: PreTrainedModel) -> None:
     """Makes an ordinary trainable model with N:M layers of one that was loaded packed, in place.
 
-    Pruned weights start at zero and get gradients like all others. Load with ``dtype=torch.float32`` for masters in
-    fp32. A checkpoint of the training is loaded ready for it and stays as it is.
+    Pruned weights start at zero and get gradients like all others, also where they were frozen. Load with
+    ``dtype=torch.float32`` for masters in fp32. A checkpoint of the training is loaded ready for it and stays as it is.
 
     Args:
         model: A model loaded from a packed checkpoint or from one of the training.
 
     Raises:
-        ValueError: The model was loaded from neither, or it is spread over devices.
+        ValueError: The model was loaded from neither, is spread over devices, or holds adapters.
     """
     model = unwrapped(model)
     if any(isinstance(module, NMLinear) for module in model.modules()):
         return
     quantizer = _attached(model, "prepare_for_training")
+    if has_adapters(model):
+        raise ValueError(
+            "prepare_for_training: the model holds PEFT adapters; merge them first: set_compute(model, 'dense'), then "
+            "model = model.merge_and_unload()"
+        )
     set_compute(model, "dense")
     names = list(sparse_layers(model))
     for name in names:
-        del model.get_submodule(name).pattern
+        layer: Any = model.get_submodule(name)
+        del layer.pattern
+        layer.weight.requires_grad_(True)
     config = quantizer.quantization_config.sparse_config()
     try:
         same = select_layers(model, config)[0].keys() == set(names)
@@ -351,27 +367,59 @@ def _kernel_layer(layer: PackedLinear, compute: str) -> KernelLinear:
     return KernelLinear(layer, cpu.preferred_format(layer.weight.dtype) if compute == "auto" else compute)
 
 
-def _packed_layer(layer: nn.Module, pattern: NMPattern, name: str) -> PackedLinear:
-    """``layer`` with its weight as the file holds it."""
+def _packed_layer(layer: nn.Module, pattern: NMPattern, name: str, trains: bool) -> PackedLinear:
+    """``layer`` with its weight as the file holds it, to be trained or not."""
     if isinstance(layer, PackedLinear):
         return layer
     if isinstance(layer, KernelLinear):
-        return layer.to_packed()
+        packed = layer.to_packed()
+        packed.weight.requires_grad_(trains and packed.weight.is_floating_point())
+        return packed
     assert isinstance(layer, nn.Linear)
+    violations = count_violations(layer.weight, pattern)
+    if violations:
+        raise ValueError(
+            f"set_compute: {name}.weight breaks {pattern} in {violations:,} groups; call finalize(model), which masks "
+            "it once more"
+        )
     return PackedLinear.from_linear(layer, pattern, f"{name}.weight")
 
 
-def _set_head(model: PreTrainedModel, config: NMSparseQuantizationConfig) -> None:
-    """Gives the output projection the form that ``config`` asks for."""
+def _trains(model: nn.Module, name: str) -> bool:
+    """Whether the weight of a layer that has one, or would have one if it lay dense, is to be trained.
+
+    A weight in the order of a kernel has no gradient and is frozen and released with what stands beside it: the bias,
+    or else the nearest parameters above the layer that are the model's own.
+    """
+    layer = model.get_submodule(name)
+    if not isinstance(layer, KernelLinear) and layer.weight.is_floating_point():  # type: ignore[operator]
+        return layer.weight.requires_grad  # type: ignore[return-value]
+    beside = [] if layer.bias is None else [layer.bias]
+    while not beside and name:
+        name = name.rpartition(".")[0]
+        beside = list(_own_parameters(model.get_submodule(name)))
+    return any(parameter.requires_grad for parameter in beside) or not beside
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Any]:
+    """The parameters below ``module``, but for what PEFT has added and what it has wrapped."""
+    if not is_of_peft(module):
+        yield from module.parameters(recurse=False)
+        for child in module.children():
+            yield from _own_parameters(child)
+
+
+def _set_head(model: PreTrainedModel, form: str | None) -> None:
+    """Gives the output projection the form that is asked for; None takes that of the layers."""
     head = model.get_output_embeddings()
-    kind = config.head or ("int8" if holds_int8(model, KernelLinear) else "dense")
+    kind = form or ("int8" if holds_int8(model, KernelLinear) else "dense")
     if kind == "dense":
         if isinstance(head, Int8Head):
             head.to_linear()
     elif type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
-        if config.head is not None or head.weight.device.type == "cpu":
+        if form is not None or head.weight.device.type == "cpu":
             Int8Head.from_linear(head)
-    elif config.head is not None and not isinstance(head, Int8Head):
+    elif form is not None and not isinstance(head, Int8Head):
         raise ValueError(f"head: 'int8' needs an output projection that is an nn.Linear, got {type(head).__name__}")
 
 

@@ -289,6 +289,22 @@ class TestKernelLinear:
         inside = nn.Sequential(copy.deepcopy(layer))
         assert inside.load_state_dict({f"0.{key}": tensor for key, tensor in state.items()}) == ([], [])
 
+    def test_gradients_of_the_packed_weight_are_refused(self, layer: KernelLinear) -> None:
+        with pytest.raises(ValueError, match=r"^kernels: .* prepare_for_training\(model\) .*compute='dense'[^\n]*$"):
+            layer.requires_grad_()
+        assert layer.requires_grad_(False) is layer
+        assert not layer.bias.requires_grad
+        nn.Sequential(layer).requires_grad_(True)  # a model asks it of its parameters alone
+        assert layer.bias.requires_grad
+
+    def test_a_dense_weight_is_not_left_out_by_a_load_that_is_not_strict(self, layer: KernelLinear) -> None:
+        dense = nn.Linear(28, 6).state_dict()
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=r"0\.weight: the layer is packed, .*compute='dense'"):
+                nn.Sequential(layer).load_state_dict({f"0.{key}": dense[key] for key in dense}, strict=strict)
+        nn.Sequential(layer).load_state_dict({"0.bias": dense["bias"]}, strict=False)
+        assert torch.equal(layer.bias, dense["bias"])
+
     def test_what_does_not_load(self, layer: KernelLinear) -> None:
         state, x = layer.state_dict(), torch.randn(3, 28)
         expected = layer(x)

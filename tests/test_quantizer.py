@@ -635,6 +635,52 @@ class TestSetCompute:
         assert type(model.get_submodule(FC1)) is nn.Linear
         assert torch.equal(logits(model), expected)
 
+    @pytest.mark.parametrize("family", ["marian", "t5"])
+    @pytest.mark.parametrize("values", ["fp32", "int8"])
+    @pytest.mark.parametrize("compute", ["auto", "dense", "reference"])
+    def test_what_is_frozen_stays_so(self, compute: str, values: str, family: str, tmp_path: Path) -> None:
+        save_packed(training(family), tmp_path, values)
+        for part in ("model", "encoder", "decoder", "nothing"):
+            trained = []
+            for start, forms in (("dense", ()), (compute, ("dense", "reference", "auto", "dense"))):
+                model = load(tmp_path, start)
+                if part != "nothing":
+                    (model if part == "model" else getattr(model, f"get_{part}")()).requires_grad_(False)
+                for form in forms:
+                    set_compute(model, form)
+                trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+            assert trained[0] == trained[1], part
+            assert bool(trained[0]) == (part != "model")
+        model = load(tmp_path, compute).requires_grad_(False)
+        assert not any(parameter.requires_grad for parameter in model.dequantize().parameters())
+        model = load(tmp_path, compute).requires_grad_(False)
+        prepare_for_training(model)
+        assert all(model.get_submodule(name).weight.requires_grad for name in sparse_layers(model))
+
+    def test_a_change_that_fails_leaves_the_model_as_it_was(self, packed: Path) -> None:
+        model = load(packed)
+        with torch.no_grad():
+            model.get_submodule("model.decoder.layers.1.fc2").weight += 1
+        before = logits(model)
+        for compute in ("reference", "fp32"):
+            message = r"^set_compute: model.decoder.layers.1.fc2.weight breaks 2:4 in 512 .* call finalize\(model\)"
+            with pytest.raises(ValueError, match=message):
+                set_compute(model, compute)
+            assert {type(model.get_submodule(name)) for name in sparse_layers(model)} == {nn.Linear}
+            assert model.hf_quantizer.quantization_config.compute == "dense"
+            assert torch.equal(logits(model), before)
+        finalize(model)
+        set_compute(model, "reference")
+
+    def test_a_head_that_is_not_possible_leaves_the_model_as_it_was(
+        self, packed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = load(packed)
+        monkeypatch.setattr(model, "get_output_embeddings", nn.Identity)
+        with pytest.raises(ValueError, match=r"^head: 'int8' needs an output projection"):
+            set_compute(model, "reference", "int8")
+        assert {type(model.get_submodule(name)) for name in sparse_layers(model)} == {nn.Linear}
+
     def test_a_device_map_of_one_device_is_no_offloading(self, packed: Path, expected: Tensor) -> None:
         model = load(packed, device_map="auto")
         set_compute(model, "reference")

@@ -180,6 +180,34 @@ class TestPeft:
             with pytest.raises(ValueError, match=PREPARE):
                 model.merge_and_unload()
 
+    @pytest.mark.parametrize("family", ["marian", "t5"])
+    @pytest.mark.parametrize("values", ["fp32", "int8"])
+    @pytest.mark.parametrize("compute", ["auto", "dense"])
+    def test_under_adapters_the_weights_stay_frozen_however_they_are_held(
+        self, family: str, values: str, compute: str, tmp_path: Path
+    ) -> None:
+        save_packed(sparse(family), tmp_path, values=values)
+        targets = ["q", "wi"] if family == "t5" else ["q_proj", "fc1"]
+        model = with_lora(load(tmp_path, compute, "dense"), target_modules=targets)
+        expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all("lora" in name for name in expected)
+        for form in ("reference", "dense", "auto", "dense"):
+            set_compute(model, form)
+            assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected, form
+
+    def test_adapters_are_merged_before_the_weights_are_trained(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        model = with_lora(load(folders["fp32"], head="dense"), init_lora_weights=False).eval()
+        before, layers = output(model), sparse_layers(model)
+        with pytest.raises(ValueError, match=r"^prepare_for_training: the model holds PEFT adapters; merge [^\n]+$"):
+            prepare_for_training(model)
+        assert torch.equal(output(model), before)
+        assert sparse_layers(model) == layers
+        set_compute(model, "dense")  # as the message says
+        merged = model.merge_and_unload()
+        prepare_for_training(merged)
+        assert all(merged.get_submodule(name).weight.requires_grad for name in sparse_layers(merged))
+        save_packed(merged, tmp_path)
+
     @pytest.mark.parametrize("values", ["fp32", "int8"])
     def test_a_merged_model_is_masked_again_when_it_is_packed(
         self, folders: dict[str, Path], tmp_path: Path, values: str
