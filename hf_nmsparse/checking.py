@@ -42,6 +42,7 @@ __all__ = [
     "open_files",
     "open_folder",
     "refuse_missing",
+    "refuse_more_layers",
 ]
 
 CODES = ".weight_indices"
@@ -162,9 +163,12 @@ def open_folder(folder: Path, stack: ExitStack) -> dict[str, tuple[str, Any]]:
     if not index.is_file() or (folder / "model.safetensors").is_file():  # transformers prefers the one file, too
         files = open_files([_inside(folder, "model.safetensors")], stack)
     else:
-        weight_map = _read_object(index).get("weight_map")
+        content = _read_object(index)
+        weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise PackedFormatError(f"{index.name}: weight_map is missing")
+        if not isinstance(content.get("metadata"), dict):  # transformers loads none without
+            raise PackedFormatError(f"{index.name}: metadata is missing; save the model again")
         files = open_files([_inside(folder, name) for name in sorted(set(map(str, weight_map.values())))], stack)
         for key in sorted(weight_map.keys() | files.keys()):
             named, found = weight_map.get(key, "no file"), files[key][0] if key in files else "no file"
@@ -239,7 +243,7 @@ def check_complete(
         conversions: How transformers makes tensors of the model of those in the files.
 
     Raises:
-        PackedFormatError: A tensor is missing.
+        PackedFormatError: A tensor is missing, or there are layers that the model has not.
     """
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -255,7 +259,36 @@ def check_complete(
         for key in expected
         if tied.get(key, key) not in found and not any(re.search(pattern, prefix + key) for pattern in computed)
     }
-    refuse_missing(missing, files, min(file for file, _ in files.values()), "save the whole model again")
+    where = min(file for file, _ in files.values())
+    refuse_missing(missing, files, where, "save the whole model again")
+    refuse_more_layers(files, model, where)
+
+
+def refuse_more_layers(keys: Iterable[str], model: PreTrainedModel, where: str) -> None:
+    """Refuses a checkpoint with more layers than config.json gives the model: they would be left out.
+
+    Other tensors that the model does not know, as those of another task's head, are no fault.
+
+    Args:
+        keys: The names that the checkpoint has, or those of them that the model does not know.
+        model: The model.
+        where: Begins the message.
+
+    Raises:
+        PackedFormatError: There are such layers.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = [key.removeprefix(prefix) for key in keys]
+    for name, layers in model.named_modules():
+        if isinstance(layers, nn.ModuleList):
+            stem = f"{name.removeprefix(prefix)}."
+            found = [key.removeprefix(stem).partition(".")[0] for key in names if key.startswith(stem)]
+            number = 1 + max((int(part) for part in found if part.isdecimal()), default=-1)
+            if number > len(layers):
+                raise PackedFormatError(
+                    f"{where}: {name} has {number} layers here and {len(layers)} by config.json; correct config.json "
+                    "or save the model again"
+                )
 
 
 def refuse_missing(missing: Collection[str], keys: Collection[str], where: str, remedy: str) -> None:

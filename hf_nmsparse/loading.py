@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
-from hf_nmsparse.checking import check_complete, open_folder, refuse_missing
+from hf_nmsparse.checking import check_complete, open_folder, refuse_missing, refuse_more_layers
 
 __all__ = ["check_checkpoint", "load_seq2seq"]
 
@@ -25,10 +25,16 @@ def load_seq2seq(source: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: As ``from_pretrained`` takes them.
 
     Raises:
-        ValueError: A tensor is missing that transformers does not make itself, as it does tied ones and positions.
+        ValueError: A tensor is missing that transformers does not make itself, as it does tied ones and positions; the
+            files have more layers than config.json says; or a number of a dense model is not finite.
     """
     model, found = AutoModelForSeq2SeqLM.from_pretrained(source, output_loading_info=True, **kwargs)
     refuse_missing(found["missing_keys"], found["unexpected_keys"], str(source), "save the whole model again")
+    refuse_more_layers(found["unexpected_keys"], model, str(source))
+    if getattr(model, "hf_quantizer", None) is None:  # packed files were checked as they were read
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_meta and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")
     loaded: PreTrainedModel = model
     return loaded
 

@@ -104,12 +104,14 @@ class NMSparseQuantizer(HfQuantizer):
             raise ValueError("from_pretrained: a sparse model is loaded from its files, not from a state_dict")
         check_places(checkpoint_files, model.config.name_or_path)
         self._files = checkpoint_files
-        if self._holds_dense:
-            return
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         layers: dict[str, str] = {}  # name in the file: name in the model
         with ExitStack() as stack:
             files = open_files(checkpoint_files, stack)
+            if self._holds_dense:
+                check_number_types(files, model, renamings)
+                check_numbers(files)
+                return
             for prefix, found in names_in_model(files, model, renamings).items():
                 check_layer(files, prefix, None if found is None else model.get_submodule(found), config)
                 if found is not None and prefix + CODES in files:

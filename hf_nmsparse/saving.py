@@ -23,7 +23,7 @@ import hf_nmsparse
 from hf_nmsparse import standalone as reader
 from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader, refuse_missing
 from hf_nmsparse.files import model_folder
-from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, is_sharded, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
@@ -76,9 +76,9 @@ def save_packed(
             for the case that the model's own are sharded.
 
     Raises:
-        ValueError: The model has no sparse layer or holds adapters, a weight breaks the pattern, a number is not finite
-            or does not fit ``values``, weights lie on disk, ``state_dict`` lacks some, or ``standalone`` is given for a
-            class that no auto class of translation loads.
+        ValueError: The model has no sparse layer or holds adapters, parametrizations or torch's pruning, a weight
+            breaks the pattern, a number is not finite or does not fit ``values``, weights are sharded or lie on disk,
+            ``state_dict`` lacks some, or ``standalone`` is given for a class that no auto class of translation loads.
     """
     model = _itself(model, "save_packed")
     record = record_of(model)
@@ -91,6 +91,7 @@ def save_packed(
     if len(patterns) != 1:
         found = ", ".join(sorted(map(str, patterns))) or "none; call sparsify(model, config) first"
         raise ValueError(f"save_packed: a packed model has one pattern, this model has {found}")
+    state_dict = _state_dict(model, kwargs, "save_packed")
     twin = _empty_twin(model, model.dtype if values == "int8" else VALUE_DTYPES[values])
     twin.config.quantization_config = NMSparseQuantizationConfig(
         pattern=patterns.pop(),
@@ -102,7 +103,6 @@ def save_packed(
     )
     if standalone:
         twin.config.auto_map = {**(getattr(twin.config, "auto_map", None) or {}), **_auto_map(twin)}
-    state_dict = kwargs.pop("state_dict", None) or model.state_dict()
     tensors = packed_state_dict(model, state_dict, twin.config.quantization_config)
     _check_whole(twin, tensors, "save_packed")
     _write(twin, path, tensors, "save_packed", kwargs, standalone)
@@ -117,17 +117,21 @@ def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> Non
         **kwargs: As `save_packed` takes them.
 
     Raises:
-        ValueError: The model has no sparse layer or holds adapters, a weight has left the pattern, weights lie on disk,
-            ``state_dict`` lacks some, or CTranslate2 would give other translations without a word.
+        ValueError: The model has no sparse layer or holds adapters, parametrizations or torch's pruning, a weight has
+            left the pattern, a number is not finite, weights are sharded or lie on disk, ``state_dict`` lacks some, or
+            CTranslate2 would give other translations without a word.
     """
     model = _itself(model, "export_dense")
     if not sparse_layers(model):
         raise ValueError("export_dense: the model has no sparse layer; model.save_pretrained(path) writes it as it is")
+    state_dict = _state_dict(model, kwargs, "export_dense")
     twin = _empty_twin(model, None)
     if hasattr(twin.config, "quantization_config"):
         del twin.config.quantization_config
-    tensors = dict(_dense_tensors(model, kwargs.pop("state_dict", None) or model.state_dict()))
+    tensors = dict(_dense_tensors(model, state_dict))
     _check_whole(twin, tensors, "export_dense")
+    for key, tensor in tensors.items():
+        _finite(tensor, key)
     _check_pattern(model, tensors)
     _check_start(twin, tensors)
     _write(twin, path, tensors, "export_dense", kwargs)
@@ -230,6 +234,29 @@ def _itself(model: Any, where: str) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{where}: writes models of transformers, got {type(model).__name__}")
     return model
+
+
+def _state_dict(model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> Mapping[str, Tensor]:
+    """The tensors that are to be saved: those that the caller gives, or else the model's own."""
+    tensors: Mapping[str, Tensor] = kwargs.pop("state_dict", None) or model.state_dict()
+    for key, tensor in tensors.items():
+        name = stock_name(key)
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{where}: {name} is sharded over processes; gather all tensors and pass them: "
+                "state_dict=accelerator.get_state_dict(model)"
+            )
+        if ".parametrizations." in f".{name}":
+            raise ValueError(
+                f"{where}: {name} is part of a parametrization, under which no model looks for its weight; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        if name.endswith("_orig") and f"{key.removesuffix('_orig')}_mask" in tensors:
+            raise ValueError(
+                f"{where}: {name} belongs to torch's pruning, under which no model looks for its weight; call "
+                "torch.nn.utils.prune.remove first"
+            )
+    return tensors
 
 
 def _check_whole(twin: PreTrainedModel, tensors: Mapping[str, Tensor], where: str) -> None:

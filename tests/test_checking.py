@@ -183,7 +183,29 @@ def test_what_stands_beside_packed_weights_is_finite_and_floating_point(
                 read(folder)
 
 
+@pytest.mark.parametrize("damage", [_nan, _infinity, _integers, _eight_bits])
+def test_a_checkpoint_of_the_training_is_finite_and_floating_point(
+    damage: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    save(tmp_path / "whole", "training")
+    for key in (f"{FC1}.weight", f"{FC1}.bias", "model.shared.weight"):
+
+        def hurt(tensors: dict[str, Tensor], key: str = key) -> None:
+            tensors[key] = damage(tensors[key])
+
+        folder = changed(tmp_path / "whole", tmp_path / "changed", hurt)
+        with pytest.raises(PackedFormatError, match=rf"^model.safetensors: {re.escape(key)}: [^\n]+$"):
+            hf.AutoModelForSeq2SeqLM.from_pretrained(folder)
+
+
 class TestIndices:
+    def test_an_index_without_metadata(self, tmp_path: Path) -> None:
+        save(tmp_path, "fp32", max_shard_size="20KB")
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+        with pytest.raises(PackedFormatError, match=r"^model.safetensors.index.json: metadata is missing; save"):
+            check_folder(tmp_path)
+
     def test_an_index_that_names_files_elsewhere(self, tmp_path: Path) -> None:
         save(tmp_path / "other", "fp32", max_shard_size="20KB")
         for form in ("fp32", "training"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,29 @@ def test_an_encoder_alone_is_no_translation_model(tmp_path: Path) -> None:
     hf.T5EncoderModel(hf.T5Config(**settings)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"decoder\.\S+ and \d+ more tensors are missing"):
         load_seq2seq(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["model.encoder.layers.0.fc1.weight", "model.shared.weight", "final_logits_bias"])
+def test_what_is_no_number_is_told_of(stock: Path, key: str, number: float) -> None:
+    tensors = load_file(stock / "model.safetensors")
+    tensors[key].view(-1)[3] = number
+    save_file(tensors, stock / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^[^\n]*{key} holds NaN or infinity; take an earlier checkpoint$"):
+        load_seq2seq(str(stock))
+
+
+@pytest.mark.parametrize("form", ["stock", "packed", "training"])
+def test_layers_that_the_configuration_does_not_count_are_told_of(form: str, tmp_path: Path) -> None:
+    model = marian()
+    if form != "stock":
+        sparsify(model, NMSparseConfig("2:4"))
+    (save_packed if form == "packed" else type(model).save_pretrained)(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_layers": 1}))
+    with pytest.raises(ValueError, match=r"^[^\n]+: model.decoder.layers has 2 layers here and 1 by config.json; "):
+        load_seq2seq(str(tmp_path))
+    if form != "stock":
+        for cls in (hf.AutoModel, hf.MarianMTModel):
+            with pytest.raises(ValueError, match=r"decoder.layers has 2 layers here and 1 by config.json"):
+                cls.from_pretrained(tmp_path)

@@ -14,6 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from hf_nmsparse import (
     NMSparseConfig,
@@ -172,6 +175,43 @@ def test_a_weight_that_has_left_its_pattern_is_not_exported(tmp_path: Path) -> N
     assert not count_violations(weight, model.model.encoder.layers[1].fc2.pattern)
     save_packed(model, tmp_path / "again")
     assert torch.equal(load(tmp_path / "again", "dense").model.encoder.layers[1].fc2.weight, weight)
+
+
+@pytest.mark.parametrize("key", ["model.encoder.layers.0.fc1.bias", "model.shared.weight", "final_logits_bias"])
+def test_what_is_no_number_is_not_exported(key: str, tmp_path: Path) -> None:
+    model = sparse()
+    with torch.no_grad():
+        model.state_dict()[key].view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match=rf"^save: {key} holds NaN or infinity; [^\n]+$"):
+        export_dense(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("save", [save_packed, export_dense])
+@pytest.mark.parametrize(
+    ("change", "undo", "remedy"),
+    [
+        (weight_norm, lambda layer: remove_parametrizations(layer, "weight"), "parametrize.remove_parametrizations"),
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            lambda layer: prune.remove(layer, "weight"),
+            "prune.remove",
+        ),
+    ],
+    ids=["weight_norm", "prune"],
+)
+def test_a_weight_that_torch_computes_anew_is_not_saved(
+    save: Callable[..., None], change: Any, undo: Any, remedy: str, tmp_path: Path
+) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4", ignore=["fc1"]))
+    change(model.model.encoder.layers[1].fc1)
+    with pytest.raises(ValueError, match=rf"^{save.__name__}: model.encoder.layers.1.fc1.[^\n]*{remedy} first$"):
+        save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    undo(model.model.encoder.layers[1].fc1)
+    save(model, tmp_path / "new")
+    hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "new")
 
 
 LAST = {"pad_token_id": 299, "decoder_start_token_id": 299, "eos_token_id": 0}
