@@ -254,9 +254,10 @@ def check_complete(
     prefix, computed = f"{model.base_model_prefix}.", list(model._keys_to_ignore_on_load_missing or ())
     if any(key.startswith(prefix) for key in files):  # files of a model with a head have the bias of its logits
         computed = [pattern for pattern in computed if pattern != "final_logits_bias"]
+    tables = {f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "create_weight")}
     missing = {
         tied.get(key, key)
-        for key in expected
+        for key in expected.keys() - tables
         if tied.get(key, key) not in found and not any(re.search(pattern, prefix + key) for pattern in computed)
     }
     where = min(file for file, _ in files.values())

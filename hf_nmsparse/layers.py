@@ -263,8 +263,8 @@ class KernelLinear(nn.Linear):
         """Takes the weight of ``packed`` over; its bias is shared.
 
         Raises:
-            ValueError: There is no kernel for the pattern, the weight does not lie on the CPU, or the native library is
-                not used.
+            ValueError: There is no kernel for the pattern or the number type, the weight does not lie on the CPU, or
+                the native library is not used.
         """
         super(nn.Linear, self).__init__()  # which would make a dense weight
         self._check(packed)
@@ -275,6 +275,7 @@ class KernelLinear(nn.Linear):
         self.train(packed.training)
 
     def _check(self, packed: PackedLinear) -> None:
+        cpu.preferred_format(packed.dtype)  # refuses what no kernel computes in
         if not cpu.fits(packed.pattern, packed.in_features):
             raise ValueError(
                 f"kernels: no kernel for {packed.pattern} with {packed.in_features} inputs; choose compute='dense'"

@@ -139,6 +139,13 @@ class NMSparseQuantizer(HfQuantizer):
                 layer.pattern = config.pattern  # type: ignore[assignment]
                 self._converters.append(_converter(prefix, renamings, config.pattern, leaves))
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The number type of the model, which the kernels must know if they are to compute."""
+        dtype = super().update_dtype(dtype)
+        if not self._holds_dense and self.quantization_config.compute not in ("dense", "reference"):
+            cpu.preferred_format(dtype)
+        return dtype
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The number type in which a tensor of the file is read; scales keep theirs until they are multiplied."""
         dtype = super().get_new_dtype(converter, param, dtype)

@@ -120,6 +120,16 @@ class TestWhatIsMissing:
         again = load(changed(tmp_path / "whole", tmp_path / "tied", another_tie))
         assert torch.equal(again.model.shared.weight, model.model.shared.weight)
 
+    def test_tables_that_transformers_computes_may_be_missing_from_a_decoder(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        apart = BART | {"share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+        model = hf.MarianMTModel(hf.MarianConfig(**apart, decoder_vocab_size=100))
+        sparsify(model, NMSparseConfig("2:4"))
+        save_packed(model, tmp_path, "fp32")
+        decoder = load(tmp_path, "dense", hf.MarianForCausalLM)
+        expected = model.model.decoder.embed_positions.weight
+        assert torch.equal(decoder.model.decoder.embed_positions.weight, expected)
+
     def test_a_bias_of_the_logits_is_none_of_that(self, tmp_path: Path) -> None:
         save(tmp_path / "whole", "fp32")
         folder = changed(tmp_path / "whole", tmp_path / "changed", lambda tensors: tensors.pop("final_logits_bias"))

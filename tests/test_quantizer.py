@@ -657,6 +657,18 @@ class TestSetCompute:
         prepare_for_training(model)
         assert all(model.get_submodule(name).weight.requires_grad for name in sparse_layers(model))
 
+    @pytest.mark.parametrize("values", ["fp32", "int8"])
+    def test_a_number_type_that_no_kernel_knows(self, values: str, tmp_path: Path) -> None:
+        save_packed(training(), tmp_path, values)
+        message = r"^kernels: models compute in fp32, fp16 or bf16, got torch.float64; .* compute='dense'$"
+        for compute in ("auto", "fp32", "int8"):
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path, compute, dtype=torch.float64)
+        model = load(tmp_path, "reference", dtype=torch.float64)
+        assert torch.isfinite(logits(model)).all()
+        with pytest.raises(ValueError, match=message):
+            set_compute(model, "fp32")
+
     def test_a_change_that_fails_leaves_the_model_as_it_was(self, packed: Path) -> None:
         model = load(packed)
         with torch.no_grad():

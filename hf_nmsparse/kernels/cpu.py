@@ -101,5 +101,13 @@ _FASTEST = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp32", t
 
 
 def preferred_format(values: torch.dtype) -> str:
-    """The fastest format that keeps values of this number type as they are."""
+    """The fastest format that keeps values of this number type as they are.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if values not in _FASTEST:
+        raise ValueError(
+            f"kernels: models compute in fp32, fp16 or bf16, got {values}; choose one of these, or compute='dense'"
+        )
     return _FASTEST[values]
