@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
@@ -268,6 +268,10 @@ class SparseTrainer(Seq2SeqTrainer):
             and not getattr(config, "output_router_logits", False)
         ):
             self.compute_loss_func = self._token_loss
+        if hasattr(getattr(self.data_collator, "model", None), "prepare_decoder_input_ids_from_labels") and isinstance(
+            self.data_collator, DataCollatorForSeq2Seq
+        ):
+            self.data_collator = replace(self.data_collator, model=_Shifts(self.data_collator.model))
         self.teacher = self._load_teacher() if args.distill_from is not None else None
         self._teacher_logits: Tensor | None = None
         self.add_callback(_Start(self))
@@ -745,11 +749,22 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     M2M100 and NLLB have no method for it and follow BART's rule: the start token first, padding for -100.
     """
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        # A copy: FSMT writes padding over -100 in what it is given, and would count it as a target.
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels.clone())
         return shifted
     shifted = labels.roll(1, dims=-1)
     shifted[..., 0] = model.config.decoder_start_token_id
     return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
+
+
+@dataclass
+class _Shifts:
+    """Stands for a model in a collator, which asks it for `decoder_inputs` and nothing else."""
+
+    model: Any
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return decoder_inputs(self.model, labels)
 
 
 def is_stream(dataset: Any) -> bool:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BatchEncoding,
+    DataCollatorForSeq2Seq,
     GenerationConfig,
     M2M100Config,
     M2M100ForConditionalGeneration,
@@ -53,7 +55,7 @@ from hf_nmsparse.trainer import (
     last_whole_checkpoint,
     pair_lengths,
 )
-from tests.tiny import collator, kept, marian, token_pairs
+from tests.tiny import bart, collator, hf, kept, marian, t5, token_pairs, tokenizer
 
 
 def arguments(folder: Path, **settings: Any) -> SparseTrainingArguments:
@@ -925,6 +927,47 @@ def test_decoder_inputs_are_the_models_own() -> None:
             by_model = model(input_ids=labels.clamp(min=1), labels=labels).logits
             by_us = model(input_ids=labels.clamp(min=1), decoder_input_ids=decoder_inputs(model, labels)).logits
         assert torch.equal(by_model, by_us)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "marian": marian,
+    "m2m_100": lambda: M2M100ForConditionalGeneration(hf.M2M100Config(**bart(300, 32, 1))),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**bart(300, 32, 1))),
+    "mbart": lambda: hf.MBartForConditionalGeneration(hf.MBartConfig(**bart(300, 32, 1))),
+    "pegasus": lambda: hf.PegasusForConditionalGeneration(hf.PegasusConfig(**bart(300, 32, 1))),
+    "blenderbot": lambda: hf.BlenderbotForConditionalGeneration(hf.BlenderbotConfig(**bart(300, 32, 1))),
+    "fsmt": lambda: hf.FSMTForConditionalGeneration(
+        hf.FSMTConfig(langs=["de", "en"], src_vocab_size=300, tgt_vocab_size=300, **bart(300, 32, 1))
+    ),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5(300, 32, 1))),
+    "mt5": lambda: hf.MT5ForConditionalGeneration(hf.MT5Config(**t5(300, 32, 1))),
+}
+
+
+@pytest.mark.parametrize("collates", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_padding_counts_as_a_target(tmp_path: Path, family: str, collates: bool) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    sparsify(model, NMSparseConfig("2:4"))
+    padded = DataCollatorForSeq2Seq(tokenizer(), model=model if collates else None)
+    pairs = token_pairs(8)
+    batch = DataCollatorForSeq2Seq(tokenizer())(list(pairs))
+    labels = batch["labels"]
+    assert labels.eq(-100).any()
+    before = labels.clone()
+    shifted = decoder_inputs(model, labels)
+    assert torch.equal(labels, before)
+    args = arguments(tmp_path, per_device_eval_batch_size=8)
+    trainer = SparseTrainer(model=model, args=args, train_dataset=pairs, eval_dataset=pairs, data_collator=padded)
+    model.eval()
+    with torch.no_grad():
+        logits = model(batch["input_ids"], batch["attention_mask"], decoder_input_ids=shifted).logits
+    by_hand = F.cross_entropy(logits.flatten(0, 1), before.flatten())  # -100 counts as no target
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+    with torch.no_grad():
+        inputs = next(iter(trainer.get_train_dataloader()))
+        assert float(trainer.compute_loss(model, inputs)) == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
