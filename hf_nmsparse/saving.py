@@ -23,7 +23,7 @@ import hf_nmsparse
 from hf_nmsparse import standalone as reader
 from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader, refuse_missing
 from hf_nmsparse.files import model_folder
-from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, is_sharded, sparse_layers
+from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, is_sharded, local, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
@@ -378,11 +378,11 @@ def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> 
             elif isinstance(layer, NMLinear):
                 layer.check_sparse()
                 _finite(tensor, key)  # which has no rank
-                current = layer.mask
-                # A shard's mask does not fit gathered weights.
-                if current is None or len(current) != -(-tensor.numel() // 8):
-                    current = magnitude_mask(tensor, layer.pattern)
-                tensor = layer.masked(tensor, current.to(tensor.device))
+                mask = layer.mask
+                # The mask is that of the layer's own weight, in whatever number type, and of no other.
+                if mask is None or not torch.equal(tensor, local(layer.weight).detach().to(tensor)):
+                    mask = magnitude_mask(tensor, layer.pattern)
+                tensor = layer.masked(tensor, mask.to(tensor.device))
             yield key, tensor
 
 

@@ -31,6 +31,7 @@ from hf_nmsparse import (
 )
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import count_violations
+from hf_nmsparse.saving import retied
 from tests.tiny import hf, marian
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
@@ -337,3 +338,25 @@ def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
         for save in (save_packed, export_dense):
             with pytest.raises(ValueError, match=rf"^{save.__name__}: {path} could not be written: [^\n]+$"):
                 save(sparse(), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save", [save_packed, export_dense])
+def test_other_weights_are_ranked_by_themselves(save: Callable[..., None], dtype: torch.dtype, tmp_path: Path) -> None:
+    """The live mask is that of the layer's own weight, a cast copy of it included, and of no other."""
+    model, other = sparse(seed=0), sparse(seed=1)
+    for layer in map(model.get_submodule, sparse_layers(model)):
+        layer.mask = layer.current_mask()
+    for name, weights in (("own", model), ("other", other)):
+        state = {key: tensor.to(dtype) for key, tensor in weights.state_dict().items()}
+        save(model, tmp_path / name, state_dict=retied(model, state))
+        expected = copy.deepcopy(weights)
+        if name == "other":
+            expected.load_state_dict(state)
+        finalize(expected)
+        save(expected.to(dtype), tmp_path / f"{name}-expected")
+    for name in ("own", "other"):
+        files = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, f"{name}-expected"))
+        found, wanted = files
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor.float(), wanted[key].float()) for key, tensor in found.items())
