@@ -38,8 +38,9 @@ class NMLinear(nn.Linear):
         pattern: The layer's N:M pattern.
         mask: The mask in use, one bit a weight, as `masks` lays it out; None ranks the weights anew in every forward,
             which is right in any training loop. `SparseStep` keeps it, once per optimizer step, which is cheaper. It
-            is no buffer: DDP would broadcast it before every forward.
-        fixed_mask: Whether the mask is part of the method (ASP) and survives the loading of other weights.
+            is no buffer: DDP would broadcast it before every forward. A copy of the layer (deepcopy, pickle) goes
+            without, since nobody renews it there.
+        fixed_mask: Whether the mask is part of the method (ASP) and survives the loading of other weights, and copies.
         soft: Whether kept weights move towards zero by the group's threshold (S-STE).
         pruned_scale: What pruned weights are multiplied with in the forward: 0 is N:M, 1 is dense. `SparseStep` sets
             it where a `Schedule` asks for it.
@@ -83,7 +84,16 @@ class NMLinear(nn.Linear):
         return magnitude_mask(local(self.weight), self.pattern) if self.mask is None else self.mask
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``.
+
+        Raises:
+            ValueError: The TorchScript tracer records it, or a copy in another number type than the master's arrives.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "NMLinear: torch.jit.trace and the ONNX exporter that rests on it would record a layer in training "
+                "with the masks of now, and wrongly; trace what save_packed or export_dense has written"
+            )
         weight = self.weight
         if self.pruned_scale == 1:
             return F.linear(input, weight, self.bias)
@@ -133,6 +143,10 @@ class NMLinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         if not self.fixed_mask:
             self.mask = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; a mask that follows from the weights is ranked anew there."""
+        return self.__dict__ | {"mask": self.mask if self.fixed_mask else None}
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -65,6 +65,9 @@ class SparseStep:
         optimizer = torch.optim.AdamW(model.parameters())
         step = SparseStep(model, optimizer, method="sr-ste", decay=2e-4)
 
+    While it trains, the layers keep their masks from step to step. Whoever goes on with another optimizer calls
+    `release_masks` or `remove` first, as `SparseTrainer` does at the end of a training.
+
     A run that goes on from a checkpoint calls `load_state_dict`, or `start` with its step where the schedule is the
     default one.
 
@@ -158,6 +161,15 @@ class SparseStep:
         for layer in self.layers.values():
             layer.mask, layer.fixed_mask, layer.pruned_scale, layer.master_dtype = None, False, 0.0, None
 
+    def release_masks(self) -> None:
+        """Lets the layers rank the masks that follow from their weights in every forward, until the next step.
+
+        It changes no number: masks of a fixed-mask method, and of a schedule with intervals, stay.
+        """
+        if self._follows_from_weights():
+            for layer in self.layers.values():
+                layer.mask = None
+
     def take_flips(self) -> dict[str, Flips]:
         """The flips of each layer since the last call, then counts from zero. Empty before the first step.
 
@@ -195,7 +207,7 @@ class SparseStep:
         Masks are among it where they do not follow from the weights, one bit a weight.
         """
         state = {"step": torch.tensor(self.step)}
-        if self.method.fixed_mask or self.schedule.interval > 1:
+        if not self._follows_from_weights():
             state |= {f"{name}.mask": layer.current_mask().clone() for name, layer in self.layers.items()}
         if self._changed is not None:
             state |= {f"{name}.changed": pack_bits(changed) for name, changed in self._changed.items()}
@@ -231,11 +243,14 @@ class SparseStep:
                 unpack_bits(mask, layer.weight.shape)  # refuses the mask of another layer
                 layer.mask = mask.to(layer.weight.device, copy=True)
 
+    def _follows_from_weights(self) -> bool:
+        return not self.method.fixed_mask and self.schedule.interval == 1
+
     def _check_shards(self) -> None:
         """Some engines shard the weights once the optimizer is there."""
         for layer in self.layers.values():
             if is_sharded(layer.weight):
-                if self.method.fixed_mask or self.schedule.interval > 1 or self._track_groups:
+                if self._track_groups or not self._follows_from_weights():
                     raise ValueError(
                         f"SparseStep: method {self._name!r}, interval {self.schedule.interval} and track_groups "
                         f"{self._track_groups} keep masks, which sharded weights do not; train under DDP"

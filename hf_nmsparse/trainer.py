@@ -475,6 +475,9 @@ class SparseTrainer(Seq2SeqTrainer):
                     f"training: after step {self.state.global_step} {gone}; {self._last_good()}; see what ended it, "
                     "often want of memory, and run again"
                 ) from error
+            finally:
+                if self.sparse_step is not None:
+                    self.sparse_step.release_masks()  # nobody renews them in a loop that trains the model on
         if self.preemption.stopped:
             raise Preempted(f"stopped by SIGTERM, saved at step {self.state.global_step}; the same command goes on")
         return result

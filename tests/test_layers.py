@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from hf_nmsparse.config import NMSparseConfig
@@ -186,9 +189,50 @@ def test_deepcopy_is_independent(cached: bool) -> None:
         first = twin[0]
         assert isinstance(first, NMLinear)
         first.weight.zero_()
-        if first.mask is not None:
-            first.mask.bitwise_not_()
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deep", "flat", "pickle"]
+)
+def test_a_copy_keeps_a_fixed_mask_alone(make: Callable[[NMLinear], NMLinear], fixed: bool) -> None:
+    layer = sparse_layer()
+    cache_masks(layer)
+    layer.fixed_mask = fixed
+    mask = layer.current_mask()
+    twin = make(layer)
+    assert layer.mask is mask
+    with torch.no_grad():
+        twin.weight.copy_(twin.weight.flip(1))  # what an average or another loop makes of it
+    assert torch.equal(twin.current_mask(), mask if fixed else magnitude_mask(twin.weight, PATTERN))
+
+
+def test_an_average_ranks_its_own_weights() -> None:
+    model = sparse_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    SparseStep(model, optimizer, "sr-ste", 0.1)
+    x = torch.randn(16, 8)
+    average: AveragedModel | None = None
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if average is None:
+            average = AveragedModel(model)
+        average.update_parameters(model)
+    assert average is not None
+    fresh = sparse_network()
+    fresh.load_state_dict(average.module.state_dict())
+    assert torch.equal(average(x), fresh(x))
+
+
+# That torch.jit is going is what torch warns of.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_of_a_layer_in_training_is_refused() -> None:
+    model = sparse_network()
+    with pytest.raises(ValueError, match="what save_packed or export_dense has written"):
+        torch.jit.trace(model, torch.randn(3, 8), check_trace=False)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -271,6 +315,7 @@ def test_torch_compile_in_one_graph(backend: str, pattern: NMPattern, cached: bo
     if cached:
         cache_masks(layer)
     twin = copy.deepcopy(layer)
+    twin.mask = layer.mask
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = torch.randn(3, 16)
     for _ in range(2):

@@ -43,6 +43,7 @@ from hf_nmsparse.diagnostics import layer_rows
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.losses import token_loss
 from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import sparsify
@@ -169,12 +170,18 @@ def test_decay_does_not_depend_on_clipping(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
 def test_masks_follow_the_weights(tmp_path: Path, optim: str) -> None:
-    trainer = train(tmp_path, optim=optim, learning_rate=0.01, max_steps=6)
-    assert trainer.model is not None
-    for module in trainer.model.modules():
-        if isinstance(module, NMLinear):
-            assert module.mask is not None
-            assert torch.equal(module.mask, magnitude_mask(module.weight, module.pattern))
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            for layer in model.modules():
+                if isinstance(layer, NMLinear):
+                    assert layer.mask is not None
+                    seen.append(torch.equal(layer.mask, magnitude_mask(layer.weight, layer.pattern)))
+
+    train(tmp_path, optim=optim, learning_rate=0.01, max_steps=6, callbacks=[Look()])
+    assert len(seen) == 6 * 32
+    assert all(seen)
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
@@ -619,6 +626,48 @@ def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:
         train(tmp_path, model=model, max_steps=1)
     assert trainer.model is not None
     assert largest_difference(weights(trainer), dict(model.state_dict())) == 0
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_masks_follow_the_weights_in_whatever_trains_on(tmp_path: Path, method: str) -> None:
+    """A loop after the training, with an optimizer of its own, goes on as that of a model that is loaded."""
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4", soft=METHODS[method].soft))
+    train(tmp_path, model=model, max_steps=2, sparse_method=method, sparse_decay=None, optim="adamw_torch")
+    fresh = marian(seed=1)
+    sparsify(fresh, NMSparseConfig("2:4", soft=METHODS[method].soft), trained=True)
+    fresh.load_state_dict(model.state_dict())
+    batch = collator(model)(list(token_pairs(8)))
+    found = []
+    for each in (model, fresh):
+        each.eval()
+        before = each(**batch).logits
+        layers = [layer for layer in each.modules() if isinstance(layer, NMLinear)]
+        optimizer = torch.optim.SGD([layer.weight for layer in layers], lr=1.0)
+        if not METHODS[method].fixed_mask:  # there the mask is the method
+            each(**batch).loss.backward()
+            optimizer.step()
+        found.append((before, each(**batch).logits))
+    assert all(torch.equal(ours, loaded) for ours, loaded in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_second_training_is_that_of_masks_that_were_kept(
+    tmp_path: Path, interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+        trainer = train(tmp_path, max_steps=4, sparse_interval=interval, optim="adamw_torch", learning_rate=0.01)
+        first = list(trainer.state.log_history)
+        trainer.train()
+        logs = [*first, *trainer.state.log_history]
+        shown = ("loss", "sad", "flip_rate")
+        return weights(trainer), [{key: log[key] for key in shown if key in log} for log in logs]
+
+    released = twice()
+    monkeypatch.setattr(SparseStep, "release_masks", lambda step: None)
+    kept_on = twice()
+    assert largest_difference(released[0], kept_on[0]) == 0
+    assert released[1] == kept_on[1]
 
 
 PAD_LAST: dict[str, Any] = {"pad_token_id": 299, "eos_token_id": 1, "decoder_start_token_id": 299}
