@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) ->
     Adapters of PEFT stay dense, and the layers that they adapt become sparse. Weights stay dense masters; the forward
     uses their masked copy. Keys of the state dict, ties and optimizers built earlier stay as they are. A Hugging Face
     model remembers ``config`` in its own configuration, so that a checkpoint of the training loads as a sparse model
-    again.
+    again; that is a copy of what it was built with, which other models may share.
 
     Args:
         model: Any module with ``nn.Linear`` layers, or what torch.compile or DDP made of it.
@@ -44,9 +45,12 @@ def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) ->
         The linear layers that stay dense, by name, with the reason.
 
     Raises:
-        ValueError: A rule matches no linear layer, or no layer would become sparse, or the model is sparse already.
+        ValueError: A rule matches no linear layer, or no layer would become sparse, or the model is sparse already, or
+            one of the two is something else.
     """
-    model = unwrapped(model)
+    model = _itself(model, "sparsify")
+    if not isinstance(config, NMSparseConfig):
+        raise ValueError(f"sparsify: takes a configuration such as NMSparseConfig('2:4'), got {config!r}")
     if sparse_layers(model):
         raise ValueError("sparsify: the model is sparse already; load the dense checkpoint to change pattern or rules")
     chosen, dense = select_layers(model, config)
@@ -57,10 +61,21 @@ def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) ->
                 sparse.weight.mul_(soft_scale(sparse.weight, sparse.current_mask(), config.pattern))
     for name, reason in dense.items():
         model.get_submodule(name).dense_reason = reason  # type: ignore[assignment]  # for report
-    hf_config: Any = getattr(model, "config", None)
-    if hasattr(hf_config, "save_pretrained"):  # other models keep a dict or a dataclass under this name
+    if hasattr(getattr(model, "config", None), "save_pretrained"):  # others keep a dict or a dataclass under this name
+        _copy_config(model)
+        hf_config: Any = model.config
         hf_config.quantization_config = {"quant_method": "nmsparse", "format": "dense", **config.to_dict()}
     return dense
+
+
+def _copy_config(model: Any) -> None:
+    """Gives the model a configuration of its own; parts that shared one, or a part of one, still do."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if id(value) in copies and hasattr(value, "save_pretrained"):
+                setattr(module, name, copies[id(value)])
 
 
 def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, nn.Linear], dict[str, str]]:
@@ -128,22 +143,39 @@ def finalize(model: nn.Module) -> None:
 
     Raises:
         ValueError: The model has no layer that knows a pattern and holds its weight dense, or the forward of one is
-            not N:M sparse.
+            not N:M sparse, or its weight is computed from other tensors.
     """
-    model = unwrapped(model)
-    found = map(model.get_submodule, sparse_layers(model))
-    layers = [layer for layer in found if isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear)]
+    model = _itself(model, "finalize")
+    found = {name: model.get_submodule(name) for name in sparse_layers(model)}
+    layers = {
+        name: layer
+        for name, layer in found.items()
+        if isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear)
+    }
     if not layers:
         raise ValueError(
             "finalize: the model has no N:M layer in training; call sparsify(model, config) first, or load a packed "
             "model with compute='dense'"
         )
-    for layer in layers:
+    for name, layer in layers.items():
+        if _computed_tensor(layer) == "weight":
+            raise ValueError(
+                f"finalize: the weight of {name or 'the layer'} is computed from other tensors, so that masking it "
+                "does not last; call torch.nn.utils.prune.remove(layer, 'weight') after pruning, or "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') after weight_norm and its like"
+            )
+    for name, layer in layers.items():
+        pattern: Any = layer.pattern
         if isinstance(layer, NMLinear):
             layer.finalize()
         else:
-            _mask_in_place(local(layer.weight), layer.pattern)  # type: ignore[arg-type]  # sparse_layers has read it
-        assert count_violations(layer.weight, layer.pattern) == 0  # type: ignore[arg-type]
+            _mask_in_place(local(layer.weight), pattern)
+        violations = count_violations(layer.weight, pattern)
+        if violations:
+            raise ValueError(
+                f"finalize: {name or 'the layer'} breaks {pattern} in {violations:,} groups with the mask that it "
+                "holds; set the layer's mask to None, which ranks the weights anew"
+            )
 
 
 @torch.no_grad()
@@ -217,7 +249,7 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
         The same as an object.
     """
     rows = []
-    model = unwrapped(model)
+    model = _itself(model, "report")
     sparse = sparse_layers(model)
     for name, module in model.named_modules():
         pattern = sparse.get(name)
@@ -234,6 +266,14 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     result = Report(tuple(rows))
     print(result, file=file or sys.stdout)
     return result
+
+
+def _itself(model: Any, where: str) -> nn.Module:
+    """The model without what is wrapped around it."""
+    model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{where}: takes a model, got {type(model).__name__}; give a module of torch")
+    return model
 
 
 def _matches(name: str, rule: str) -> bool:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparse_model import finalize, report, select_layers, sparsify
-from tests.tiny import marian
+from tests.tiny import bart, hf, marian, t5
 
 
 class Attention(nn.Module):
@@ -527,3 +527,92 @@ def test_the_report_of_a_dense_model() -> None:
     result = report(small_model(), file=io.StringIO())
     assert result.sparse == ()
     assert [row.note for row in result.layers] == ["", "", ""]
+
+
+@pytest.mark.parametrize("config", ["2:4", None, NMPattern(2, 4), {"pattern": "2:4"}])
+def test_what_is_no_configuration_is_one_line(config: Any) -> None:
+    with pytest.raises(ValueError, match=r"^sparsify: takes a configuration such as NMSparseConfig\('2:4'\), got "):
+        sparsify(Model(), config)
+
+
+def test_what_is_no_model_is_one_line() -> None:
+    calls: dict[str, Any] = {"finalize": finalize, "report": report}
+    calls["sparsify"] = lambda model: sparsify(model, NMSparseConfig("2:4"))
+    for name, call in calls.items():
+        for model in (None, "Helsinki-NLP/opus-mt-de-en"):
+            with pytest.raises(ValueError, match=f"^{name}: takes a model, got {type(model).__name__}"):
+                call(model)
+
+
+COMPUTED: dict[str, tuple[Any, Any]] = {
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
+    "weight_norm": (
+        parametrizations.weight_norm,
+        lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_computed_weight_is_not_finalized(kind: str) -> None:
+    compute, remove = COMPUTED[kind]
+    model = Model()
+    sparsify(model, NMSparseConfig("2:4"))
+    layer = model.get_submodule("encoder.1.fc1")
+    compute(layer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"encoder\.1\.fc1 is computed .* call .*prune.remove\(.*remove_parametrizations"
+    ):
+        finalize(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    remove(layer)
+    finalize(model)
+    assert report(model, io.StringIO()).violations == 0
+
+
+def test_a_mask_that_keeps_too_much_is_an_error() -> None:
+    model = Model()
+    sparsify(model, NMSparseConfig("2:4"))
+    layer = model.get_submodule("encoder.1.fc1")
+    assert isinstance(layer, NMLinear)
+    layer.mask, layer.fixed_mask = ~torch.zeros_like(layer.current_mask()), True
+    with pytest.raises(ValueError, match=r"finalize: encoder\.1\.fc1 breaks 2:4 in 32 groups with the mask that it"):
+        finalize(model)
+
+
+def encoder_decoder() -> Any:
+    parts = [hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)] * 2
+    return hf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+
+
+SHARED: dict[str, tuple[Any, str]] = {
+    "marian": (lambda: hf.MarianConfig(**bart(300, 32, 1)), "MarianMTModel"),
+    "m2m_100": (lambda: hf.M2M100Config(**bart(300, 32, 1)), "M2M100ForConditionalGeneration"),
+    "t5": (lambda: hf.T5Config(**t5(300, 32, 1)), "T5ForConditionalGeneration"),
+    "parts": (encoder_decoder, "EncoderDecoderModel"),
+}
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_a_configuration_that_models_share_stays_dense(family: str, tmp_path: Path) -> None:
+    make, name = SHARED[family]
+    config = make()
+    sparse, dense = (getattr(hf, name)(config) for _ in range(2))
+    if family != "parts":
+        assert dense.config is config
+
+    def sharing(model: Any) -> list[list[bool]]:
+        found = [value for part in model.modules() for key, value in vars(part).items() if "config" in key]
+        return [[one is other for other in found] for one in found]
+
+    before, given = sharing(sparse), config.to_dict()
+    sparsify(sparse, NMSparseConfig("2:4"))
+    assert config.to_dict() == given
+    assert sharing(sparse) == before
+    assert not any(value is config for part in sparse.modules() for value in vars(part).values())
+    for model, layers in ((sparse, len(sparse_layers(sparse))), (dense, 0)):
+        model.save_pretrained(tmp_path / str(layers))
+        again = getattr(hf, name).from_pretrained(tmp_path / str(layers))
+        assert len(sparse_layers(again)) == layers
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
