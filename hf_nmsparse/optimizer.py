@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class LayerState:
     changed: float | None
 
 
+_STEPS: WeakSet[SparseStep] = WeakSet()
+"""Those whose hooks are on an optimizer."""
+
+
 class SparseStep:
     """Adds a method's rule before every optimizer step and renews the masks after it.
 
@@ -75,6 +80,9 @@ class SparseStep:
     and only the counts of `take_flips` and `layer_states`, which all processes call together, are summed over them.
 
     Padding rows of embeddings that are zero stay zero, as `ZeroPadding` says.
+
+    Another one for the same layers and the same optimizer, as of a notebook's cell that runs again, takes the place of
+    the earlier one, which it removes; so it does where the earlier optimizer is gone.
 
     Args:
         model: A model after `sparsify`, or what torch.compile or DDP made of it.
@@ -127,10 +135,13 @@ class SparseStep:
         self._flips: dict[str, Tensor | int] = {}
         self._counted = 0
         self._changed: dict[str, Tensor] | None = None
+        self._optimizer = ref(optimizer)
+        self._replace_earlier()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        _STEPS.add(self)
         self._padding = ZeroPadding(model, optimizer)
         with torch.no_grad():
             if self.method.fixed_mask:
@@ -154,7 +165,10 @@ class SparseStep:
         self._set_pruned_scale()
 
     def remove(self) -> None:
-        """Takes the hooks off; the layers go back to masks ranked in every forward."""
+        """Takes the hooks off; the layers go back to masks ranked in every forward. Once more, it does nothing."""
+        if self not in _STEPS:
+            return
+        _STEPS.discard(self)
         for handle in self._handles:
             handle.remove()
         self._padding.remove()
@@ -245,6 +259,15 @@ class SparseStep:
 
     def _follows_from_weights(self) -> bool:
         return not self.method.fixed_mask and self.schedule.interval == 1
+
+    def _replace_earlier(self) -> None:
+        layers = set(self.layers.values())
+        for earlier in list(_STEPS):
+            if earlier._optimizer() in (None, self._optimizer()) and not layers.isdisjoint(earlier.layers.values()):
+                earlier.remove()
+        for layer in layers:
+            if layer.fixed_mask and not self.method.fixed_mask:  # what an earlier method has left
+                layer.mask, layer.fixed_mask = None, False
 
     def _check_shards(self) -> None:
         """Some engines shard the weights once the optimizer is there."""
@@ -407,7 +430,7 @@ def check_method(method: str, decay: float | None, schedule: Schedule) -> tuple[
     if method not in METHODS:
         raise ValueError(f"sparse_method: got {method!r}; the methods are {', '.join(METHODS)}")
     known = METHODS[method]
-    if decay is not None and not 0 <= decay < float("inf"):
+    if decay is not None and not (isinstance(decay, int | float) and 0 <= decay < float("inf")):
         raise ValueError(f"sparse_decay: needs a finite number >= 0, got {decay!r}")
     if decay and known.default_decay is None:
         raise ValueError(f"sparse_decay: {method!r} has no decay, got {decay!r}; leave it at 0 or choose 'sr-ste'")

@@ -19,6 +19,7 @@ from hf_nmsparse.optimizer import Flips, SparseStep, check_method
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.sparse_model import sparsify
+from hf_nmsparse.srste import METHODS as REGISTERED
 from tests.tiny import kept
 
 PATTERN = NMPattern(2, 4)
@@ -780,3 +781,51 @@ def test_the_loop_of_the_docstring_trains() -> None:
         layer.finalize()
         assert torch.equal(layer.weight, apply_mask(layer.weight, magnitude_mask(layer.weight, PATTERN)))
     assert torch.equal(finalised(x), model(x))
+
+
+@pytest.mark.parametrize("method", list(REGISTERED))
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_cell_that_runs_again_applies_the_rule_once(method: str, kept: bool, anew: bool) -> None:
+    """With the optimizer of before or one anew, whether or not the earlier SparseStep has a name."""
+    start = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    sparsify(start, NMSparseConfig(PATTERN, soft=REGISTERED[method].soft))
+    x, results = torch.randn(8, 8), []
+    for runs in (1, 3):
+        model, steps = copy.deepcopy(start), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for run in range(runs):
+            if anew and run:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            step = SparseStep(model, optimizer, method, steps=5)
+            if kept:
+                steps.append(step)
+            del step
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            optimizer.step()
+        for earlier in steps[:-1]:
+            earlier.remove()  # which is done
+        results.append([*state_of(model), *(layer.current_mask() for layer in layers_of(model))])
+    assert same(*results)
+
+
+def test_steps_of_other_layers_or_optimizers_stay() -> None:
+    """Two models in one optimizer, and two optimizers of one model, are trained by both."""
+    first, second = network(), network()
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    others = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers_of(first)]
+    steps = [SparseStep(model, optimizer, "sr-ste", 0.1) for model in (first, second)]
+    steps += [SparseStep(first, other, "sr-ste", 0.1) for other in others]
+    (loss(first, torch.ones(1, 8)) + loss(second, torch.ones(1, 8))).backward()
+    for each in (optimizer, *others):
+        each.step()
+    assert [step.step for step in steps] == [1, 1, 1, 1]
+
+
+def test_masks_follow_the_weights_again_after_a_method_that_fixes_them() -> None:
+    model = network()
+    SparseStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "asp")
+    SparseStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "sr-ste", 0.1)
+    assert not any(layer.fixed_mask for layer in layers_of(model))
