@@ -185,14 +185,18 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
                     f"{'cannot be packed' if name == 'push_to_hub' else 'is that of the last step'}; leave one of the "
                     "two out"
                 )
-        if not 0 < self.distill_weight <= 1:
+        if not (isinstance(self.distill_weight, int | float) and 0 < self.distill_weight <= 1):
             raise ValueError(f"distill_weight: is above 0 and at most 1, got {self.distill_weight!r}")
-        if not 0 < self.distill_temperature < float("inf"):
+        if not (isinstance(self.distill_temperature, int | float) and 0 < self.distill_temperature < float("inf")):
             raise ValueError(f"distill_temperature: needs a finite number above 0, got {self.distill_temperature!r}")
         if self.enable_jit_checkpoint:
             raise ValueError("enable_jit_checkpoint: SparseTrainer saves on SIGTERM by itself; leave it out")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch: needs at least 1, got {self.tokens_per_batch!r}")
+        if self.tokens_per_batch is not None and not (
+            isinstance(self.tokens_per_batch, int) and self.tokens_per_batch >= 1
+        ):
+            raise ValueError(
+                f"tokens_per_batch: needs at least 1, a whole number of tokens, got {self.tokens_per_batch!r}"
+            )
 
     def sparse_schedule(self) -> Schedule:
         """When masks and lambda change."""
@@ -788,16 +792,26 @@ def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int
         dataset: A `datasets.Dataset`, a list of mappings, or what else has a length and gives rows by their number.
 
     Raises:
-        ValueError: The rows have neither the length columns nor ``input_ids`` and ``labels``.
+        ValueError: The rows have neither the length columns nor ``input_ids`` and ``labels``, or no numbers.
     """
-    first = dataset[0] if len(dataset) else None
+    first = _row(dataset, 0) if len(dataset) else None
     known = isinstance(first, Mapping) and {"source_length", "target_length"} <= first.keys()
     if known and is_table(dataset):  # millions of numbers, which row by row would take minutes
         read = dataset.select_columns(["source_length", "target_length"]).with_format("numpy")[:]
         return read["source_length"], read["target_length"]
-    rows = (dataset[number] for number in range(len(dataset)))  # not all datasets of torch end an iteration
+    rows = (_row(dataset, number) for number in range(len(dataset)))  # not all datasets of torch end an iteration
     pairs = [(int(row["source_length"]), int(row["target_length"])) if known else pair_length(row) for row in rows]
     return [source for source, _ in pairs], [target for _, target in pairs]
+
+
+def _row(dataset: Any, number: int) -> Any:
+    try:
+        return dataset[number]
+    except KeyError as error:
+        raise ValueError(
+            f"tokens_per_batch: rows are read by their number, from 0, and this {type(dataset).__name__} has no row "
+            f"{number}; give a list of rows, or one split of a datasets.Dataset"
+        ) from error
 
 
 class Preempted(SystemExit):

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -896,6 +896,19 @@ def test_rows_without_tokens_are_told(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("kind", ["columns", "frame", "series", "splits"])
+def test_what_has_no_rows_by_number_is_one_line(kind: str) -> None:
+    pairs = token_pairs(4)
+    dataset: Any = {
+        "columns": pairs.to_dict(),
+        "frame": pairs.to_pandas(),
+        "series": pairs.to_pandas().apply(dict, axis=1).set_axis([0, 2, 4, 6]),
+        "splits": DatasetDict({"train": pairs}),
+    }[kind]
+    with pytest.raises(ValueError, match=r"^tokens_per_batch: rows are read by their number, from 0, and this "):
+        pair_lengths(dataset)
+
+
 def test_a_list_resumes_exactly(tmp_path: Path) -> None:
     def run(folder: Path, steps: int, resume: bool = False) -> SparseTrainer:
         model = marian(dropout=0.1)
@@ -1026,7 +1039,12 @@ def test_no_padding_counts_as_a_target(tmp_path: Path, family: str, collates: bo
         ({"sparse_decay": -1.0}, "sparse_decay: needs a finite number >= 0, got -1.0"),
         ({"sparse_method": "ste", "sparse_decay": 0.1}, "'ste' has no decay"),
         ({"sparse_method": "dense", "sparse_decay": 0.1}, "the dense method has no decay"),
-        ({"tokens_per_batch": 0}, "tokens_per_batch: needs at least 1, got 0"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch: needs at least 1, a whole number of tokens, got 0"),
+        ({"tokens_per_batch": "a"}, "tokens_per_batch: needs at least 1, a whole number of tokens, got 'a'"),
+        ({"tokens_per_batch": 10.5}, "tokens_per_batch: needs at least 1, a whole number of tokens, got 10.5"),
+        ({"sparse_decay": "a"}, "sparse_decay: needs a finite number >= 0, got 'a'"),
+        ({"distill_weight": "x"}, "distill_weight: is above 0 and at most 1, got 'x'"),
+        ({"distill_temperature": "x"}, "distill_temperature: needs a finite number above 0, got 'x'"),
         ({"sparse_ramp": 2.0}, "schedule: ramp is a fraction of the run from 0 to 1, got 2.0"),
         ({"sparse_method": "asp", "sparse_decay": None, "sparse_interval": 2}, "'asp' has no schedule of masks"),
         ({"sparse_method": "dense", "sparse_decay": None, "sparse_fade": 0.1}, "'dense' has no schedule; leave"),
