@@ -25,7 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
@@ -230,7 +236,8 @@ class SparseTrainer(Seq2SeqTrainer):
         model: A model after `sparsify`, or with ``sparse_method="dense"`` a dense one, or one whose adapters of PEFT
             alone train. A model that was loaded packed is made ready to train.
         args: The arguments.
-        **kwargs: As `transformers.Seq2SeqTrainer` takes them.
+        **kwargs: As `transformers.Seq2SeqTrainer` takes them. With a tokenizer as ``processing_class`` and no
+            ``data_collator``, sentence pairs are padded by a ``DataCollatorForSeq2Seq``.
 
     Raises:
         ValueError: The method and the model do not fit each other, or the model is wrapped, which Trainer does itself.
@@ -265,6 +272,13 @@ class SparseTrainer(Seq2SeqTrainer):
         self._began = time.perf_counter()
         self._seconds_before: float | None = None
         config = getattr(self.model, "config", None)
+        tokenizer = self.processing_class
+        if (
+            kwargs.get("data_collator") is None
+            and getattr(config, "is_encoder_decoder", False)
+            and isinstance(tokenizer, PreTrainedTokenizerBase)
+        ):
+            self.data_collator = DataCollatorForSeq2Seq(tokenizer)  # Trainer's own choice does not pad labels
         # A mixture of experts adds its router losses inside the model, where a loss of ours would drop them.
         if (
             self.compute_loss_func is None

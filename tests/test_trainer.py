@@ -896,6 +896,16 @@ def test_rows_without_tokens_are_told(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_tokenizer_alone_pads_both_sides(tmp_path: Path) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    trainer = SparseTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=token_pairs(32), processing_class=tokenizer()
+    )
+    trainer.train()
+    assert largest_difference(weights(trainer), weights(train(tmp_path))) == 0
+
+
 @pytest.mark.parametrize("kind", ["columns", "frame", "series", "splits"])
 def test_what_has_no_rows_by_number_is_one_line(kind: str) -> None:
     pairs = token_pairs(4)
