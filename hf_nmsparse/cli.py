@@ -9,9 +9,10 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -253,7 +254,7 @@ def _pack(args: argparse.Namespace) -> None:
             _mark_masked_layers(model, args.pattern)
         save_packed(model, target, values=args.values, embeddings=args.embeddings, standalone=args.standalone)
         _copy_files_beside(args.source, target)
-    _inspect(argparse.Namespace(path=args.target, layers=False))
+    _inspect(argparse.Namespace(path=os.path.realpath(args.target), layers=False))
 
 
 def _mark_masked_layers(model: Any, text: str) -> None:
@@ -464,20 +465,35 @@ def _mask_for_good(model: Any) -> None:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that was not there, or was empty. Where the block fails nothing of it stays."""
+    """A folder whose files move to ``path`` together, which was not there, or was empty.
+
+    Where the block fails nothing of it stays, and what another process has put there does.
+    """
     from safetensors import SafetensorError
 
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    from hf_nmsparse.files import model_folder
+
+    place = Path(os.path.realpath(path))
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{path} is there already; give a new folder")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    written = str(path)
     try:
-        yield path
+        with model_folder(place) as beside:
+            # A folder of its own, for who saves a model locks where it goes, and the one beside is locked.
+            folder = Path(written := tempfile.mkdtemp(dir=beside))
+            yield folder
+            for file in folder.iterdir():
+                file.replace(beside / file.name)
+            folder.rmdir()
     except BaseException as error:
-        for left in made[-1:] or path.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in made:
+            with suppress(OSError):  # another process has put something there
+                left.rmdir()
         if isinstance(error, SafetensorError):  # of a full disk, where others raise OSError
-            raise ValueError(f"{path} cannot be written: {error}") from error
+            raise ValueError(f"{path} could not be written: {error}") from error
+        if isinstance(error, ValueError) and written in str(error):
+            raise ValueError(str(error).replace(written, str(path))) from error
         raise
 
 

@@ -446,8 +446,45 @@ for command in ("pack", "export"):
         assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
         assert len(lines) == 4
-        assert all("cannot be written: " in line and "File too large" in line for line in lines)
+        assert all("could not be written: " in line and "File too large" in line for line in lines)
+        assert all(f"{target} could" in line for line, target in zip(lines, ["new/of/it", "empty"] * 2, strict=True))
         assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+    @pytest.mark.parametrize("command", ["pack", "export"])
+    def test_what_fails_leaves_what_others_have_put_there_meanwhile(
+        self,
+        models: Path,
+        tmp_path: Path,
+        command: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def full(*_: Any) -> None:
+            for folder in (tmp_path / "a", tmp_path / "a/b"):
+                (folder / "config.json").write_text("of another", encoding="utf-8")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("shutil.copyfile", full)
+        fails([command, str(models / "training"), str(tmp_path / "a/b")], "No space left on device", capsys)
+        assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+            "a",
+            "a/b",
+            "a/config.json",
+            "a/b/config.json",
+        }
+
+    @pytest.mark.parametrize("command", ["pack", "export", "convert"])
+    def test_a_folder_by_way_of_one_that_is_not_there(
+        self, models: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "there/config.json").write_text("precious", encoding="utf-8")
+        target = f"{tmp_path}/none/../there"
+        fails([command, str(models / "training"), target], f"{target} is there already; give a new folder", capsys)
+        assert (tmp_path / "there/config.json").read_text(encoding="utf-8") == "precious"
+        if command == "pack":
+            assert main([command, str(models / "training"), f"{tmp_path}/none/../new"]) == 0
+            assert {file.name for file in tmp_path.iterdir()} == {"there", "new"}
 
     @pytest.mark.parametrize("command", ["pack", "export"])
     def test_what_fails_late_leaves_nothing_behind(
