@@ -41,6 +41,8 @@ _FILES_BESIDE = (
 # So many lines of a file are sorted by length together; longer chunks save little and delay the output.
 _CHUNK = 4096
 
+_LONGEST_ERROR = 500
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -88,9 +90,14 @@ def _drop_output() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says first."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+    """What an error says, up to a length that is still read."""
+    text = " ".join(line.strip() for line in str(error).splitlines()).strip() or type(error).__name__
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]} ..."
+
+
+def _named(error: BaseException) -> str:
+    """What an error says, after its kind."""
+    return f"{type(error).__name__}: {str(error).strip()}".removesuffix(": ")
 
 
 def _say(text: object, error: bool = False) -> None:
@@ -103,10 +110,15 @@ def _say(text: object, error: bool = False) -> None:
     print(_plain(str(text)), file=stream)
 
 
-def _plain(text: str) -> str:
-    """Lines of text with nothing in them that steers a terminal."""
-    shown = (char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)
+def _plain(text: str, breaks: str = "\n") -> str:
+    """Text with nothing in it that steers a terminal, and no line breaks but those that are allowed."""
+    shown = (char if char.isprintable() or char in breaks else char.encode("unicode_escape").decode() for char in text)
     return "".join(shown)
+
+
+def _row(text: str) -> None:
+    """Prints one line, whatever values it shows."""
+    _say(_plain(text, breaks=""))
 
 
 def _plain_record(record: logging.LogRecord) -> bool:
@@ -166,7 +178,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="one sentence a line; - is standard input, which is answered batch by batch",
     )
-    command.add_argument("--output", default="-", metavar="FILE", help="one translation a line; - is standard output")
+    command.add_argument(
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="one translation a line, whole or not at all; - is standard output, written batch by batch",
+    )
     command.set_defaults(run=_translate)
 
     command = commands.add_parser("evaluate", help="translate a test set and score it with sacreBLEU")
@@ -209,14 +226,20 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--head", choices=("dense", "int8"), help="how its output projection computes (default: as the layers do)"
     )
-    command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all)")
+    command.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: all)")
     command.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def _positive(text: str, most: int = 2**31 - 1) -> int:
+    if not text.isdecimal() or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"needs a number of at least 1, got {text!r}")
+    if len(text.lstrip("0")) > len(str(most)) or int(text) > most:
+        raise argparse.ArgumentTypeError(f"needs a number of at most {most}, got {text[:20]}")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    return _positive(text, 1024)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -225,18 +248,18 @@ def _inspect(args: argparse.Namespace) -> None:
 
     found = check_folder(args.path)
     pattern, dtype = found.pattern, VALUE_DTYPES[found.values]
-    _say(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
-    _say(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
-    _say(f"sparse layers  {len(found.layers)}, every one valid")
-    _say(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
-    _say(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
-    _say(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
-    _say(f"dense bytes    {found.dense_bytes:,}")
-    _say(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
-    _say(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
+    _row(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
+    _row(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
+    _row(f"sparse layers  {len(found.layers)}, every one valid")
+    _row(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
+    _row(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
+    _row(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
+    _row(f"dense bytes    {found.dense_bytes:,}")
+    _row(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
+    _row(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
     if args.layers:
         for name, (rows, columns) in found.layers.items():
-            _say(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
+            _row(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -320,7 +343,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     score(references, references, args.tokenize)
     for output, other in ((args.output, None), (args.json, args.output)):
         _check_output(output, args.source, args.reference, args.baseline)
-        if output is not None and output == other:
+        if output is not None and other is not None and _is_one_file(output, other):
             raise ValueError(f"{output} is given as --output and as --json; name two files")
 
     hypotheses = [text for chunk in _translations(args, iter(sources), _CHUNK) for text in chunk]
@@ -397,6 +420,10 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
             texts = translate(model, tokenizer, sentences, args.batch_size, **languages, **given)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device {device}: {error}; give a smaller --batch-size") from error
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # what is raised for settings that do not fit the model is up to each model
+            raise ValueError(f"{args.model} cannot translate: {_named(error)}") from error
         return [" ".join(text.splitlines()) for text in texts]
 
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
@@ -450,7 +477,9 @@ def _load_tokenizer(source: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # what is raised for missing files is up to each tokenizer, TypeError among others
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # up to each tokenizer: TypeError among others, and no Exception where Rust panics
         raise ValueError(f"{source}: no tokenizer could be loaded: {str(error).strip()}") from error
 
 
@@ -512,6 +541,13 @@ def _check_output(output: str | None, *inputs: str | None) -> None:
         raise ValueError(f"{path} cannot be written: permission denied")
     if path.is_file() and any(name is not None and os.path.samestat(path.stat(), _state(name)) for name in inputs):
         raise ValueError(f"{path} is an input; name another output")
+
+
+def _is_one_file(one: str, other: str) -> bool:
+    """Whether two names are of one file, there or not yet."""
+    if Path(one).is_file() and Path(other).is_file():
+        return Path(one).samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _state(name: str) -> os.stat_result:
@@ -587,5 +623,38 @@ def _writing(name: str) -> Iterator[IO[str]]:
             sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         yield sys.stdout
         return
-    with Path(name).open("w", encoding="utf-8", newline="\n") as file:
+    path = Path(name)
+    how: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": "\n"}
+    for number in (1, 2):
+        if _is_open(path, number):  # by way of /dev/stdout or not, what else goes there stays
+            with os.fdopen(os.dup(number), **how) as file:
+                yield file
+            return
+    if _is_written_beside(path):
+        from hf_nmsparse.files import replaced
+
+        path = Path(os.path.realpath(name))
+        with replaced(path) as beside:
+            with beside.open(**how) as file:
+                yield file
+            if path.exists():
+                shutil.copymode(path, beside)
+        return
+    with path.open(**how) as file:
         yield file
+
+
+def _is_open(path: Path, number: int) -> bool:
+    """Whether it is the file that a standard stream goes to."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(number))
+    except OSError:  # no such file
+        return False
+
+
+def _is_written_beside(path: Path) -> bool:
+    """Whether another file can take the place of ``path`` at the end, which none can of a pipe or a device."""
+    place, folder = os.path.realpath(path.parent), Path(os.path.realpath(path)).parent
+    if place == "/dev" or place.startswith("/proc/") or not os.access(folder, os.W_OK):
+        return False
+    return path.is_file() or not path.exists()

@@ -225,7 +225,7 @@ class TestStandardStreams:
         assert capsys.readouterr().out == ""
 
 
-HOSTILE = "\x1b[31m\x9b\x07\r\x08\u202e\u2028\ud800"
+HOSTILE = "\nforged\x1b[31m\x9b\x07\r\x08\u202e\u2028\ud800"
 
 
 def plain(text: str) -> bool:
@@ -253,12 +253,13 @@ class TestNothingSteersTheTerminal:
         status = main(["inspect", str(tmp_path / "m"), "--layers"])
         captured = capsys.readouterr()
         assert "\\x1b[31m" in (captured.out if status == 0 else captured.err)
+        assert "\nforged" not in captured.out + captured.err
         assert plain(captured.out)
         assert plain(captured.err)
 
     def test_keys_of_a_checkpoint(self, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(models / "dense", tmp_path / "m")
-        tensors = load_file(tmp_path / "m/model.safetensors") | {f"{HOSTILE[:4]}.weight": torch.zeros(2)}
+        tensors = load_file(tmp_path / "m/model.safetensors") | {"\x1b[31m.weight": torch.zeros(2)}
         save_file(tensors, tmp_path / "m/model.safetensors", {"format": "pt"})
         (tmp_path / "in").write_text("A man\n", encoding="utf-8")
         main(["translate", "--model", str(tmp_path / "m"), "--input", str(tmp_path / "in"), "--max-length", "3"])
@@ -686,8 +687,11 @@ class TestTranslate:
             (["--input", "{tmp}/in.txt", "--max-length", "200"], "max_length 200 is beyond the 64 positions"),
             (["--input", "{tmp}"], "{tmp} is a folder; name a file"),
             (["--input", "{tmp}/utf16.txt"], "utf16.txt is UTF-16; make it UTF-8"),
-            (["--input", "{tmp}/in.txt", "--threads", "9" * 20], "Overflow"),
-            (["--input", "{tmp}/in.txt", "--beams", "9" * 5000], "invalid _positive value"),
+            (["--input", "{tmp}/in.txt", "--threads", "9" * 20], "--threads: needs a number of at most 1024, got 9999"),
+            (["--input", "{tmp}/in.txt", "--threads", "1025"], "--threads: needs a number of at most 1024, got 1025"),
+            (["--input", "{tmp}/in.txt", "--beams", "9" * 5000], "--beams: needs a number of at most 2147483647"),
+            (["--input", "{tmp}/in.txt", "--batch-size", str(2**31)], "--batch-size: needs a number of at most 2147"),
+            (["--input", "{tmp}/in.txt", "--max-length", str(2**63)], "--max-length: needs a number of at most 2147"),
             (["--input", "{tmp}/in.txt", "--model", "{tmp}/in.txt"], "no folder {tmp}/in.txt"),
             (["--input", "{tmp}/latin1.txt"], "latin1.txt is not UTF-8 after line"),
         ],
@@ -708,6 +712,82 @@ class TestTranslate:
         argv = ["translate", "--model", str(models / "packed"), *options]
         fails(argv, message.format(tmp=tmp_path), capsys)
         assert (tmp_path / "in.txt").read_text(encoding="utf-8") == "A man\n"
+
+    @pytest.mark.parametrize(
+        "kind", [TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError]
+    )
+    def test_whatever_generate_raises_is_one_line(
+        self,
+        models: Path,
+        tmp_path: Path,
+        kind: type[Exception],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise kind("some\nreason")
+
+        monkeypatch.setattr(MarianMTModel, "generate", fail)
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        argv = ["translate", "--model", str(models / "dense"), "--input", str(tmp_path / "in")]
+        fails([*argv, "--output", str(tmp_path / "out")], f"dense cannot translate: {kind.__name__}: ", capsys)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_long_error_is_cut(self, capsys: pytest.CaptureFixture[str]) -> None:
+        fails(["inspect", "x" * 2000], "xxx ...", capsys)
+
+    @pytest.mark.parametrize("command", ["translate", "evaluate"])
+    def test_an_output_is_whole_or_as_it_was(
+        self,
+        models: Path,
+        tmp_path: Path,
+        command: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        out = tmp_path / "out"
+        out.write_text("precious", encoding="utf-8")
+        out.chmod(0o600)
+        (tmp_path / "link").symlink_to("out")
+        source = ["--input", str(tmp_path / "in")]
+        if command == "evaluate":
+            source = ["--source", str(tmp_path / "in"), "--reference", str(tmp_path / "in")]
+        argv = [command, "--model", str(models / "packed"), "--max-length", "4", *source]
+        outputs = ["--output"] if command == "translate" else ["--output", "--json"]
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fsync", full)
+            for output in outputs:
+                fails([*argv, output, str(tmp_path / "link")], "No space left on device", capsys)
+                assert out.read_text(encoding="utf-8") == "precious"
+        assert main([*argv, outputs[-1], str(tmp_path / "link")]) == 0
+        assert out.read_text(encoding="utf-8") != "precious"
+        assert out.stat().st_mode & 0o777 == 0o600
+        assert {file.name for file in tmp_path.iterdir()} == {"in", "out", "link"}
+
+    def test_a_pipe_is_written_to(self, models: Path, tmp_path: Path) -> None:
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        os.mkfifo(tmp_path / "pipe")
+        argv = ["translate", "--model", str(models / "packed"), "--max-length", "4", "--input", str(tmp_path / "in")]
+        got: list[str] = []
+        reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text(encoding="utf-8")))
+        reader.start()
+        assert main([*argv, "--output", str(tmp_path / "pipe")]) == 0
+        reader.join()
+        assert got == [f"{translations(models / 'packed', max_length=4)[1]}\n"]
+
+    def test_a_link_to_standard_output_is_written_to(self, models: Path, tmp_path: Path, shell: Any) -> None:
+        (tmp_path / "in").write_text("A man\n", encoding="utf-8")
+        (tmp_path / "link").symlink_to("/dev/stdout")
+        command = f"nmsparse translate --model packed --max-length 4 --input {tmp_path}/in --output {tmp_path}/link"
+        (tmp_path / "file").write_text("before\n", encoding="utf-8")
+        assert shell(f"{{ {command}; echo after; }} >>{tmp_path}/file").returncode == 0
+        expected = translations(models / "packed", max_length=4)[1]
+        assert (tmp_path / "file").read_text(encoding="utf-8") == f"before\n{expected}\nafter\n"
+        assert (tmp_path / "link").is_symlink()
 
     @pytest.mark.parametrize(
         "device", ["abacus", "meta", "", "cuda:99", "cuda:x", "privateuseone", "mkldnn", "cpu:0:1", "\n"]
@@ -870,6 +950,10 @@ class TestEvaluate:
             (["--output", "{tmp}/ref"], "ref is an input; name another output"),
             (["--json", "{tmp}/none/out.json"], "no folder {tmp}/none to write out.json into"),
             (["--json", "{tmp}/new", "--output", "{tmp}/new"], "new is given as --output and as --json"),
+            (["--json", "{tmp}/./new", "--output", "{tmp}/new"], "new is given as --output and as --json"),
+            (["--json", "{tmp}/link", "--output", "{tmp}/new"], "link is given as --output and as --json"),
+            (["--json", "{tmp}/one", "--output", "{tmp}/two"], "one is given as --output and as --json"),
+            (["--json", "{tmp}/link", "--output", "{tmp}/ref"], "ref is an input; name another output"),
             (["--baseline", "{tmp}"], "{tmp} is a folder; name a file"),
             (["--tokenize", "ja-mecab"], "tokenize 'ja-mecab' is not ready on this machine: Japanese tokenization"),
         ],
@@ -882,6 +966,9 @@ class TestEvaluate:
         message: str,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
+        (tmp_path / "link").symlink_to("new")
+        (tmp_path / "one").touch()
+        (tmp_path / "two").hardlink_to(tmp_path / "one")
         options = [option.format(tmp=tmp_path) for option in options]
         fails(["evaluate", "--model", "m", *corpus, *options], message.format(tmp=tmp_path), capsys)
 
