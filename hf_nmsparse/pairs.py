@@ -15,7 +15,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -31,6 +31,9 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 # A field as the writers of CSV quote it, among them pandas' and Excel's.
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
+# Fields of which the last is quoted and not at its end; and whole fields.
+_BEGUN = re.compile(rf'(?:(?:{_QUOTED.pattern}|[^"\t]*)\t)*"(?:[^"]|"")*')
+_WHOLE = re.compile(rf'(?:(?:{_QUOTED.pattern}|[^"\t]*)\t)*(?:{_QUOTED.pattern}|[^"\t]*)')
 
 Row = tuple[str, Any]  # where it stands, and what does
 
@@ -103,6 +106,8 @@ def same_length(files: tuple[Path, ...]) -> None:
             ends = b""
             count = 0
             while block := stream.read(1 << 20):
+                if not count and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValueError(f"corpus: {file}, line 1 is not UTF-8; convert the file with iconv")
                 count, ends = count + block.count(b"\n"), block[-1:]
             counts.append(count + (ends not in (b"", b"\n")))
     if len(set(counts)) > 1:
@@ -166,15 +171,39 @@ def _is_quoted(file: Path) -> bool:
 
     Most tools that write a header quote as CSV does, most that cut text with tabs know no quotes. A file of the latter
     ends this with its first quotation mark that stands inside of a text.
+
+    Raises:
+        ValueError: A writer of CSV has written a text of several lines.
     """
-    found = False
-    for number, line in enumerate(_lines(file)):
+    found, columns, spanning = False, 0, 0
+    record: list[str] = []  # the lines of one whose text has not ended
+    for number, line in enumerate(_lines(file), 1):
+        columns = columns or line.count("\t") + 1
+        if record:
+            record.append(line)
+            text = "\n".join(record) if '"' in line else ""
+            if not text or _BEGUN.fullmatch(text):
+                continue
+            if not _WHOLE.fullmatch(text) or _QUOTED.sub("", text).count("\t") + 1 != columns:
+                return False
+            # Sentences of which one begins with a quotation mark and a later one ends so have all fields in each line.
+            found = found or any(part and part.count("\t") + 1 != columns for part in record)
+            spanning, record = spanning or number + 1 - len(record), []
+            continue
         for field in line.split("\t") if '"' in line else ():
             if '"' in field:
                 if not _QUOTED.fullmatch(field):
-                    return False
-                found = found or number == 0 or '""' in field[1:-1] or "\r" in field
-    return found
+                    if not _BEGUN.fullmatch(line):
+                        return False
+                    record = [line]
+                    break
+                found = found or number == 1 or '""' in field[1:-1] or "\r" in field
+    if found and spanning and not record:
+        raise ValueError(
+            f"corpus: {file}, line {spanning}: a quoted text goes on in the next line; write texts without line "
+            "breaks, or JSON lines"
+        )
+    return found and not record
 
 
 def _json(file: Path) -> Iterator[Row]:
@@ -202,6 +231,9 @@ def _parquet(file: Path, source_lang: str, target_lang: str) -> Iterator[Row]:
     with _opened(file) as stream, closing(pq.ParquetFile(stream)) as reader:
         names, index = reader.schema_arrow.names, 0
         wanted = ["translation"] if "translation" in names else [source_lang, target_lang]
+        for name in wanted:
+            if names.count(name) > 1:
+                raise ValueError(f"corpus: {file}: several columns are named {name!r}")
         for batch in reader.iter_batches(1_000, columns=wanted if set(wanted) <= set(names) else None):
             for row in batch.to_pylist():
                 yield f"{file}, row {index}", row
@@ -237,12 +269,43 @@ def _stream(file: Path) -> Any:
     if file.suffix == ".gz":
         return gzip.open(file)
     if file.suffix == ".bz2":
-        return bz2.open(file)
+        return io.BufferedReader(_Streams(file, bz2.BZ2Decompressor))
     if file.suffix == ".xz":
-        return lzma.open(file)
+        return io.BufferedReader(_Streams(file, lzma.LZMADecompressor, padding=b"\0"))
     if file.suffix == ".zst":  # Python's own module is new in 3.14
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
     return file.open("rb")
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams one after the other, where Python's own readers pass over all that is after a damaged one."""
+
+    def __init__(self, file: Path, start: Callable[[], Any], padding: bytes = b"") -> None:
+        super().__init__()
+        self._file, self._start, self._padding = file.open("rb"), start, padding
+        self._stream = start()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._stream.eof:
+                data = (self._stream.unused_data or self._file.read(1 << 16)).lstrip(self._padding)
+                if not data and not (data := self._file.read(1 << 16).lstrip(self._padding)):
+                    return 0
+                self._stream = self._start()
+            elif self._stream.needs_input and not (data := self._file.read(1 << 16)):
+                raise EOFError("the file ends inside of a compressed stream")
+            text = self._stream.decompress(data, len(buffer))
+            if text:
+                buffer[: len(text)] = text
+                return len(text)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _first_line(error: Exception) -> str:

@@ -219,6 +219,40 @@ def test_quotation_marks_around_whole_sentences_stay(tmp_path: Path) -> None:
     assert read(written(tmp_path / "corpus", {"train.tsv": content})) == [('"No."', '"Nein."')]
 
 
+def damaged(data: bytes) -> bytes:
+    """One byte in the middle is another."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+
+
+def parquet_twice() -> bytes:
+    """A table with two columns of one name."""
+    file = io.BytesIO()
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["en", "en", "de"]), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("packed", COMPRESSORS)
+def test_streams_one_after_the_other_are_one_file(tmp_path: Path, packed: str) -> None:
+    compress, rows = COMPRESSORS[packed], [b'{"en": "%d", "de": "x"}\n' % number for number in range(9)]
+    content = b"".join(map(compress, [*rows, b"".join(rows) * 9000]))
+    if packed == ".xz":
+        content += bytes(8)  # the padding of the format
+    pairs = [(str(number), "x") for number in range(9)]
+    assert read(written(tmp_path / "corpus", {f"train.jsonl{packed}": content})) == pairs + pairs * 9000
+
+
+def test_sentences_cut_inside_of_quotations_are_as_they_are(tmp_path: Path) -> None:
+    """One begins with a quotation mark, a later one ends with it, and no writer of CSV is at work."""
+    content = 'en\tde\nHello.\t"Hallo.\nHow are you?\tWie geht es?"\n"No."\t"Nein."\n'
+    assert read(written(tmp_path / "corpus", {"train.tsv": content.encode()})) == [
+        ("Hello.", '"Hallo.'),
+        ("How are you?", 'Wie geht es?"'),
+        ('"No."', '"Nein."'),
+    ]
+
+
+UTF16_LINES = "Ċ\nĊ\n".encode("utf-16")  # with a byte of a line feed in each letter
 UTF16 = "a\nb\n".encode("utf-16")
 LATIN1 = "gut\nschön\n".encode("latin-1")
 ROWS = b'{"en": "a", "de": "b"}\n'
@@ -267,6 +301,22 @@ ROWS = b'{"en": "a", "de": "b"}\n'
         ({"train.jsonl.xz": ROWS}, "cannot read .*train.jsonl.xz: "),
         ({"train.jsonl.zst": zst(ROWS * 50)[:-9]}, "cannot read .*train.jsonl.zst: "),
         ({"train.jsonl.zst": ROWS}, "cannot read .*train.jsonl.zst: "),
+        ({"train.jsonl.bz2": bz2.compress(ROWS) + b"garbage"}, "cannot read .*train.jsonl.bz2: "),
+        ({"train.jsonl.bz2": bz2.compress(ROWS) + damaged(bz2.compress(ROWS))}, "cannot read .*train.jsonl.bz2: "),
+        ({"train.jsonl.bz2": bz2.compress(ROWS) + bz2.compress(ROWS)[:-9]}, "cannot read .*train.jsonl.bz2: "),
+        ({"train.jsonl.xz": lzma.compress(ROWS) + b"garbage"}, "cannot read .*train.jsonl.xz: "),
+        ({"train.jsonl.xz": lzma.compress(ROWS) + damaged(lzma.compress(ROWS))}, "cannot read .*train.jsonl.xz: "),
+        ({"train.jsonl.xz": lzma.compress(ROWS) + lzma.compress(ROWS)[:-9]}, "cannot read .*train.jsonl.xz: "),
+        ({"train.jsonl.gz": gzip.compress(ROWS) + b"garbage"}, "cannot read .*train.jsonl.gz: "),
+        ({"train.jsonl.zst": zst(ROWS) + b"garbage"}, "cannot read .*train.jsonl.zst: "),
+        ({"train.en": UTF16_LINES, "train.de": UTF16}, "train.en, line 1 is not UTF-8"),
+        ({"train.parquet": parquet_twice()}, "train.parquet: several columns are named 'en'"),
+        (
+            {"train.tsv": quoted_tsv([("a", "b\nc"), ("d", "e")])},
+            "train.tsv, line 2: a quoted text goes on in the next",
+        ),
+        ({"train.tsv": quoted_tsv([("a", "b"), ("c\n\nd\ne", "f")])}, "train.tsv, line 3: a quoted text goes on in"),
+        ({"train.tsv": quoted_tsv([("a", 'b "c"'), ("d", "e\nf\tg")])}, "train.tsv, line 3: a quoted text goes on in"),
         ({"train.jsonl.gz": gzip.compress(b"")}, "train.jsonl.gz has no rows"),
         (
             {"train.jsonl": ROWS, "train.tsv": b"en\tde\nc\td"},
