@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ _OF_EACH_ROW = (
     "past_key_values",
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
+)
+# What of its settings names tokens.
+_TOKENS = (
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "pad_token_id",
+    "eos_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
 )
 # What `generate` gives beside tokens.
 _BESIDE_TOKENS = (
@@ -114,7 +126,7 @@ def _generated(
     todo = [place for place, text in enumerate(texts) if text.strip()]
     if settings.get("streamer") is not None and len(todo) > 1:
         raise ValueError(f"translate: a streamer follows one sentence, got {len(todo)}; leave it out")
-    limit = min(tokenizer.model_max_length, positions_of(model.get_encoder()) or float("inf"))
+    limit = min(_longest(tokenizer), positions_of(model.get_encoder()) or float("inf"))
     rows = encode(tokenizer, [direction.prompt + texts[place] for place in todo], limit, direction.frame)
     _check_vocabulary(model, rows, settings)
     tokens = dict(zip(todo, rows, strict=True))
@@ -126,6 +138,17 @@ def _generated(
             if allowed is not None:
                 settings["prefix_allowed_tokens_fn"] = _by_place(allowed, batch)
             yield batch, _generate(model, tokenizer, [torch.tensor(tokens[place]) for place in batch], settings)
+
+
+def _longest(tokenizer: Any) -> float:
+    """How many tokens of a text the tokenizer says that the model takes."""
+    most = tokenizer.model_max_length
+    if not isinstance(most, int | float) or isinstance(most, bool) or not most >= 2:
+        raise ValueError(
+            f"translate: the tokenizer's model_max_length needs at least 2, a token and the end, got {most!r}; set "
+            "tokenizer.model_max_length"
+        )
+    return most
 
 
 def _generate(model: Any, tokenizer: Any, tokens: list[Tensor], settings: dict[str, Any]) -> Tensor:
@@ -147,16 +170,28 @@ def _by_place(allowed: Callable[[int, Tensor], list[int]], places: list[int]) ->
 def _check_vocabulary(model: Any, rows: list[list[int]], settings: Mapping[str, Any]) -> None:
     """Refuses tokens that the model has no embedding for."""
     own = {"decoder_start_token_id": start_token(model), **_set_in(model.generation_config), **settings}
-    named = (own.get("decoder_start_token_id"), own.get("forced_bos_token_id"))
-    first = [[token] for token in named if isinstance(token, int)]
-    for embeddings, tokens in ((model.get_input_embeddings(), rows), (model.get_output_embeddings(), first)):
-        size = len(embeddings.weight)
-        most = max(map(max, tokens), default=0)
-        if most >= size:
-            raise ValueError(
-                f"translate: token {most} is beyond the {size} of the model; give it the tokenizer and the settings "
-                "that it was trained with"
-            )
+    _check_count("num_beams", own.get("num_beams") or 1)
+    named = {key: _tokens(own[key]) for key in _TOKENS if own.get(key) is not None}
+    size = len(model.get_output_embeddings().weight)
+    for key, tokens in named.items():
+        for token in tokens:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
+                raise ValueError(f"translate: {key}: {token!r} is none of the {size} tokens of the model; set another")
+    size, most = len(model.get_input_embeddings().weight), max(chain.from_iterable(rows), default=0)
+    if most >= size:
+        raise ValueError(
+            f"translate: token {most} is beyond the {size} of the model; give it the tokenizer that it was trained with"
+        )
+
+
+def _tokens(value: Any) -> Iterator[Any]:
+    """The tokens that a setting of ``generate`` names: one, a list, or lists of them."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_tokens, value))
+    else:
+        yield value
 
 
 @contextmanager

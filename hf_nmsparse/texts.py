@@ -234,12 +234,29 @@ def encode(tokenizer: Any, texts: list[str], limit: float, frame: Frame | None =
         texts: The texts.
         limit: The most tokens of a text, with those around it.
         frame: Tokens around each text; None takes those of the tokenizer.
+
+    Raises:
+        ValueError: The tokenizer fails, gives no tokens for a text, or cannot be told where to cut one.
     """
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None, verbose=False)["input_ids"]
+    try:
+        encoded: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None, verbose=False)["input_ids"]
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # up to each tokenizer; where Rust panics it is no Exception
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"translate: the tokenizer has failed: {reason}; load the one that the model was trained with"
+        ) from error
     if frame is not None:
         encoded = [[*frame[0], *row, *frame[1]] for row in encoded]
+    empty = next((index for index, row in enumerate(encoded) if not row), None)
+    if empty is not None:
+        raise ValueError(
+            f"translate: the tokenizer gives no tokens for {texts[empty][:50]!r}; load the one that the model was "
+            "trained with"
+        )
     too_long = [index for index, row in enumerate(encoded) if len(row) > limit]
     if too_long:
         logger.warning(f"translate: {len(too_long)} of {len(texts)} sentences were cut to {limit} tokens")

@@ -238,6 +238,18 @@ class TestGenerationSettings:
                 "decoder_start_token_id needs one token for all sentences, got a list",
             ),
             ({"num_beems": 2}, "num_beems"),
+            ({"num_beams": -1}, "num_beams needs at least 1, got -1"),
+            ({"num_beams": 2.0}, "num_beams needs at least 1, got 2.0"),
+            ({"num_beams": "2"}, "num_beams needs at least 1, got '2'"),
+            ({"generation_config": CONFIG(eos_token_id=[2, 9999])}, "eos_token_id: 9999 is none of the 300 tokens"),
+            ({"pad_token_id": -1}, "pad_token_id: -1 is none of the 300 tokens"),
+            ({"eos_token_id": "2"}, "eos_token_id: '2' is none of the 300 tokens"),
+            ({"suppress_tokens": [1, 300]}, "suppress_tokens: 300 is none of the 300 tokens"),
+            ({"begin_suppress_tokens": [-1]}, "begin_suppress_tokens: -1 is none of the 300 tokens"),
+            ({"bad_words_ids": [[5], [6, 300]]}, "bad_words_ids: 300 is none of the 300 tokens"),
+            ({"forced_bos_token_id": 300}, "forced_bos_token_id: 300 is none of the 300 tokens"),
+            ({"forced_eos_token_id": [300]}, "forced_eos_token_id: 300 is none of the 300 tokens"),
+            ({"decoder_start_token_id": -5}, "decoder_start_token_id: -5 is none of the 300 tokens"),
             ({"prefix": "translate: "}, "prefix"),
             ({"batch_size": True}, "batch_size needs at least 1, got True"),
             ({"batch_size": "8"}, "batch_size needs at least 1, got '8'"),
@@ -246,6 +258,33 @@ class TestGenerationSettings:
     def test_what_cannot_be_followed(self, given: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=rf"^.*{re.escape(message)}"):
             translate(MODEL, TOKENIZER, ["A man"], **given)
+
+    @pytest.mark.parametrize("most", [0, 1, -1, "64", None, True, float("nan")])
+    def test_a_tokenizer_that_leaves_no_room(self, most: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TOKENIZER, "model_max_length", most)
+        with pytest.raises(ValueError, match="the tokenizer's model_max_length needs at least 2"):
+            translate(MODEL, TOKENIZER, ["A man"])
+
+    def test_a_tokenizer_that_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class PanicException(BaseException):  # as that of Rust's
+            pass
+
+        for error in (Exception("WordLevel error:\nMissing [UNK]"), TypeError("no"), PanicException("unwrap")):
+
+            def fail(*_: Any, error: BaseException = error, **__: Any) -> None:
+                raise error
+
+            monkeypatch.setattr(type(TOKENIZER), "__call__", fail)
+            with pytest.raises(
+                ValueError, match=rf"the tokenizer has failed: {type(error).__name__}: .*; load"
+            ) as raised:
+                translate(MODEL, TOKENIZER, ["A man"])
+            assert "\n" not in str(raised.value)
+
+    def test_a_text_without_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(type(TOKENIZER), "__call__", lambda *_, **__: {"input_ids": [[5], []]})
+        with pytest.raises(ValueError, match="the tokenizer gives no tokens for 'b'; load"):
+            translate(MODEL, TOKENIZER, ["a", "b"])
 
     def test_a_tokenizer_without_padding(self) -> None:
         tokenizer = tiny.tokenizer()
