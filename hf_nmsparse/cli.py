@@ -384,9 +384,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from hf_nmsparse.plots import plot_runs, read_run
+    from hf_nmsparse.plots import plot_runs, read_runs
 
-    for file in plot_runs([read_run(folder) for folder in args.runs], args.output, args.format):
+    for file in plot_runs(read_runs(args.runs), args.output, args.format):
         _say(file)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from hf_nmsparse.pattern import NMPattern
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FORMATS", "LoggedRun", "plot_runs", "read_run"]
+__all__ = ["FORMATS", "LoggedRun", "plot_runs", "read_run", "read_runs"]
 
 FORMATS = ("png", "svg")
 _SEED = re.compile(r"-s[0-9]+$")  # how the name of a study's run ends
@@ -28,7 +28,7 @@ class LoggedRun:
     """A run as its folder tells it.
 
     Attributes:
-        name: Name of the folder.
+        name: Name of the folder, with those above it where it shares its own with another run.
         evaluation: The scores and what was run.
         curve: As `diagnostics.read_curve` gives it.
         layers: As `diagnostics.read_layers` gives it; empty where the run kept none.
@@ -74,12 +74,49 @@ def read_run(folder: Path) -> LoggedRun:
         if not (folder / file).is_file():
             raise ValueError(f"plot: {folder} holds no {file}; give folders of finished runs of the recipe")
     layers = folder / "layers.parquet"
+    evaluation, curve = Evaluation.read(folder / "evaluation.json"), read_curve(folder / "curve.json")
+    needed = ("distill_weight", "distill_temperature") if "distill_from" in evaluation.options else ()
+    drawn = {key: value for key, value in evaluation.options.items() if key.startswith("sparse_")}
+    _check_numbers(folder / "evaluation.json", {**drawn, **{key: evaluation.options.get(key) for key in needed}})
+    for row in curve:
+        _check_numbers(folder / "curve.json", {key: row[key] for key in ("step", "flip_rate") if key in row})
     return LoggedRun(
-        folder.name,
-        Evaluation.read(folder / "evaluation.json"),
-        read_curve(folder / "curve.json"),
+        _place(folder).name,
+        evaluation,
+        curve,
         read_layers(layers) if layers.is_file() else [],
     )
+
+
+def _place(folder: Path) -> Path:
+    """A path that ends in a name, which "." and ".." do not have; that of a link is its own."""
+    return folder.absolute() if folder.name not in ("", "..") else folder.resolve()
+
+
+def _check_numbers(file: Path, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{file}: {key}: a number is needed, got {value!r}; the recipe writes the file")
+
+
+def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
+    """Reads several runs, and names each by as many folders as tell it from the others.
+
+    Raises:
+        ValueError: As `read_run`, or a run is given twice.
+    """
+    runs = [read_run(folder) for folder in folders]
+    places = [_place(folder).parts for folder in folders]
+    for index, folder in enumerate(folders):
+        if any(folder.samefile(other) for other in folders[:index]):
+            raise ValueError(f"plot: {folder} is given twice; name each run once")
+    names = [run.name for run in runs]
+    for depth in range(2, max(map(len, places), default=0) + 1):
+        shared = {name for name in names if names.count(name) > 1}
+        names = [
+            "-".join(place[-depth:]) if name in shared else name for name, place in zip(names, places, strict=True)
+        ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> list[Path]:
@@ -110,6 +147,10 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
         from matplotlib import pyplot
     except ImportError as error:
         raise ValueError("plot: needs matplotlib; pip install 'hf-nmsparse[plot]'") from error
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"plot: several runs are named {name!r}; read them with read_runs")
     pictures: dict[str, Callable[[Axes], None]] = {}
     sparse = [run for run in runs if run.evaluation.pattern is not None]
     if any("flip_rate" in row for run in sparse for row in run.curve):
@@ -157,7 +198,7 @@ def _flips(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
         if any(rates):  # fixed masks have no place on a log scale
             curves.append((rates, steps, _with_seeds(label, runs)))
     for rates, steps, label in sorted(curves, key=lambda curve: -curve[0][-1]):  # the legend is read as the curves end
-        axes.plot(steps, rates, label=label)
+        axes.plot(steps, rates, label=_plain(label))
     axes.set(xlabel="optimizer step", ylabel="flip rate: fraction of the mask that a step changes", yscale="log")
 
 
@@ -170,7 +211,9 @@ def _sparsity(axes: Axes, groups: Iterable[list[LoggedRun]], dense: Sequence[Log
         }
         places = sorted({sparsity for sparsity, _ in points})
         means = [statistics.fmean(bleu for sparsity, bleu in points if sparsity == place) for place in places]
-        [line] = axes.plot(places, means, label=group[0].settings.removeprefix(f"{group[0].evaluation.pattern}, "))
+        [line] = axes.plot(
+            places, means, label=_plain(group[0].settings.removeprefix(f"{group[0].evaluation.pattern}, "))
+        )
         for place, (pattern, runs) in points.items():
             axes.plot(*place, marker="o", color=line.get_color())
             best = place == max(other for other in points if other[0] == place[0])
@@ -187,7 +230,7 @@ def _decay(axes: Axes, groups: Iterable[list[LoggedRun]], dense: Sequence[Logged
         places = dict(sorted(_by(_lambda, group).items()))
         means = [statistics.fmean(run.evaluation.bleu for run in runs) for runs in places.values()]
         label = f"{group[0].evaluation.pattern} {group[0].evaluation.method}"
-        [line] = axes.plot(list(places), means, marker="o", label=label)
+        [line] = axes.plot(list(places), means, marker="o", label=_plain(label))
         for place, runs in places.items():
             _repetitions(axes, place, runs, line.get_color())
     _level(axes, dense)
@@ -200,9 +243,9 @@ def _layers(axes: Axes, run: LoggedRun) -> None:
     rates = {(row["layer"], row["step"]): row["flip_rate"] for row in run.layers}
     grid = [[rates.get((layer, step)) or 0.0 for step in steps] for layer in layers]
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", extent=(steps[0], steps[-1], len(layers), 0))
-    shown = [layer.removeprefix("model.") for layer in layers]
+    shown = [_plain(layer.removeprefix("model.")) for layer in layers]
     axes.set_yticks([index + 0.5 for index in range(len(layers))], shown, fontsize=6)
-    axes.set(xlabel="optimizer step", title=f"{run.name}: {run.settings}")
+    axes.set(xlabel="optimizer step", title=_plain(f"{run.name}: {run.settings}"))
     axes.figure.colorbar(image, ax=axes, label="flip rate")
 
 
@@ -259,6 +302,11 @@ def _of_shared_seeds(groups: list[list[LoggedRun]], of: Callable[[LoggedRun], An
     seeds = [{run.evaluation.seed for run in runs} for group in groups for runs in _by(of, group).values()]
     shared = set.intersection(*seeds) if seeds else set()
     return [[run for run in group if not shared or run.evaluation.seed in shared] for group in groups]
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for TeX."""
+    return text.replace("$", r"\$")
 
 
 def _with_seeds(label: str, runs: Sequence[LoggedRun]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from hf_nmsparse.diagnostics import write_curve, write_layers
 from hf_nmsparse.metrics import Score, evaluation_record
-from hf_nmsparse.plots import LoggedRun, _differing, _lambda, _of_shared_seeds, _pattern, plot_runs, read_run
+from hf_nmsparse.plots import LoggedRun, _differing, _lambda, _of_shared_seeds, _pattern, plot_runs, read_run, read_runs
 
 FACTS: dict[str, Any] = {"corpus": "c", "split": "test", "model": "m", "steps": 20, "dense_bytes": 10}
 TAUGHT = {"sparse_dense_head": 0.1, "distill_from": "dense", "distill_weight": 0.5, "distill_temperature": 2.0}
@@ -118,3 +119,45 @@ def test_what_cannot_be_drawn_is_refused(runs: list[LoggedRun], tmp_path: Path) 
     (tmp_path / "a-s1" / "curve.json").unlink()
     with pytest.raises(ValueError, match=r"a-s1 holds no curve\.json; give folders of finished runs"):
         read_run(tmp_path / "a-s1")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("evaluation.json", "sparse_ramp", "x", "evaluation.json: sparse_ramp: a number is needed, got 'x'"),
+        ("evaluation.json", "sparse_ramp", [1], r"evaluation.json: sparse_ramp: a number is needed, got \[1\]"),
+        ("evaluation.json", "distill_from", "dense", "evaluation.json: distill_weight: a number is needed, got None"),
+        ("curve.json", "step", "1", "curve.json: step: a number is needed, got '1'"),
+        ("curve.json", "step", None, "curve.json: step: a number is needed, got None"),
+        ("curve.json", "flip_rate", {}, "curve.json: flip_rate: a number is needed, got {}"),
+        ("curve.json", "flip_rate", True, "curve.json: flip_rate: a number is needed, got True"),
+    ],
+)
+def test_what_is_no_number_is_refused(tmp_path: Path, file: str, key: str, value: Any, message: str) -> None:
+    write_run(tmp_path / "a", 35.0, method="ste", pattern="2:4")
+    content = json.loads((tmp_path / "a" / file).read_text(encoding="utf-8"))
+    (content[0] if file == "curve.json" else content["options"])[key] = value
+    (tmp_path / "a" / file).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "a")
+
+
+def test_every_run_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / place for place in ("x/run", "y/run", "z/run", "z/other")]
+    for folder in folders:
+        write_run(folder, 35.0, method="ste", pattern="2:4", layers=True)
+    monkeypatch.chdir(tmp_path / "x/run")
+    runs = read_runs([Path(), *folders[1:]])
+    assert [run.name for run in runs] == ["x-run", "y-run", "z-run", "other"]
+    assert [file.name for file in plot_runs(runs, tmp_path / "plots")][1:] == [f"layers-{run.name}.png" for run in runs]
+    assert read_run(Path()).name == "run"
+    with pytest.raises(ValueError, match=r"plot: .*run is given twice; name each run once"):
+        read_runs([Path(), folders[0]])
+    with pytest.raises(ValueError, match="plot: several runs are named 'run'; read them with read_runs"):
+        plot_runs([read_run(folder) for folder in folders], tmp_path / "plots")
+
+
+def test_a_dollar_is_no_tex(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "$a_b^{$", 35.0, method="ste", pattern="2:4", targets=["$a_b", "c$"], layers=True)
+    _, layers = plot_runs([read_run(run)], tmp_path / "plots", "svg")
+    assert "<!-- $a_b^{$: 2:4, ste, $a_b+c$ -->" in layers.read_text(encoding="utf-8")
