@@ -10,6 +10,8 @@ that was stopped goes on from its last checkpoint when the same command is given
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 import traceback
@@ -84,6 +86,11 @@ COUNTS = (
     "beams",
     "eval_batch",
 )
+
+# What a run cannot go on with if it is another than at its beginning; and of a model from scratch.
+OF_THE_MODEL = ("model", "source_lang", "target_lang", "pattern", "targets", "ignore")
+OF_THE_TOKENIZER = ("vocab_size", "max_length")
+FROM_SCRATCH = (*OF_THE_TOKENIZER, "d_model", "layers", "heads", "ffn")
 
 # Of the training arguments, what the card lists.
 SETTINGS = (
@@ -195,6 +202,8 @@ def main() -> None:
         corpus["train"] = concatenate_datasets([corpus["train"], more["train"]])
     if recipe.max_train_pairs is not None:
         corpus["train"] = first_of(corpus["train"], recipe.max_train_pairs)
+    with args.main_process_first(desc="settings"):
+        keep_settings(recipe, output)
     with args.main_process_first(desc="tokenizer"):
         tokenizer = load_tokenizer(recipe, corpus["train"], output)
     if recipe.streaming:
@@ -262,7 +271,7 @@ def main() -> None:
     write_card(
         saved,
         evaluation,
-        recipe.push_to or output.name,
+        recipe.push_to or card_name(output),
         source_lang=recipe.source_code or recipe.source_lang,
         target_lang=recipe.target_code or recipe.target_lang,
         license=recipe.license,
@@ -363,6 +372,10 @@ def check_hub(repo: str) -> None:
 def check(recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
     """Refuses what does not go together before anything is read."""
     dense = "sparse_method is 'dense'" if args.sparse_method == "dense" else "a dense tail leaves a dense one"
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"seed: needs a number from 0 to {2**32 - 1}, got {args.seed}")
+    if not 0 <= args.learning_rate < math.inf:
+        raise ValueError(f"learning_rate: needs a finite number of at least 0, got {args.learning_rate}")
     ends_dense = args.sparse_method == "dense" or bool(args.sparse_dense_tail)
     if ends_dense and recipe.values == "int8":
         raise ValueError(f"values: 'int8' is for packed models and {dense}; choose fp32, fp16 or bf16")
@@ -428,6 +441,24 @@ def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTra
         with replaced(folder) as beside:
             train_tokenizer(texts, recipe.vocab_size, recipe.max_length).save_pretrained(beside)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def keep_settings(recipe: RecipeArguments, output: Path) -> None:
+    """Writes what makes the model what it is beside its checkpoints, once those of another model are ruled out."""
+    now = {name: getattr(recipe, name) for name in (*OF_THE_MODEL, *(() if recipe.model else FROM_SCRATCH))}
+    file = output / "model_settings.json"
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    kept = list(dict.fromkeys([*now, *begun])) if checkpoints(output) else []
+    if (output / "tokenizer").is_dir() and not recipe.model:
+        kept += OF_THE_TOKENIZER
+    for name in kept:
+        if now.get(name) != begun.get(name, now.get(name)):
+            raise ValueError(
+                f"{name}: the run in {output} began with {begun.get(name)!r}, got {now.get(name)!r}; give the same, or "
+                "another output_dir"
+            )
+    with replaced(file) as beside:
+        beside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -523,6 +554,13 @@ def evaluate(
         dense_bytes=size + spared,
         base_model=recipe.model,
     )
+
+
+def card_name(output: Path) -> str:
+    """The name of the output folder as the Hub can have it."""
+    name = re.sub("-{2,}", "-", re.sub(r"[^\w.-]", "-", output.resolve().name, flags=re.ASCII))
+    name = re.sub(r"\.{2,}", ".", name)[:96].removesuffix(".git").strip("-.")
+    return name or "model"
 
 
 def corpus_name(corpus: str) -> str:

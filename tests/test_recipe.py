@@ -17,6 +17,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from transformers import NllbTokenizer
 
@@ -26,7 +27,17 @@ from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.diagnostics import read_curve, read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.sparse_model import select_layers
-from recipes.wmt_en_de import DEFAULT, describe, load_model, load_tokenizer, parse, read_lines, run
+from recipes.wmt_en_de import (
+    DEFAULT,
+    card_name,
+    describe,
+    keep_settings,
+    load_model,
+    load_tokenizer,
+    parse,
+    read_lines,
+    run,
+)
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14
 from tests.tiny import bart, hf, t5, tokenizer
@@ -273,6 +284,11 @@ def test_arguments_that_are_refused(argument: list[str], message: str) -> None:
         (("--average", "4"), "average: 4 checkpoints, and save_total_limit keeps 3; raise it"),
         (("--average", "2", "--save_strategy", "no"), "average: 2 checkpoints, and save_strategy 'no' writes none"),
         (("--heads", "3"), "heads: has to divide d_model, got 3 for 32"),
+        (("--seed", "-1"), "seed: needs a number from 0 to 4294967295, got -1"),
+        (("--seed", "4294967296"), "seed: needs a number from 0 to 4294967295, got 4294967296"),
+        (("--learning_rate", "inf"), "learning_rate: needs a finite number of at least 0, got inf"),
+        (("--learning_rate", "nan"), "learning_rate: needs a finite number of at least 0, got nan"),
+        (("--learning_rate", "-1"), "learning_rate: needs a finite number of at least 0, got -1.0"),
         (("--beams", "0"), "beams: needs at least 1, got 0"),
         (("--push_to", "a/b", "--sparse_method", "dense"), "push_to: sends packed models and this run ends in a dense"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
@@ -282,6 +298,42 @@ def test_what_would_end_a_run_late_is_refused_first(argument: tuple[str, str], m
     (tmp_path / "none.yaml").write_text("seed: 1")
     with pytest.raises(ValueError, match=re.escape(message)):
         parse([str(tmp_path / "none.yaml"), *tiny(tmp_path, tmp_path / "run"), *argument])
+
+
+@pytest.mark.parametrize("name", ["a run", "größe", "-x-", "a..b", "a--b", "x.git", "...", "é", "x" * 200, "ok.2-4_a"])
+def test_any_folder_has_a_name_for_its_card(name: str) -> None:
+    validate_repo_id(card_name(Path(name)))
+    if name.startswith("ok"):
+        assert card_name(Path(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            ("--vocab_size", "290"),
+            "vocab_size: the run in {} began with 300, got 290; give the same, or another output",
+        ),
+        (("--d_model", "16"), "d_model: the run in {} began with 32, got 16; give the same"),
+        (("--pattern", "1:4"), "pattern: the run in {} began with '2:4', got '1:4'; give the same"),
+        (("--model", "else"), "model: the run in {} began with None, got 'else'; give the same"),
+    ],
+)
+def test_a_run_goes_on_with_the_model_that_it_began_with(
+    argument: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    (tmp_path / "none.yaml").write_text("pattern: 2:4\n")
+    output.mkdir()
+    command = [str(tmp_path / "none.yaml"), *tiny(tmp_path, output)]
+    keep_settings(parse([*command, *argument])[0], output)
+    keep_settings(parse(command)[0], output)  # nothing had been made of the others yet
+    (output / "checkpoint-1").mkdir()
+    (output / "checkpoint-1/model.safetensors").touch()
+    (output / "checkpoint-1/trainer_state.json").touch()
+    keep_settings(parse([*command, "--learning_rate", "1"])[0], output)
+    with pytest.raises(ValueError, match=re.escape(message.format(output))):
+        keep_settings(parse([*command, *argument])[0], output)
 
 
 def test_models_are_described_by_any_names_of_their_layers() -> None:
