@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,53 @@ def test_shards_keep_their_names(tmp_path: Path) -> None:
     again = MarianMTModel.from_pretrained(tmp_path / "dense")
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_parts_in_several_shards_and_a_shape_of_the_models_own(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    model, tensors = bitmask_checkpoint(tmp_path / "old")
+    tensors["own.shape"] = torch.tensor([7])
+    (tmp_path / "old" / "model.safetensors").unlink()
+    for number, ending in enumerate((".bitmask", ".shape", "")):
+        chosen = {key: tensors.pop(key) for key in list(tensors) if key.endswith(ending)}
+        save_file(chosen, tmp_path / "old" / f"model-0000{number + 1}-of-00003.safetensors", metadata={"format": "pt"})
+    (tmp_path / "old" / "model.safetensors.index.json").write_text("{}")
+    assert convert_bitmask(tmp_path / "old", tmp_path / "dense") == 32
+    files = [load_file(file) for file in sorted((tmp_path / "dense").glob("*.safetensors"))]
+    found = {key: tensor for file in files for key, tensor in file.items()}
+    assert found.pop("own.shape").tolist() == [7]
+    for name, weight in found.items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("record", ["text", ["list"], {"sparsity_config": "text"}, {"sparsity_config": [1]}])
+def test_a_record_of_another_type_is_refused(tmp_path: Path, record: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": record}))
+    with pytest.raises(PackedFormatError, match=r"config.json: a configuration is one JSON object, got (str|list)"):
+        convert_bitmask(tmp_path, tmp_path / "new")
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(PackedFormatError, match=r"config.json: is no file"):
+        convert_bitmask(tmp_path, tmp_path / "new")
+
+
+def test_numbers_that_no_such_checkpoint_has_are_refused() -> None:
+    values, bitmask, shape = torch.tensor([1.0, 2.0]), torch.tensor([[3]], dtype=torch.uint8), torch.tensor([1, 4])
+    with pytest.raises(PackedFormatError, match=r"compressed: 2 floating-point values are needed, got torch.fl"):
+        dense_from_bitmask(values.to(torch.float8_e4m3fn), bitmask, shape)
+    with pytest.raises(PackedFormatError, match=r"weight.shape: rows and columns in groups of four are needed"):
+        dense_from_bitmask(values, bitmask, shape.float())
+
+
+def test_a_weight_beside_its_packed_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    _, tensors = bitmask_checkpoint(tmp_path / "old")
+    prefix = next(key for key in tensors if key.endswith(".bitmask")).removesuffix(".bitmask")
+    write(tmp_path / "old", {**tensors, f"{prefix}.weight": torch.zeros(2)}, RECORD)
+    with pytest.raises(PackedFormatError, match=rf"{prefix}.weight is there beside its packed form"):
+        convert_bitmask(tmp_path / "old", tmp_path / "new")
 
 
 def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path) -> None:
