@@ -1,6 +1,7 @@
-"""What transformers has to know of this package: the packed format, and the pipeline "nmt-translation".
+"""What others have to know of this package: transformers its format and its pipeline, torch its operators.
 
-Both are told it when transformers imports what keeps such lists, which takes seconds that a process may never need.
+They are told when they are imported, or their part that keeps such a list: that takes seconds that a process may never
+need.
 """
 
 from __future__ import annotations
@@ -17,8 +18,18 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Registers loader and pipeline, now or as soon as transformers is ready for them."""
-    _after_import({"transformers.quantizers.auto": _register_format, "transformers.pipelines": _register_pipeline})
+    """Registers operators, loader and pipeline, now or as soon as torch and transformers are ready for them."""
+    _after_import(
+        {
+            "torch": _register_operators,
+            "transformers.quantizers.auto": _register_format,
+            "transformers.pipelines": _register_pipeline,
+        }
+    )
+
+
+def _register_operators() -> None:
+    import hf_nmsparse.kernels.rounded  # noqa: F401  # registers itself; programs that torch.export saved name them
 
 
 def _register_format() -> None:

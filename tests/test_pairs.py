@@ -156,13 +156,18 @@ HARD: Pairs = [
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("packed", ["", *COMPRESSORS])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [
+        (kind, packed)
+        for kind in FORMATS
+        for packed in ("", *COMPRESSORS)
+        if not (packed and kind.startswith("parquet"))  # which compresses itself
+    ],
+)
 def test_every_format_is_read_alike(tmp_path: Path, kind: str, packed: str, streaming: bool) -> None:
     files = FORMATS[kind](HARD)
     if packed:
-        if kind.startswith("parquet"):
-            pytest.skip("parquet compresses itself")
         files = {f"{name}{packed}": COMPRESSORS[packed](content) for name, content in files.items()}
     rows = load_corpus(str(written(tmp_path / "corpus", files)), "en", "de", streaming=streaming)["train"]
     assert isinstance(rows, IterableDataset if streaming else Dataset)
