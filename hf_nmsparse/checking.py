@@ -43,6 +43,7 @@ __all__ = [
     "open_folder",
     "refuse_missing",
     "refuse_more_layers",
+    "ties",
 ]
 
 CODES = ".weight_indices"
@@ -249,7 +250,7 @@ def check_complete(
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     expected = model.state_dict()
     found = {rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0] for key in files}
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = ties(model)
     found = {tied.get(key, key) for key in found}
     prefix, computed = f"{model.base_model_prefix}.", list(model._keys_to_ignore_on_load_missing or ())
     if any(key.startswith(prefix) for key in files):  # files of a model with a head have the bias of its logits
@@ -290,6 +291,11 @@ def refuse_more_layers(keys: Iterable[str], model: PreTrainedModel, where: str) 
                     f"{where}: {name} has {number} layers here and {len(layers)} by config.json; correct config.json "
                     "or save the model again"
                 )
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """The name of each tensor that a model of transformers ties to another, and the other's."""
+    return model.all_tied_weights_keys if isinstance(model, PreTrainedModel) else {}
 
 
 def refuse_missing(missing: Collection[str], keys: Collection[str], where: str, remedy: str) -> None:

@@ -328,8 +328,9 @@ class KernelLinear(nn.Linear):
         packed = PackedLinear(
             self.in_features, self.out_features, self.pattern, False, "meta", self.dtype, self.format == "int8"
         )
-        packed._buffers.update(self.packed_tensors())
-        packed.weight = nn.Parameter(packed._buffers.pop("weight"), requires_grad=False)  # type: ignore[arg-type]
+        tensors = self.packed_tensors()
+        packed.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        packed.weight_indices, packed.weight_scale = tensors["weight_indices"], tensors.get("weight_scale")
         packed.bias = self.bias
         return packed.train(self.training)
 
@@ -506,9 +507,9 @@ class SemiStructuredLinear(KernelLinear):
         return semi_structured.linear(input, self.kernel_weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLinear:
-        weight = self._buffers.pop("kernel_weight")
+        weight, self.kernel_weight = self.kernel_weight, None  # type: ignore[assignment]
         super()._apply(fn, recurse)
-        self._buffers["kernel_weight"] = weight
+        self.kernel_weight = weight
         return self
 
 

@@ -135,7 +135,7 @@ class SparseStep:
         self._flips: dict[str, Tensor | int] = {}
         self._counted = 0
         self._changed: dict[str, Tensor] | None = None
-        self._optimizer = ref(optimizer)
+        self.hooked = ref(optimizer)
         self._replace_earlier()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -263,7 +263,7 @@ class SparseStep:
     def _replace_earlier(self) -> None:
         layers = set(self.layers.values())
         for earlier in list(_STEPS):
-            if earlier._optimizer() in (None, self._optimizer()) and not layers.isdisjoint(earlier.layers.values()):
+            if earlier.hooked() in (None, self.hooked()) and not layers.isdisjoint(earlier.layers.values()):
                 earlier.remove()
         for layer in layers:
             if layer.fixed_mask and not self.method.fixed_mask:  # what an earlier method has left

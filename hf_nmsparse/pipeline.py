@@ -218,7 +218,7 @@ def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _set_in(config: GenerationConfig) -> dict[str, Any]:
     """What is set in a generation config."""
-    known = vars(GenerationConfig()).keys() - {"transformers_version", "_from_model_config"}
+    known = {key for key in vars(GenerationConfig()) if not key.startswith("_")} - {"transformers_version"}
     return {key: value for key, value in vars(config).items() if key in known and value is not None}
 
 

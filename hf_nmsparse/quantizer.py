@@ -43,7 +43,7 @@ from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
 from hf_nmsparse.sparse_model import select_layers, sparsify
-from hf_nmsparse.wrappers import has_adapters, is_of_peft, unwrapped
+from hf_nmsparse.wrappers import has_adapters, is_hooked, is_of_peft, unwrapped
 
 __all__ = ["NMSparseQuantizer", "prepare_for_training", "set_compute"]
 
@@ -184,7 +184,7 @@ class NMSparseQuantizer(HfQuantizer):
             for name in sparse_layers(model):
                 layer = model.get_submodule(name)
                 # An offloaded layer gets its weight when it is used, as the file holds it.
-                if isinstance(layer, PackedLinear) and not hasattr(layer, "_hf_hook"):
+                if isinstance(layer, PackedLinear) and not is_hooked(layer):
                     model.set_submodule(name, _kernel_layer(layer, self.quantization_config.compute))
         _set_head(model, self.quantization_config.head)
         # The model keeps the conversions of its loading, and would run them backwards over the packed tensors.
@@ -257,7 +257,7 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
     config = _attached(model, "set_compute").quantization_config
     layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
     for name, layer in layers.items():
-        if hasattr(layer, "_hf_hook"):
+        if is_hooked(layer):
             raise ValueError(f"set_compute: {name} is offloaded; load the model again with compute={compute!r}")
     stay_packed = _computing_packed(layers, compute, config.pattern, model.device)
     replaced: dict[str, nn.Module] = {}  # all are made before the first takes its place: one may be impossible
@@ -425,7 +425,7 @@ def _set_head(model: PreTrainedModel, form: str | None) -> None:
     if kind == "dense":
         if isinstance(head, Int8Head):
             head.to_linear()
-    elif type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+    elif type(head) is nn.Linear and not is_hooked(head):
         if form is not None or head.weight.device.type == "cpu":
             Int8Head.from_linear(head)
     elif form is not None and not isinstance(head, Int8Head):

@@ -21,7 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 import hf_nmsparse
 from hf_nmsparse import standalone as reader
-from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader, refuse_missing
+from hf_nmsparse.checking import READER, SCALE, check_folder, is_reader, refuse_missing, ties
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, is_sharded, local, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
@@ -261,7 +261,7 @@ def _state_dict(model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> M
 
 def _check_whole(twin: PreTrainedModel, tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuses to write ``twin`` without some of its tensors, or with others."""
-    tied: dict[str, str] = getattr(twin, "all_tied_weights_keys", None) or {}
+    tied = ties(twin)
     written = {tied.get(key, key) for key in tensors}
     known = twin.state_dict().keys()
     missing = {tied.get(key, key) for key in known - set(twin._keys_to_ignore_on_save or ())} - written
@@ -358,7 +358,7 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
 
 def retied(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state_dict`` with one tensor for those that the model ties: weights gathered from shards are copies."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = ties(model)
     return {key: state_dict.get(tied.get(key, key), tensor) for key, tensor in state_dict.items()}
 
 

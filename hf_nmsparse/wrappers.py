@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["has_adapters", "is_of_peft", "stock_name", "unwrapped"]
+__all__ = ["has_adapters", "is_hooked", "is_of_peft", "stock_name", "unwrapped"]
 
 _AROUND = (DistributedDataParallel, DataParallel, AveragedModel)
 
@@ -21,10 +21,15 @@ def unwrapped(model: Any) -> Any:
     while True:
         if isinstance(model, _AROUND):
             model = model.module
-        elif (inside := next((name for name in _INSIDE if name in getattr(model, "_modules", ())), None)) is not None:
-            model = getattr(model, inside)
+        elif isinstance(model, nn.Module) and (inside := _inside(model)) is not None:
+            model = inside
         else:
             return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """The module in one of these attributes of ``model`` itself, which may answer for those of what it wraps."""
+    return next((child for name, child in model.named_children() if name in _INSIDE), None)
 
 
 def stock_name(name: str) -> str:
@@ -36,6 +41,11 @@ def stock_name(name: str) -> str:
 def is_of_peft(module: nn.Module) -> bool:
     """Whether ``module`` is a class of PEFT's: a layer with adapters, or a model around others."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate moves the data of ``module``, or its inputs, where a model is spread over devices."""
+    return hasattr(module, "_hf_hook")
 
 
 def has_adapters(model: nn.Module) -> bool:

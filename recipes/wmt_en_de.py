@@ -291,10 +291,17 @@ class Parser(HfArgumentParser):
     """Says in one line what is wrong, and takes the values of a file as it takes those of a command line."""
 
     def __init__(self) -> None:
-        super().__init__((RecipeArguments, SparseTrainingArguments), allow_abbrev=False)
         hints = (get_type_hints(kind) for kind in (RecipeArguments, SparseTrainingArguments))
         self.types: dict[str, Any] = {key: hint for found in hints for key, hint in found.items()}
-        self.keys: dict[str, Action] = {action.dest: action for action in self._actions if action.dest in self.types}
+        self.keys: dict[str, Action] = {}
+        super().__init__((RecipeArguments, SparseTrainingArguments), allow_abbrev=False)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Action:
+        """Adds an argument, and keeps it by its key."""
+        action = super().add_argument(*args, **kwargs)
+        if action.dest in self.types:
+            self.keys[action.dest] = action
+        return action
 
     def error(self, message: str) -> NoReturn:
         """In place of a page of usage."""

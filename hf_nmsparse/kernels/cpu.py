@@ -85,10 +85,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_feat
 def needs_dispatch(x: Tensor) -> bool:
     """Whether a graph is built or traced; other tensors than plain ones have no memory, or record what is done."""
     return (
-        torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]  # a documented function that is not in torch's __all__
     )
 
 
