@@ -168,9 +168,9 @@ def open_folder(folder: Path, stack: ExitStack) -> dict[str, tuple[str, Any]]:
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise PackedFormatError(f"{index.name}: weight_map is missing")
+        files = open_files([_inside(folder, name) for name in sorted(set(map(str, weight_map.values())))], stack)
         if not isinstance(content.get("metadata"), dict):  # transformers loads none without
             raise PackedFormatError(f"{index.name}: metadata is missing; save the model again")
-        files = open_files([_inside(folder, name) for name in sorted(set(map(str, weight_map.values())))], stack)
         for key in sorted(weight_map.keys() | files.keys()):
             named, found = weight_map.get(key, "no file"), files[key][0] if key in files else "no file"
             if named != found:

@@ -29,7 +29,14 @@ def register() -> None:
 
 
 def _register_operators() -> None:
-    import hf_nmsparse.kernels.rounded  # noqa: F401  # registers itself; programs that torch.export saved name them
+    """Programs that torch.export saved name the operators; whoever loads one may use nothing else of this package.
+
+    Where it is a module of ours that imports torch, as the first thing it does, it has the operators registered itself
+    if it needs them: they need such modules whole, whose `__all__` comes after their imports.
+    """
+    ours = [module for name, module in sys.modules.items() if name.startswith("hf_nmsparse.")]
+    if all(hasattr(module, "__all__") or hasattr(module, "__path__") for module in ours):
+        import hf_nmsparse.kernels.rounded  # noqa: F401  # registers itself
 
 
 def _register_format() -> None:

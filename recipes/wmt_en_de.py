@@ -24,6 +24,7 @@ from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate import PartialState
 from datasets import IterableDataset, concatenate_datasets
 from huggingface_hub import HfApi
 from transformers import (
@@ -599,6 +600,7 @@ def run() -> None:
     """Runs `main`; what a user can mend is one line, anything else a traceback."""
     try:
         main()
+        PartialState().destroy_process_group()  # gloo's threads, where they outlive Python, abort the process
     except Preempted as stop:
         print(f"wmt_en_de: {stop}", file=sys.stderr)
         raise

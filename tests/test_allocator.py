@@ -17,7 +17,7 @@ import torch
 from hf_nmsparse.allocator import keep_freed_memory
 
 print(keep_freed_memory() if {keep} else None)
-for _ in range(4):
+for _ in range(16):
     torch.ones(16 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(16):

@@ -60,7 +60,7 @@ class TestWhatIsMissing:
     @pytest.mark.parametrize("form", ["fp32", "int8", "training"])
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_tensor_of_any_kind(self, family: str, form: str, tmp_path: Path) -> None:
-        save(tmp_path / "whole", form, family)
+        model = save(tmp_path / "whole", form, family)
         kinds = {
             re.sub(r"(en|de)coder|\d+|[qkvo]_proj|[qkvo]\\b", "", key): key
             for key in load_file(tmp_path / "whole/model.safetensors")
@@ -72,6 +72,9 @@ class TestWhatIsMissing:
                 del tensors[key]
 
             folder = changed(tmp_path / "whole", tmp_path / "changed", lose)
+            if family == "pegasus" and "embed_positions" in key:  # which the model computes: no number is lost
+                assert torch.equal(load(folder).get_parameter(key), model.get_parameter(key))
+                continue
             with pytest.raises(PackedFormatError, match=r"^[^\n]+$") as caught:
                 load(folder)
             assert key in str(caught.value) or key.rpartition(".")[0] in str(caught.value)

@@ -87,6 +87,18 @@ def test_loader_and_pipeline_are_known_in_whatever_order_things_are_imported(imp
     assert run(code, str(packed)) == "nmsparse ['translation_text']"
 
 
+@pytest.mark.parametrize("module", ["masks", "packing", "srste", "kernels.native", "kernels.cpu", "kernels.rounded"])
+def test_a_module_may_be_what_brings_torch(module: str) -> None:
+    code = f"import hf_nmsparse.{module}, torch, hf_nmsparse.layers; print(torch.ops.nmsparse.rounded_linear.default)"
+    assert run(code) == "nmsparse.rounded_linear.default"
+
+
+def test_operators_are_known_after_the_bare_import() -> None:
+    for imports in ("hf_nmsparse, torch", "torch, hf_nmsparse", "hf_nmsparse.cli, torch"):
+        code = f"import {imports}; print(torch.ops.nmsparse.rounded_linear.default, torch.ops.nmsparse.linear.default)"
+        assert run(code) == "nmsparse.rounded_linear.default nmsparse.linear.default"
+
+
 def test_every_public_name_has_its_home() -> None:
     assert hf_nmsparse._HOMES.keys() == set(hf_nmsparse.__all__)
     tree = ast.parse(Path(hf_nmsparse.__file__).read_text(encoding="utf-8"))
