@@ -455,7 +455,7 @@ def keep_settings(recipe: RecipeArguments, output: Path) -> None:
     """Writes what makes the model what it is beside its checkpoints, once those of another model are ruled out."""
     now = {name: getattr(recipe, name) for name in (*OF_THE_MODEL, *(() if recipe.model else FROM_SCRATCH))}
     file = output / "model_settings.json"
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    begun = read_object(file) if file.is_file() else now
     kept = list(dict.fromkeys([*now, *begun])) if checkpoints(output) else []
     if (output / "tokenizer").is_dir() and not recipe.model:
         kept += OF_THE_TOKENIZER
@@ -467,6 +467,17 @@ def keep_settings(recipe: RecipeArguments, output: Path) -> None:
             )
     with replaced(file) as beside:
         beside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: no JSON object; delete it if the run goes on with the model that it began with")
+    return content
 
 
 def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

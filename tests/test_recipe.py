@@ -336,6 +336,15 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(
         keep_settings(parse([*command, *argument])[0], output)
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
+def test_damaged_settings_of_the_model_are_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "none.yaml").write_text("pattern: 2:4\n")
+    (tmp_path / "model_settings.json").write_bytes(content)
+    recipe, _ = parse([str(tmp_path / "none.yaml"), *tiny(tmp_path, tmp_path)])
+    with pytest.raises(ValueError, match=r"model_settings\.json: no JSON object; delete it if"):
+        keep_settings(recipe, tmp_path)
+
+
 def test_models_are_described_by_any_names_of_their_layers() -> None:
     marian = hf.MarianMTModel(hf.MarianConfig(**bart(40, d_model=16, layers=1) | {"decoder_layers": 2}))
     small = hf.T5ForConditionalGeneration(hf.T5Config(**t5(40, d_model=16, layers=1), num_decoder_layers=3))
