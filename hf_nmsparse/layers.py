@@ -261,7 +261,6 @@ class KernelLinear(nn.Linear):
     this machine's vector unit only. Processes of one machine hand each other the memory itself.
     It is an ``nn.Linear`` to PEFT and others who put layers around it: its input gets the gradient of the dense layer.
 
-
     Attributes:
         kernel_weight: The weight, flat bytes.
         bias: ``[out_features]`` or None.

@@ -98,9 +98,8 @@ class SparseStep:
     Raises:
         ValueError: The method is unknown or fits neither decay, schedule, optimizer nor layers, nothing is sparse, all
             that is sparse is frozen, or the optimizer is none of torch or holds none of the sparse weights, then or in
-            a step. In a step: gradients are still scaled,
-            or come from a closure, or the length of the run is not known. Weights are sharded and masks have to be
-            kept from step to step.
+            a step. In a step: gradients are still scaled, or come from a closure, or the length of the run is not
+            known. Weights are sharded and masks have to be kept from step to step.
     """
 
     def __init__(
