@@ -33,7 +33,7 @@ from transformers.utils import logging
 from benchmarks import timing
 from benchmarks.trainer import pairs, transformer
 from hf_nmsparse import NMSparseConfig, SparseTrainer, SparseTrainingArguments, save_packed, sparsify
-from hf_nmsparse.checking import check_folder
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.tokenizer import train_tokenizer
 from hf_nmsparse.trainer import last_whole_checkpoint
 from recipes import results_table

@@ -243,7 +243,7 @@ def _threads(text: str) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from hf_nmsparse.checking import check_folder
+    from hf_nmsparse.packed_files import check_folder
     from hf_nmsparse.packing import VALUE_DTYPES, packed_bytes
 
     found = check_folder(args.path)

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
-from hf_nmsparse.checking import check_complete, open_folder, refuse_missing, refuse_more_layers
+from hf_nmsparse.packed_files import check_complete, open_folder, refuse_missing, refuse_more_layers
 
 __all__ = ["check_checkpoint", "load_seq2seq"]
 

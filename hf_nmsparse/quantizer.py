@@ -23,7 +23,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from hf_nmsparse.checking import (
+from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.kernels import cpu, native, semi_structured
+from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, SemiStructuredLinear, sparse_layers
+from hf_nmsparse.masks import count_violations
+from hf_nmsparse.packed_files import (
     CODES,
     SCALE,
     check_complete,
@@ -34,10 +38,6 @@ from hf_nmsparse.checking import (
     names_in_model,
     open_files,
 )
-from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.kernels import cpu, native, semi_structured
-from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, SemiStructuredLinear, sparse_layers
-from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packing import PackedFormatError, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.record import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of

@@ -53,12 +53,12 @@ from hf_nmsparse import (
 from hf_nmsparse.allocator import keep_freed_memory
 from hf_nmsparse.averaging import average_checkpoints, checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.corpus import Rows, load_corpus
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate

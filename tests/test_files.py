@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from hf_nmsparse import NMSparseConfig, export_dense, save_packed, sparsify
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.files import check_writable, model_folder, replaced
+from hf_nmsparse.packed_files import check_folder
 from tests.tiny import marian
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import logging
 
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import sparse_layers
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import PackedFormatError
 from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed

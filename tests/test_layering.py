@@ -17,7 +17,7 @@ BANDS = (
         "quantizer",
         "record",
         "registration",
-        "checking",
+        "packed_files",
         "saving",
         "trainer",
         "allocator",

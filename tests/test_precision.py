@@ -13,9 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import TrainerCallback
 
 from hf_nmsparse import NMSparseConfig, SparseStep, SparseTrainer, save_packed, sparsify
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.packed_files import check_folder
 from tests.test_trainer import arguments
 from tests.tiny import collator, marian, token_pairs
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_nmsparse import quantizer
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import native
 from hf_nmsparse.layers import KernelLinear, NMLinear, PackedLinear, sparse_layers
 from hf_nmsparse.optimizer import SparseStep
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantizer import prepare_for_training, set_compute
@@ -395,8 +395,8 @@ class TestConfiguration:
         code = (
             "import importlib, sys, warnings; warnings.simplefilter('error')\n"
             "from transformers import AutoModelForSeq2SeqLM\n"
-            "from hf_nmsparse import checking, quantizer, record, saving\n"
-            "for module in (record, checking, saving, quantizer) * 2: importlib.reload(module)\n"
+            "from hf_nmsparse import packed_files, quantizer, record, saving\n"
+            "for module in (record, packed_files, saving, quantizer) * 2: importlib.reload(module)\n"
             "config = record.NMSparseQuantizationConfig(compute='reference')\n"
             "model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], quantization_config=config)\n"
             f"print(type(model.get_submodule({FC1!r})).__name__)\n"

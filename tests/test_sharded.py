@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import MarianMTModel
 
 from hf_nmsparse import NMSparseConfig, SparseStep, SparseTrainer, finalize, save_packed, sparsify
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.layers import NMLinear, is_sharded, local
 from hf_nmsparse.losses import token_loss
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.schedule import Schedule
 from tests.fsdp2_on_cpu import take_for_gpus
 from tests.test_trainer import arguments, losses

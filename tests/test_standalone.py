@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, BertModel, MarianModel, T5EncoderModel
 
 from hf_nmsparse import cli, saving, standalone
-from hf_nmsparse.checking import check_folder
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantizer import prepare_for_training

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_nmsparse import NMSparseConfig, NMSparseQuantizationConfig, PackedFormatError, save_packed, sparsify
-from hf_nmsparse.checking import check_folder
+from hf_nmsparse.packed_files import check_folder
 from tests.tiny import bart, hf, t5
 
 BART, T5 = bart(100, d_model=32, layers=1) | {"forced_eos_token_id": None}, t5(100, d_model=32, layers=1)
