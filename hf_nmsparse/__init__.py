@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from hf_nmsparse.packing import PackedFormatError
     from hf_nmsparse.pattern import NMPattern
     from hf_nmsparse.pipeline import NMTranslationPipeline
+    from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
     from hf_nmsparse.quantizer import prepare_for_training, set_compute
-    from hf_nmsparse.record import NMSparseQuantizationConfig
     from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
     from hf_nmsparse.sparse_model import finalize, report, sparsify
     from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments
@@ -45,7 +45,7 @@ __all__ = [
 _HOMES = {
     "NMPattern": "pattern",
     "NMSparseConfig": "config",
-    "NMSparseQuantizationConfig": "record",
+    "NMSparseQuantizationConfig": "quantization_config",
     "NMTranslationPipeline": "pipeline",
     "PackedFormatError": "packing",
     "SparseStep": "optimizer",

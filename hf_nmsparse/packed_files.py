@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError, check_packed, check_quantized, packed_shapes
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.record import METHOD, NMSparseQuantizationConfig
+from hf_nmsparse.quantization_config import METHOD, NMSparseQuantizationConfig
 
 __all__ = [
     "CODES",

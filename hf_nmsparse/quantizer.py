@@ -40,7 +40,7 @@ from hf_nmsparse.packed_files import (
 )
 from hf_nmsparse.packing import PackedFormatError, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.record import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
+from hf_nmsparse.quantization_config import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
 from hf_nmsparse.sparse_model import select_layers, sparsify
 from hf_nmsparse.wrappers import has_adapters, is_hooked, is_of_peft, unwrapped

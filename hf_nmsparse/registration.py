@@ -40,7 +40,7 @@ def _register_operators() -> None:
 
 
 def _register_format() -> None:
-    import hf_nmsparse.record  # noqa: F401  # registers itself
+    import hf_nmsparse.quantization_config  # noqa: F401  # registers itself
 
 
 def _register_pipeline() -> None:

@@ -27,7 +27,7 @@ from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader, refuse_missing, ties
 from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.record import NMSparseQuantizationConfig, one_of, record_of
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, one_of, record_of
 from hf_nmsparse.wrappers import has_adapters, stock_name, unwrapped
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_nmsparse.layers import PackedLinear, sparse_layers
-from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
 
 STORED = Path(__file__).parent / "format_v1"

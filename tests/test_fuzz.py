@@ -19,7 +19,7 @@ from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import PackedFormatError
-from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf

@@ -15,7 +15,7 @@ BANDS = (
     {"config", "layers", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
     {
         "quantizer",
-        "record",
+        "quantization_config",
         "registration",
         "packed_files",
         "saving",

@@ -13,7 +13,7 @@ import torch
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.optimizer import SparseStep
-from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import finalize, report, sparsify
 from tests.tiny import bart, hf, t5

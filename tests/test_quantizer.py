@@ -25,8 +25,8 @@ from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.quantizer import prepare_for_training, set_compute
-from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
 from hf_nmsparse.sparse_model import finalize, sparsify
 from tests.tiny import bart, hf, t5
@@ -395,9 +395,9 @@ class TestConfiguration:
         code = (
             "import importlib, sys, warnings; warnings.simplefilter('error')\n"
             "from transformers import AutoModelForSeq2SeqLM\n"
-            "from hf_nmsparse import packed_files, quantizer, record, saving\n"
-            "for module in (record, packed_files, saving, quantizer) * 2: importlib.reload(module)\n"
-            "config = record.NMSparseQuantizationConfig(compute='reference')\n"
+            "from hf_nmsparse import packed_files, quantization_config, quantizer, saving\n"
+            "for module in (quantization_config, packed_files, saving, quantizer) * 2: importlib.reload(module)\n"
+            "config = quantization_config.NMSparseQuantizationConfig(compute='reference')\n"
             "model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], quantization_config=config)\n"
             f"print(type(model.get_submodule({FC1!r})).__name__)\n"
         )

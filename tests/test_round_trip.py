@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
 
 from hf_nmsparse.kernels import native
 from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.quantizer import set_compute
-from hf_nmsparse.record import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import finalize
 from tests.packed_models import BUILDERS, contents, output, sparse

@@ -453,7 +453,7 @@ def test_layers_that_peft_copies_and_an_adapted_head_stay_dense() -> None:
 def test_a_merged_model_is_finalized_and_packed(tmp_path: Path, unpacked: bool) -> None:
     from transformers import MarianMTModel
 
-    from hf_nmsparse.record import NMSparseQuantizationConfig
+    from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
     from hf_nmsparse.saving import save_packed
 
     model: Any = marian()

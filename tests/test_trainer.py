@@ -44,7 +44,7 @@ from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.losses import token_loss
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.optimizer import SparseStep
-from hf_nmsparse.record import NMSparseQuantizationConfig
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS
