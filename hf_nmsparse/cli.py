@@ -309,7 +309,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from hf_nmsparse.bitmask import convert_bitmask
+    from hf_nmsparse.compressed_tensors import convert_bitmask
 
     with _new_folder(args.target) as target:
         count = convert_bitmask(args.source, target)

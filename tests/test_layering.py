@@ -22,7 +22,7 @@ BANDS = (
         "trainer",
         "allocator",
         "batching",
-        "bitmask",
+        "compressed_tensors",
         "averaging",
         "corpus",
         "pairs",

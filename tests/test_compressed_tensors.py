@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MarianMTModel
 
 from hf_nmsparse import NMSparseConfig, cli, finalize, sparsify
-from hf_nmsparse.bitmask import convert_bitmask, dense_from_bitmask
+from hf_nmsparse.compressed_tensors import convert_bitmask, dense_from_bitmask
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packing import PackedFormatError
