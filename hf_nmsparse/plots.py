@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_nmsparse.diagnostics import read_curve, read_layers
 from hf_nmsparse.metrics import Evaluation
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.run_logs import read_curve, read_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +30,8 @@ class LoggedRun:
     Attributes:
         name: Name of the folder, with those above it where it shares its own with another run.
         evaluation: The scores and what was run.
-        curve: As `diagnostics.read_curve` gives it.
-        layers: As `diagnostics.read_layers` gives it; empty where the run kept none.
+        curve: As `run_logs.read_curve` gives it.
+        layers: As `run_logs.read_layers` gives it; empty where the run kept none.
     """
 
     name: str

@@ -43,10 +43,10 @@ from hf_nmsparse import (
     NMSparseConfig,
     SparseTrainer,
     SparseTrainingArguments,
-    diagnostics,
     finalize,
     push_to_hub,
     report,
+    run_logs,
     save_packed,
     sparsify,
 )
@@ -265,8 +265,8 @@ def main() -> None:
     sources, references = list(corpus[recipe.split]["source"]), list(corpus[recipe.split]["target"])
     hypotheses = translate_in_fresh_process(saved, sources, recipe, output)
     evaluation = evaluate(recipe, trainer, saved, sparse, hypotheses, references)
-    diagnostics.write_curve(trainer.state.log_history, output / "curve.json")
-    diagnostics.write_layers(trainer.state.log_history, output / "layers.parquet")
+    run_logs.write_curve(trainer.state.log_history, output / "curve.json")
+    run_logs.write_layers(trainer.state.log_history, output / "layers.parquet")
     SentenceStatistics.of(hypotheses, references).write(output / "sentences.json")
     evaluation.write(output / "evaluation.json")
     write_card(

@@ -35,7 +35,7 @@ BANDS = (
         "pipeline",
         "cards",
         "texts",
-        "diagnostics",
+        "run_logs",
         "plots",
         "cli",
         "__init__",

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hf_nmsparse.diagnostics import write_curve, write_layers
 from hf_nmsparse.metrics import Score, evaluation_record
 from hf_nmsparse.plots import LoggedRun, _differing, _lambda, _of_shared_seeds, _pattern, plot_runs, read_run, read_runs
+from hf_nmsparse.run_logs import write_curve, write_layers
 
 FACTS: dict[str, Any] = {"corpus": "c", "split": "test", "model": "m", "steps": 20, "dense_bytes": 10}
 TAUGHT = {"sparse_dense_head": 0.1, "distill_from": "dense", "distill_weight": 0.5, "distill_temperature": 2.0}

@@ -23,9 +23,9 @@ from transformers import NllbTokenizer
 
 from hf_nmsparse import SparseTrainingArguments
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.diagnostics import read_curve, read_layers
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.packed_files import check_folder
+from hf_nmsparse.run_logs import read_curve, read_layers
 from hf_nmsparse.sparse_model import select_layers
 from recipes.wmt_en_de import (
     DEFAULT,

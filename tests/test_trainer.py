@@ -39,12 +39,12 @@ from transformers import (
 )
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.diagnostics import layer_rows
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.losses import token_loss
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
+from hf_nmsparse.run_logs import layer_rows
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS

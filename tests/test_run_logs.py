@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_nmsparse.diagnostics import layer_rows, read_curve, read_layers, write_curve, write_layers
+from hf_nmsparse.run_logs import layer_rows, read_curve, read_layers, write_curve, write_layers
 
 LOG: list[dict[str, Any]] = [
     {
