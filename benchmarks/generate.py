@@ -47,7 +47,7 @@ from hf_nmsparse import (
     save_packed,
     sparsify,
 )
-from hf_nmsparse.layers import Int8Head
+from hf_nmsparse.packed_layers import Int8Head
 from recipes import results_table
 
 BASELINE = "transformers fp32"

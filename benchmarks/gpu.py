@@ -31,8 +31,8 @@ from benchmarks.masks import by_argsort, by_topk
 from benchmarks.training import interval, overhead, trainer
 from hf_nmsparse import NMSparseConfig, NMSparseQuantizationConfig, finalize, save_packed, sparsify
 from hf_nmsparse.kernels import cuda, semi_structured
-from hf_nmsparse.layers import SemiStructuredLinear
 from hf_nmsparse.masks import apply_mask, magnitude_mask, update_mask
+from hf_nmsparse.packed_layers import SemiStructuredLinear
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import StepContext, add_to_gradient
 from recipes import results_table

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from benchmarks import timing
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.kernels.rounded import rounded
-from hf_nmsparse.layers import KernelLinear, PackedLinear
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
 from hf_nmsparse.pattern import NMPattern
 from recipes import results_table
 

@@ -11,10 +11,11 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 
-from hf_nmsparse.layers import NMLinear, is_sharded, local
+from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.masks import apply_mask, pack_bits, random_mask, unpack_bits, update_mask
 from hf_nmsparse.padding import ZeroPadding
 from hf_nmsparse.schedule import Schedule
+from hf_nmsparse.sharding import is_sharded, local
 from hf_nmsparse.srste import METHODS, StepContext
 from hf_nmsparse.wrappers import unwrapped
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_nmsparse.layers import is_sharded, local
+from hf_nmsparse.sharding import is_sharded, local
 
 __all__ = ["ZeroPadding", "padding_rows"]
 

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cpu, native, semi_structured
-from hf_nmsparse.layers import Int8Head, KernelLinear, NMLinear, PackedLinear, SemiStructuredLinear, sparse_layers
+from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packed_files import (
     CODES,
@@ -38,6 +38,7 @@ from hf_nmsparse.packed_files import (
     names_in_model,
     open_files,
 )
+from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear, SemiStructuredLinear
 from hf_nmsparse.packing import PackedFormatError, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of

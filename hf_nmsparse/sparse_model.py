@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
-from hf_nmsparse.layers import KernelLinear, NMLinear, is_sharded, local, sparse_layers
+from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
+from hf_nmsparse.packed_layers import KernelLinear
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.sharding import is_sharded, local
 from hf_nmsparse.srste import soft_scale
 from hf_nmsparse.wrappers import is_of_peft, unwrapped
 

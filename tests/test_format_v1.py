@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
-from hf_nmsparse.layers import PackedLinear, sparse_layers
+from hf_nmsparse.layers import sparse_layers
+from hf_nmsparse.packed_layers import PackedLinear
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
     {"pattern", "masks", "srste", "schedule", "packing", "kernels"},
-    {"config", "layers", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
+    {"config", "layers", "packed_layers", "sharding", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
     {
         "quantizer",
         "quantization_config",

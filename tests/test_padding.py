@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.layers import local
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.padding import ZeroPadding, padding_rows
+from hf_nmsparse.sharding import local
 from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf, marian, t5
 

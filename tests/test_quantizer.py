@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from hf_nmsparse import quantizer
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import native
-from hf_nmsparse.layers import KernelLinear, NMLinear, PackedLinear, sparse_layers
+from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packed_files import check_folder
+from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig

@@ -89,8 +89,8 @@ def test_loader_and_pipeline_are_known_in_whatever_order_things_are_imported(imp
 
 @pytest.mark.parametrize("module", ["masks", "packing", "srste", "kernels.native", "kernels.cpu", "kernels.rounded"])
 def test_a_module_may_be_what_brings_torch(module: str) -> None:
-    code = f"import hf_nmsparse.{module}, torch, hf_nmsparse.layers; print(torch.ops.nmsparse.rounded_linear.default)"
-    assert run(code) == "nmsparse.rounded_linear.default"
+    code = f"import hf_nmsparse.{module}, torch, hf_nmsparse.packed_layers"
+    assert run(f"{code}; print(torch.ops.nmsparse.rounded_linear.default)") == "nmsparse.rounded_linear.default"
 
 
 def test_operators_are_known_after_the_bare_import() -> None:

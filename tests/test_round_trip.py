@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
 
 from hf_nmsparse.kernels import native
-from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
+from hf_nmsparse.layers import sparse_layers
+from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.quantizer import set_compute
 from hf_nmsparse.saving import export_dense, save_packed

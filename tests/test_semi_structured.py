@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hf_nmsparse import NMPattern, save_packed, set_compute
 from hf_nmsparse.kernels import semi_structured
-from hf_nmsparse.layers import PackedLinear, SemiStructuredLinear, sparse_layers
+from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packed_layers import PackedLinear, SemiStructuredLinear
 from hf_nmsparse.quantizer import _computing_packed
 from tests.test_quantizer import load, logits, same_files, training
 

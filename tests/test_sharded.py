@@ -19,10 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import MarianMTModel
 
 from hf_nmsparse import NMSparseConfig, SparseStep, SparseTrainer, finalize, save_packed, sparsify
-from hf_nmsparse.layers import NMLinear, is_sharded, local
+from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.losses import token_loss
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.schedule import Schedule
+from hf_nmsparse.sharding import is_sharded, local
 from tests.fsdp2_on_cpu import take_for_gpus
 from tests.test_trainer import arguments, losses
 from tests.tiny import collator, marian, token_pairs

@@ -131,7 +131,7 @@ offloaded = AutoModelForSeq2SeqLM.from_pretrained(
 
 del sys.modules["hf_nmsparse"]
 import hf_nmsparse
-from hf_nmsparse.layers import KernelLinear
+from hf_nmsparse.packed_layers import KernelLinear
 from tests.packed_models import output
 
 for (auto, folder, dtype), model in zip(loads, alone, strict=True):

@@ -32,7 +32,8 @@ from hf_nmsparse import (
     sparsify,
 )
 from hf_nmsparse.kernels import native
-from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
+from hf_nmsparse.layers import sparse_layers
+from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from tests.packed_models import BUILDERS, output, sparse
 from tests.tiny import collator, marian, token_pairs
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel
 
 from hf_nmsparse import NMSparseConfig, NMSparseQuantizationConfig, finalize, save_packed, set_compute, sparsify
 from hf_nmsparse.kernels import semi_structured
-from hf_nmsparse.layers import PackedLinear, SemiStructuredLinear, sparse_layers
+from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packed_layers import PackedLinear, SemiStructuredLinear
 from hf_nmsparse.pattern import NMPattern
 
 if not torch.cuda.is_available():

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hf_nmsparse.kernels import native, reference
 from hf_nmsparse.kernels.rounded import rounded
-from hf_nmsparse.layers import Int8Head, KernelLinear, PackedLinear, sparse_layers
+from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.packing import pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 
