@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from hf_nmsparse import registration
 
 if TYPE_CHECKING:
+    from hf_nmsparse.compute import set_compute
     from hf_nmsparse.config import NMSparseConfig
     from hf_nmsparse.optimizer import SparseStep
     from hf_nmsparse.packing import PackedFormatError
     from hf_nmsparse.pattern import NMPattern
     from hf_nmsparse.pipeline import NMTranslationPipeline
     from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
-    from hf_nmsparse.quantizer import prepare_for_training, set_compute
+    from hf_nmsparse.quantizer import prepare_for_training
     from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
     from hf_nmsparse.sparse_model import finalize, report, sparsify
     from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments
@@ -57,7 +58,7 @@ _HOMES = {
     "push_to_hub": "saving",
     "report": "sparse_model",
     "save_packed": "saving",
-    "set_compute": "quantizer",
+    "set_compute": "compute",
     "sparsify": "sparse_model",
 }
 

@@ -400,8 +400,8 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
     """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
     import torch
 
+    from hf_nmsparse.compute import set_compute
     from hf_nmsparse.pipeline import translate
-    from hf_nmsparse.quantizer import set_compute
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

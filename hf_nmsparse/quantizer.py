@@ -1,4 +1,4 @@
-"""How `from_pretrained` makes models of packed files, and how a loaded model computes.
+"""How `from_pretrained` makes models of packed files, and a loaded model trainable.
 
 Importing this module registers the loader, after which ``AutoModelForSeq2SeqLM.from_pretrained`` and its like read
 packed checkpoints and checkpoints of the training. It is the only module that knows transformers' quantizers.
@@ -7,8 +7,6 @@ packed checkpoints and checkpoints of the training. It is the only module that k
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,10 +21,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from hf_nmsparse.compute import computing_packed, kernel_layer, loaded_with, set_compute, set_head
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.kernels import cpu, native, semi_structured
+from hf_nmsparse.kernels import cpu
 from hf_nmsparse.layers import NMLinear, sparse_layers
-from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packed_files import (
     CODES,
     SCALE,
@@ -38,19 +36,19 @@ from hf_nmsparse.packed_files import (
     names_in_model,
     open_files,
 )
-from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear, SemiStructuredLinear
+from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
 from hf_nmsparse.packing import PackedFormatError, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.quantization_config import COMPUTES, HEADS, METHOD, NMSparseQuantizationConfig, one_of
+from hf_nmsparse.quantization_config import METHOD, NMSparseQuantizationConfig
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
 from hf_nmsparse.sparse_model import select_layers, sparsify
-from hf_nmsparse.wrappers import has_adapters, is_hooked, is_of_peft, unwrapped
+from hf_nmsparse.wrappers import has_adapters, is_hooked, unwrapped
 
-__all__ = ["NMSparseQuantizer", "prepare_for_training", "set_compute"]
+__all__ = ["NMSparseQuantizer", "prepare_for_training"]
 
 logger = logging.get_logger(__name__)
 
-# In place of what `record` has put there for it.
+# In place of what `quantization_config` has put there for it.
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
 
@@ -128,7 +126,7 @@ class NMSparseQuantizer(HfQuantizer):
         if not layers:
             raise PackedFormatError(f"{Path(checkpoint_files[0]).name}: no key with {CODES} fits a layer of the model")
         linears = {name: model.get_submodule(name) for name in layers.values()}
-        packed = _computing_packed(linears, config.compute, config.pattern, kwargs.get("device_map"))
+        packed = computing_packed(linears, config.compute, config.pattern, kwargs.get("device_map"))
         int8 = config.values == "int8"
         leaves = ("weight", "weight_indices", *(["weight_scale"] if int8 else []))
         for prefix, name in layers.items():
@@ -186,8 +184,8 @@ class NMSparseQuantizer(HfQuantizer):
                 layer = model.get_submodule(name)
                 # An offloaded layer gets its weight when it is used, as the file holds it.
                 if isinstance(layer, PackedLinear) and not is_hooked(layer):
-                    model.set_submodule(name, _kernel_layer(layer, self.quantization_config.compute))
-        _set_head(model, self.quantization_config.head)
+                    model.set_submodule(name, kernel_layer(layer, self.quantization_config.compute))
+        set_head(model, self.quantization_config.head)
         # The model keeps the conversions of its loading, and would run them backwards over the packed tensors.
         used: list[Any] = model._weight_conversions  # type: ignore[assignment]
         model._weight_conversions = [  # type: ignore[assignment]
@@ -237,49 +235,6 @@ class NMSparseQuantizer(HfQuantizer):
         return self.quantization_config.compute != "reference"
 
 
-def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -> None:
-    """Switches a model that was loaded packed to another way to compute, in place.
-
-    A weight that was rounded, to bf16 or int8, stays so: load the model again for the file's own. What is frozen stays
-    so, too.
-
-    Args:
-        model: The model.
-        compute: As in `NMSparseQuantizationConfig`.
-        head: As in `NMSparseQuantizationConfig`.
-
-    Raises:
-        ValueError: ``compute`` or ``head`` is unknown or not possible here, the model was not loaded packed, it is
-            spread over devices, or a weight has left the pattern. The model stays as it was then.
-    """
-    one_of("compute", compute, COMPUTES, where="set_compute")
-    one_of("head", head, (None, *HEADS), where="set_compute")
-    model = unwrapped(model)
-    config = _attached(model, "set_compute").quantization_config
-    layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
-    for name, layer in layers.items():
-        if is_hooked(layer):
-            raise ValueError(f"set_compute: {name} is offloaded; load the model again with compute={compute!r}")
-    stay_packed = _computing_packed(layers, compute, config.pattern, model.device)
-    replaced: dict[str, nn.Module] = {}  # all are made before the first takes its place: one may be impossible
-    for name, layer in layers.items():
-        if name not in stay_packed and isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear):
-            continue
-        packed = _packed_layer(layer, config.pattern, name, _trains(model, name))
-        if name not in stay_packed:
-            dense = packed.to_linear()
-            dense.weight.requires_grad_(_trains(model, name))
-            replaced[name] = dense
-        else:
-            replaced[name] = packed if compute == "reference" else _kernel_layer(packed, compute)
-    if head is not None:
-        _set_head(model, head)
-    for name, layer in replaced.items():
-        model.set_submodule(name, layer)
-    config.compute, config.head = compute, head
-    _set_head(model, head)
-
-
 def prepare_for_training(model: PreTrainedModel) -> None:
     """Makes an ordinary trainable model with N:M layers of one that was loaded packed, in place.
 
@@ -295,7 +250,7 @@ def prepare_for_training(model: PreTrainedModel) -> None:
     model = unwrapped(model)
     if any(isinstance(module, NMLinear) for module in model.modules()):
         return
-    quantizer = _attached(model, "prepare_for_training")
+    config = loaded_with(model, "prepare_for_training").sparse_config()
     if has_adapters(model):
         raise ValueError(
             "prepare_for_training: the model holds PEFT adapters; merge them first: set_compute(model, 'dense'), then "
@@ -307,11 +262,11 @@ def prepare_for_training(model: PreTrainedModel) -> None:
         layer: Any = model.get_submodule(name)
         del layer.pattern
         layer.weight.requires_grad_(True)
-    config = quantizer.quantization_config.sparse_config()
     try:
         same = select_layers(model, config)[0].keys() == set(names)
     except ValueError:  # the rules were written for a model with other prefixes
         same = False
+    quantizer: Any = model.hf_quantizer
     quantizer.remove_quantization_config(model)
     sparsify(model, config if same else NMSparseConfig(config.pattern, names, ()))
 
@@ -325,119 +280,6 @@ def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclud
         elif isinstance(layer, PackedLinear):
             count += layer.out_features * layer.in_features - layer.weight.numel()
     return count
-
-
-def _computing_packed(
-    layers: Mapping[str, nn.Module], compute: str, pattern: NMPattern, device_map: Any
-) -> Collection[str]:
-    """The names of the layers that compute packed; with ``"auto"`` those that are faster so where they will lie.
-
-    Args:
-        layers: Linear layers, of any form and without data if need be.
-        compute: As `NMSparseQuantizationConfig` takes it.
-        pattern: The pattern.
-        device_map: As ``from_pretrained`` takes it.
-    """
-    if compute != "auto":
-        return () if compute == "dense" else layers.keys()
-    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map or "cpu"}
-    if places & {"auto", "balanced", "balanced_low_0", "sequential"}:
-        devices = {torch.device("meta" if torch.accelerator.is_available() else "cpu")}
-    else:
-        devices = {torch.device("meta" if place == "disk" else place) for place in places}
-    if {device.type for device in devices} == {"cpu"}:
-        widest = max(layer.in_features for layer in layers.values())  # type: ignore[type-var]
-        return layers.keys() if _kernels_run(pattern, widest) else ()  # type: ignore[arg-type]
-    if len(devices) > 1:
-        return ()
-    [device] = devices
-    return [name for name, layer in layers.items() if _faster_on_gpu(layer, pattern, device)]
-
-
-def _kernels_run(pattern: NMPattern, in_features: int) -> bool:
-    """Whether the native kernels compute layers of this pattern, up to this many inputs, faster than dense ones do."""
-    if not cpu.fits(pattern, in_features):
-        return False
-    status = native.status()
-    if status.library is None and not status.chosen:
-        warnings.warn(f"hf_nmsparse: packed layers compute dense and slower, because {status.reason}", stacklevel=2)
-    return status.unit not in (None, "scalar")
-
-
-def _faster_on_gpu(layer: Any, pattern: NMPattern, device: torch.device) -> bool:
-    shape, dtype = (layer.out_features, layer.in_features), getattr(layer, "dtype", layer.weight.dtype)
-    if semi_structured.why_not(pattern, *shape, dtype, device) is not None:
-        return False
-    return semi_structured.is_faster(*shape, dtype, device)
-
-
-def _kernel_layer(layer: PackedLinear, compute: str) -> KernelLinear:
-    if compute == "semi_structured" or (compute == "auto" and layer.weight.device.type == "cuda"):
-        return SemiStructuredLinear(layer)
-    return KernelLinear(layer, cpu.preferred_format(layer.weight.dtype) if compute == "auto" else compute)
-
-
-def _packed_layer(layer: nn.Module, pattern: NMPattern, name: str, trains: bool) -> PackedLinear:
-    """``layer`` with its weight as the file holds it, to be trained or not."""
-    if isinstance(layer, PackedLinear):
-        return layer
-    if isinstance(layer, KernelLinear):
-        packed = layer.to_packed()
-        packed.weight.requires_grad_(trains and packed.weight.is_floating_point())
-        return packed
-    assert isinstance(layer, nn.Linear)
-    violations = count_violations(layer.weight, pattern)
-    if violations:
-        raise ValueError(
-            f"set_compute: {name}.weight breaks {pattern} in {violations:,} groups; call finalize(model), which masks "
-            "it once more"
-        )
-    return PackedLinear.from_linear(layer, pattern, f"{name}.weight")
-
-
-def _trains(model: nn.Module, name: str) -> bool:
-    """Whether the weight of a layer that has one, or would have one if it lay dense, is to be trained.
-
-    A weight in the order of a kernel has no gradient and is frozen and released with what stands beside it: the bias,
-    or else the nearest parameters above the layer that are the model's own.
-    """
-    layer = model.get_submodule(name)
-    if not isinstance(layer, KernelLinear) and layer.weight.is_floating_point():  # type: ignore[operator]
-        return layer.weight.requires_grad  # type: ignore[return-value]
-    beside = [] if layer.bias is None else [layer.bias]
-    while not beside and name:
-        name = name.rpartition(".")[0]
-        beside = list(_own_parameters(model.get_submodule(name)))
-    return any(parameter.requires_grad for parameter in beside) or not beside
-
-
-def _own_parameters(module: nn.Module) -> Iterator[Any]:
-    """The parameters below ``module``, but for what PEFT has added and what it has wrapped."""
-    if not is_of_peft(module):
-        yield from module.parameters(recurse=False)
-        for child in module.children():
-            yield from _own_parameters(child)
-
-
-def _set_head(model: PreTrainedModel, form: str | None) -> None:
-    """Gives the output projection the form that is asked for; None takes that of the layers."""
-    head = model.get_output_embeddings()
-    kind = form or ("int8" if holds_int8(model, KernelLinear) else "dense")
-    if kind == "dense":
-        if isinstance(head, Int8Head):
-            head.to_linear()
-    elif type(head) is nn.Linear and not is_hooked(head):
-        if form is not None or head.weight.device.type == "cpu":
-            Int8Head.from_linear(head)
-    elif form is not None and not isinstance(head, Int8Head):
-        raise ValueError(f"head: 'int8' needs an output projection that is an nn.Linear, got {type(head).__name__}")
-
-
-def _attached(model: PreTrainedModel, where: str) -> NMSparseQuantizer:
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, NMSparseQuantizer):
-        raise ValueError(f"{where}: the model was not loaded from a packed checkpoint")
-    return quantizer
 
 
 def _converter(

@@ -15,6 +15,7 @@ BANDS = (
     {"config", "layers", "packed_layers", "sharding", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
     {
         "quantizer",
+        "compute",
         "quantization_config",
         "registration",
         "packed_files",

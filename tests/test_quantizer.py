@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_nmsparse import quantizer
+from hf_nmsparse.compute import set_compute
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import native
 from hf_nmsparse.layers import NMLinear, sparse_layers
@@ -27,68 +28,20 @@ from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
 from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
-from hf_nmsparse.quantizer import prepare_for_training, set_compute
+from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
-from hf_nmsparse.sparse_model import finalize, sparsify
-from tests.tiny import bart, hf, t5
+from hf_nmsparse.sparse_model import sparsify
+from tests.loaded_models import FAMILIES, FC1, build, load, logits, masked, same_files, training
+from tests.tiny import hf
 
-BART = bart(100, d_model=32, layers=2) | {"forced_eos_token_id": None}
-T5 = t5(100, d_model=32, layers=2)
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "marian": lambda: hf.MarianMTModel(hf.MarianConfig(**BART)),
-    "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)),
-    "m2m100": lambda: hf.M2M100ForConditionalGeneration(hf.M2M100Config(**BART)),
-    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
-    "t5-untied": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    ),
-}
 COMPUTES = ("dense", "reference")  # the ones that compute what the training model computes, to the bit
 KERNELS = native.status().unit not in (None, "scalar")  # whether plain from_pretrained runs on them
 FLOATS = {name: dtype for name, dtype in VALUE_DTYPES.items() if dtype.is_floating_point}
-FC1 = "model.encoder.layers.0.fc1"  # [64, 32]: 8 groups of 2:4 a row, 16 values and 3 bytes of codes
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-def build(family: str = "marian") -> Any:
-    torch.manual_seed(0)
-    return FAMILIES[family]()
-
-
-def training(family: str = "marian", pattern: str = "2:4", **rules: Any) -> Any:
-    model = build(family)
-    sparsify(model, NMSparseConfig(pattern, **rules))
-    return model
-
-
-def logits(model: Any) -> Tensor:
-    model.eval()
-    ids = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 2, 0, 0]])
-    with torch.no_grad():
-        output: Tensor = model(
-            input_ids=ids, attention_mask=ids.ne(0).long(), decoder_input_ids=torch.tensor([[2, 5, 9], [2, 4, 3]])
-        )[0]
-    return output
-
-
-def masked(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a model in training, masked for good and then cast, as `save_packed` is to write it."""
-    twin = copy.deepcopy(model)
-    finalize(twin)
-    return twin.to(dtype)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.view(BITS[left.dtype]), right.view(BITS[right.dtype]))
-
-
-def same_files(left: Path, right: Path) -> bool:
-    contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (left, right)]
-    return contents[0] == contents[1]
-
-
-def load(path: Path, compute: str = "dense", cls: Any = hf.AutoModelForSeq2SeqLM, **kwargs: Any) -> Any:
-    return cls.from_pretrained(path, quantization_config=NMSparseQuantizationConfig(compute=compute), **kwargs)
 
 
 def record_of(path: Path) -> Any:
@@ -616,98 +569,6 @@ def unsaved_bytes(model: Any, folder: Path) -> int:
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     kept = {id(state[key]) for key in saved}
     return sum(tensor.nbytes for tensor in {id(t): t for t in state.values() if id(t) not in kept}.values())
-
-
-class TestSetCompute:
-    def test_there_and_back(self, packed: Path, expected: Tensor, tmp_path: Path) -> None:
-        model = load(packed)
-        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        set_compute(model, "reference")
-        assert {type(model.get_submodule(name)) for name in sparse_layers(model)} == {PackedLinear}
-        assert len(sparse_layers(model)) == 32
-        assert torch.equal(logits(model), expected)
-        model.save_pretrained(tmp_path)
-        assert same_files(packed, tmp_path)
-        set_compute(model, "reference")
-        set_compute(model, "dense")
-        after = model.state_dict()
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[key], before[key]) for key in before)
-        assert type(model.get_submodule(FC1)) is nn.Linear
-        assert torch.equal(logits(model), expected)
-
-    @pytest.mark.parametrize("family", ["marian", "t5"])
-    @pytest.mark.parametrize("values", ["fp32", "int8"])
-    @pytest.mark.parametrize("compute", ["auto", "dense", "reference"])
-    def test_what_is_frozen_stays_so(self, compute: str, values: str, family: str, tmp_path: Path) -> None:
-        save_packed(training(family), tmp_path, values)
-        for part in ("model", "encoder", "decoder", "nothing"):
-            trained = []
-            for start, forms in (("dense", ()), (compute, ("dense", "reference", "auto", "dense"))):
-                model = load(tmp_path, start)
-                if part != "nothing":
-                    (model if part == "model" else getattr(model, f"get_{part}")()).requires_grad_(False)
-                for form in forms:
-                    set_compute(model, form)
-                trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-            assert trained[0] == trained[1], part
-            assert bool(trained[0]) == (part != "model")
-        model = load(tmp_path, compute).requires_grad_(False)
-        assert not any(parameter.requires_grad for parameter in model.dequantize().parameters())
-        model = load(tmp_path, compute).requires_grad_(False)
-        prepare_for_training(model)
-        assert all(model.get_submodule(name).weight.requires_grad for name in sparse_layers(model))
-
-    @pytest.mark.parametrize("values", ["fp32", "int8"])
-    def test_a_number_type_that_no_kernel_knows(self, values: str, tmp_path: Path) -> None:
-        save_packed(training(), tmp_path, values)
-        message = r"^kernels: models compute in fp32, fp16 or bf16, got torch.float64; .* compute='dense'$"
-        for compute in ("auto", "fp32", "int8"):
-            with pytest.raises(ValueError, match=message):
-                load(tmp_path, compute, dtype=torch.float64)
-        model = load(tmp_path, "reference", dtype=torch.float64)
-        assert torch.isfinite(logits(model)).all()
-        with pytest.raises(ValueError, match=message):
-            set_compute(model, "fp32")
-
-    def test_a_change_that_fails_leaves_the_model_as_it_was(self, packed: Path) -> None:
-        model = load(packed)
-        with torch.no_grad():
-            model.get_submodule("model.decoder.layers.1.fc2").weight += 1
-        before = logits(model)
-        for compute in ("reference", "fp32"):
-            message = r"^set_compute: model.decoder.layers.1.fc2.weight breaks 2:4 in 512 .* call finalize\(model\)"
-            with pytest.raises(ValueError, match=message):
-                set_compute(model, compute)
-            assert {type(model.get_submodule(name)) for name in sparse_layers(model)} == {nn.Linear}
-            assert model.hf_quantizer.quantization_config.compute == "dense"
-            assert torch.equal(logits(model), before)
-        finalize(model)
-        set_compute(model, "reference")
-
-    def test_a_head_that_is_not_possible_leaves_the_model_as_it_was(
-        self, packed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model = load(packed)
-        monkeypatch.setattr(model, "get_output_embeddings", nn.Identity)
-        with pytest.raises(ValueError, match=r"^head: 'int8' needs an output projection"):
-            set_compute(model, "reference", "int8")
-        assert {type(model.get_submodule(name)) for name in sparse_layers(model)} == {nn.Linear}
-
-    def test_a_device_map_of_one_device_is_no_offloading(self, packed: Path, expected: Tensor) -> None:
-        model = load(packed, device_map="auto")
-        set_compute(model, "reference")
-        assert torch.equal(logits(model), expected)
-
-    def test_refusals(self, packed: Path) -> None:
-        with pytest.raises(
-            ValueError,
-            match=r"set_compute: compute is one of 'auto', 'fp32', .*'dense', 'reference', got 'fast'",
-        ):
-            set_compute(load(packed), "fast")
-        for model in (build(), training()):
-            with pytest.raises(ValueError, match="set_compute: the model was not loaded from a packed checkpoint"):
-                set_compute(model, "dense")
 
 
 @pytest.mark.parametrize("values", ["fp32", "int8"])

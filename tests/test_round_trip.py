@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
 
+from hf_nmsparse.compute import set_compute
 from hf_nmsparse.kernels import native
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
-from hf_nmsparse.quantizer import set_compute
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import finalize
 from tests.packed_models import BUILDERS, contents, output, sparse

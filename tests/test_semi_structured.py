@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_nmsparse import NMPattern, save_packed, set_compute
+from hf_nmsparse.compute import computing_packed
 from hf_nmsparse.kernels import semi_structured
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packed_layers import PackedLinear, SemiStructuredLinear
-from hf_nmsparse.quantizer import _computing_packed
-from tests.test_quantizer import load, logits, same_files, training
+from tests.loaded_models import load, logits, same_files, training
 
 TWO_OF_FOUR = NMPattern(2, 4)
 GPU = torch.device("cuda", 0)
@@ -180,15 +180,15 @@ class TestAuto:
 
     @pytest.mark.parametrize("device_map", ["cuda", "cuda:0", {"": GPU}, {"model": "cuda:0", "lm_head": GPU}])
     def test_a_gpu_takes_the_layers_that_are_faster(self, device_map: Any) -> None:
-        assert _computing_packed(LAYERS, "auto", TWO_OF_FOUR, device_map) == ["wide", "int8"]
+        assert computing_packed(LAYERS, "auto", TWO_OF_FOUR, device_map) == ["wide", "int8"]
 
     @pytest.mark.parametrize("device_map", [{"a": "cuda:0", "b": "cpu"}, {"a": "cuda:0", "b": "disk"}, "xpu"])
     def test_elsewhere_they_are_dense(self, device_map: Any) -> None:
-        assert list(_computing_packed(LAYERS, "auto", TWO_OF_FOUR, device_map)) == []
+        assert list(computing_packed(LAYERS, "auto", TWO_OF_FOUR, device_map)) == []
 
     def test_a_choice_is_no_question_of_speed(self) -> None:
-        assert list(_computing_packed(LAYERS, "dense", TWO_OF_FOUR, "cuda")) == []
-        assert list(_computing_packed(LAYERS, "semi_structured", TWO_OF_FOUR, "cuda")) == list(LAYERS)
+        assert list(computing_packed(LAYERS, "dense", TWO_OF_FOUR, "cuda")) == []
+        assert list(computing_packed(LAYERS, "semi_structured", TWO_OF_FOUR, "cuda")) == list(LAYERS)
 
 
 @pytest.mark.parametrize("winner", [None, 1, 64, 4096])
