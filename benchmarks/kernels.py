@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import timing
-from hf_nmsparse.kernels import cpu, native
+from hf_nmsparse.kernels import cpu, library
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
@@ -206,8 +206,8 @@ def main() -> None:
     cache = max(timing.caches().values(), default=0) if options.cache_mb is None else int(options.cache_mb * 2**20)
     if cache == 0:
         raise SystemExit("kernels: the size of the last cache is unknown; give --cache-mb")
-    if native.status().unit is None:
-        raise SystemExit(f"kernels: {native.status().reason}")
+    if library.status().unit is None:
+        raise SystemExit(f"kernels: {library.status().reason}")
 
     torch.manual_seed(0)
     rows = []

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import MarianConfig, MarianMTModel
 
 from benchmarks.masks import cpu_model
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -109,7 +109,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "caches": caches(),
-        "unit": native.status().unit,
+        "unit": library.status().unit,
         "torch_unit": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

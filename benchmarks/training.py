@@ -26,7 +26,7 @@ from transformers import MarianMTModel
 
 from benchmarks import timing
 from hf_nmsparse import NMSparseConfig, SparseStep, sparsify
-from hf_nmsparse.kernels import cuda, native
+from hf_nmsparse.kernels import cuda, library, native
 from hf_nmsparse.losses import token_loss
 from recipes import results_table
 
@@ -89,8 +89,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a very small model: tries the script")
     options = parser.parse_args()
     machine = timing.machine()  # before this run is its load
-    if native.status().unit is None:
-        raise SystemExit(f"training: {native.status().reason}")
+    if library.status().unit is None:
+        raise SystemExit(f"training: {library.status().reason}")
 
     models = [timing.marian(options.tiny) for _ in range(4)]
     tokens = torch.randint(2, models[0].config.vocab_size - 1, (2, BATCH, LENGTH))

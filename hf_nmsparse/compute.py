@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_nmsparse.kernels import cpu, native, semi_structured
+from hf_nmsparse.kernels import cpu, library, semi_structured
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear, SemiStructuredLinear
@@ -96,7 +96,7 @@ def _kernels_run(pattern: NMPattern, in_features: int) -> bool:
     """Whether the native kernels compute layers of this pattern, up to this many inputs, faster than dense ones do."""
     if not cpu.fits(pattern, in_features):
         return False
-    status = native.status()
+    status = library.status()
     if status.library is None and not status.chosen:
         warnings.warn(f"hf_nmsparse: packed layers compute dense and slower, because {status.reason}", stacklevel=2)
     return status.unit not in (None, "scalar")

@@ -22,7 +22,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 import hf_nmsparse
 from hf_nmsparse.files import replaced
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -367,7 +367,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "hf_nmsparse": hf_nmsparse.__version__,
         **{package: version(package) for package in packages},
-        "kernels": native.status().unit or "none",
+        "kernels": library.status().unit or "none",
     }
 
 

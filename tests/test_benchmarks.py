@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from benchmarks import generate, gpu, kernels, memory, scaling, startup, timing, trainer, training
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library, native
 from hf_nmsparse.srste import METHODS
 from recipes import results_table
 
-pytestmark = pytest.mark.skipif(native.status().unit is None, reason=native.status().reason)
+pytestmark = pytest.mark.skipif(library.status().unit is None, reason=library.status().reason)
 
 
 def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def assert_table(table: str, columns: list[str]) -> None:
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kernels_unit.json"
     record = run(kernels, monkeypatch, file, "--quick", "--budget-ms", "0.1", "--cache-mb", "0.5")
-    assert record["unit"] == native.status().unit
+    assert record["unit"] == library.status().unit
     measured = {(tuple(row["shape"]), row["rows"], row["place"]) for row in record["rows"]}
     assert ((512, 2048), 16, "cold") in measured
     assert ((64, 64), 1, "hot") in measured

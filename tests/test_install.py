@@ -18,7 +18,7 @@ import pytest
 import hf_nmsparse
 import hf_nmsparse.kernels
 from hf_nmsparse.kernels import __main__ as doctor
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_nmsparse"
@@ -31,13 +31,13 @@ import json, runpy
 import torch
 import hf_nmsparse
 from hf_nmsparse import cards
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.pattern import NMPattern
 
 mask = magnitude_mask(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), NMPattern(2, 4))
-library = native.status().library
-print(json.dumps([hf_nmsparse.__file__, library and str(library), cards._template(), mask.tolist()]))
+found = library.status().library
+print(json.dumps([hf_nmsparse.__file__, found and str(found), cards._template(), mask.tolist()]))
 runpy.run_module("hf_nmsparse.kernels", run_name="__main__", alter_sys=True)
 """
 
@@ -170,7 +170,7 @@ def test_package_without_library_works(pure_wheel: Path, tmp_path: Path) -> None
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that has not looked for the library yet; what it finds then holds for one test."""
-    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    monkeypatch.setattr(library, "_load", library._load.__wrapped__)
     monkeypatch.delenv("HF_NMSPARSE_UNIT", raising=False)
     return monkeypatch
 
@@ -204,7 +204,7 @@ def test_doctor_on_a_library_that_does_not_load(
 
 
 def test_doctor_on_an_unknown_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse() -> native.Status:
+    def refuse() -> library.Status:
         raise ValueError("HF_NMSPARSE_UNIT: 'mmx' is none of avx512, avx2, scalar")
 
     monkeypatch.setattr(doctor, "status", refuse)
@@ -213,15 +213,32 @@ def test_doctor_on_an_unknown_unit(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert facts["reason"] == "HF_NMSPARSE_UNIT: 'mmx' is none of avx512, avx2, scalar"
 
 
-@pytest.mark.parametrize(("shared", "threads"), [(True, "1, torch's own"), (False, "1, as torch lends")])
+@pytest.mark.parametrize(
+    ("torch", "variables", "threads"),
+    [
+        ("2.13.0+cpu", {}, r"torch's own, up to \d+"),
+        ("2.10.0", {"OMP_NUM_THREADS": "3"}, "torch's own, OMP_NUM_THREADS=3"),
+        ("2.9.1", {}, r"1, as torch lends its threads from 2\.10 on"),
+        ("not installed", {}, r"1, as torch lends its threads from 2\.10 on"),
+    ],
+)
 def test_doctor_on_a_library_that_is_used(
-    shared: bool, threads: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    torch: str,
+    variables: dict[str, str],
+    threads: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    used = native.Status(Path("/lib/libnmsparse.so"), "avx2", shared, "the fastest unit of this machine")
+    used = library.Status(Path("/lib/libnmsparse.so"), "avx2", "the fastest unit of this machine")
     monkeypatch.setattr(doctor, "status", lambda: used)
+    monkeypatch.setattr(doctor, "_torch_version", lambda: torch)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     code, facts = told(capsys)
     assert code == 0
     assert facts["native library"] == str(used.library)
     assert facts["vector unit"] == "avx2"
-    assert facts["threads"].startswith(threads)
+    assert re.fullmatch(threads, facts["threads"])
+    assert facts["torch"] == torch
     assert facts["CPU"]

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from hf_nmsparse.kernels import cpu, native
+from hf_nmsparse.kernels import cpu, library, native
 from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.packing import pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import soft_threshold
 
-pytestmark = pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+pytestmark = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
 TWO_OF_FOUR = NMPattern(2, 4)
 BOUNDS = {"fp32": 1e-6, "bf16": 3e-3, "int8": 2e-2, "dense_int8": 2e-2}
@@ -99,7 +99,7 @@ def check_unit(unit: str, folder: str) -> None:
     """What a fresh process does whose unit HF_NMSPARSE_UNIT names."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    status = native.status()
+    status = library.status()
     assert (status.unit, status.reason) == (unit, "HF_NMSPARSE_UNIT asks for this unit")
     check_products()
     check_masks()
@@ -167,7 +167,7 @@ def check_what_another_unit_left(folder: Path, unit: str) -> None:
     (folder / f"{unit}.pickle").write_bytes(pickle.dumps(loaded))
 
 
-@pytest.mark.parametrize("unit", native.UNITS)
+@pytest.mark.parametrize("unit", library.UNITS)
 def test_unit(unit: str, tmp_path: Path) -> None:
     if reason := lacks(unit):
         pytest.skip(f"this machine has not {unit}: {reason}")
@@ -209,7 +209,7 @@ def process(code: str, fails: bool = False, **environment: str) -> str:
 
 
 def test_a_unit_that_is_none_is_refused() -> None:
-    code = "from hf_nmsparse.kernels import native; native.status()"
+    code = "from hf_nmsparse.kernels import library; library.status()"
     message = process(code, fails=True, HF_NMSPARSE_UNIT="avx3")
     assert "HF_NMSPARSE_UNIT: 'avx3' is none of avx512_bf16, avx512, avx2, scalar, or this machine has it" in message
 
@@ -219,7 +219,7 @@ def test_without_the_library_everything_computes_dense(tmp_path: Path) -> None:
 import sys, pytest, torch
 from transformers import MarianMTModel
 from hf_nmsparse import NMSparseQuantizationConfig, save_packed
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
 from tests.packed_models import output, sparse
 from tests.test_round_trip import load
@@ -234,7 +234,7 @@ for values in ("fp32", "int8"):
         config = NMSparseQuantizationConfig(**choice)
         with pytest.raises(ValueError, match=r"is not used \(HF_NMSPARSE_NATIVE=0 turns it off\); choose"):
             MarianMTModel.from_pretrained(sys.argv[1], quantization_config=config)
-assert native.status().chosen
+assert library.status().chosen
 """
     # A warning would be an error: a user who turned the library off knows why dense layers compute.
     code = code.replace("sys.argv[1]", repr(str(tmp_path)))
@@ -242,21 +242,22 @@ assert native.status().chosen
 
 
 def test_a_library_that_is_missing_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    native._load.cache_clear()
-    monkeypatch.setattr(native, "_NAME", "libnone.so")
+    for cached in (library._load, native._library):
+        cached.cache_clear()
+    monkeypatch.setattr(library, "_NAME", "libnone.so")
     try:
-        status = native.status()
-        assert (status.library, status.unit, status.threads, status.chosen) == (None, None, False, False)
+        status = library.status()
+        assert (status.library, status.unit, status.chosen) == (None, None, False)
         assert status.reason == "libnone.so is not installed: no C++ compiler was found at installation"
         assert not native.can_rank(torch.ones(4))
         with pytest.raises(ValueError, match=r"the native library is not used \(libnone\.so is not installed"):
             packed_weight(torch.eye(4), "fp32")
         (tmp_path / "libnone.so").write_bytes(b"no library")
         monkeypatch.setattr("hf_nmsparse.kernels.__path__", [str(tmp_path)])
-        native._load.cache_clear()
-        assert "libnone.so does not load: " in native.status().reason
+        library._load.cache_clear()
+        assert "libnone.so does not load: " in library.status().reason
     finally:
-        native._load.cache_clear()
+        library._load.cache_clear()
 
 
 # ---- the product, by properties ----

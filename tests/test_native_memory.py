@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_nmsparse.kernels.native import UNITS
+from hf_nmsparse.kernels.library import UNITS
 
 KERNELS = Path(__file__).parents[1] / "hf_nmsparse" / "kernels"
 DRIVER = Path(__file__).parent / "native" / "odd_sizes.cpp"

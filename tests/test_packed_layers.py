@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import native, reference
+from hf_nmsparse.kernels import library, reference
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
@@ -183,7 +183,7 @@ class TestInt8Values:
 # Distance to the product with the weight of the file, in norm; the layers are too small for the norm to vary little.
 KERNEL_BOUNDS = {"fp32": 1e-6, "bf16": 4e-3, "int8": 3e-2}
 FITTING = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 16), NMPattern(2, 32)]
-needs_library = pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+needs_library = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
 
 @needs_library

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_nmsparse import quantizer
 from hf_nmsparse.compute import set_compute
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packed_files import check_folder
@@ -35,7 +35,7 @@ from tests.loaded_models import FAMILIES, FC1, build, load, logits, masked, same
 from tests.tiny import hf
 
 COMPUTES = ("dense", "reference")  # the ones that compute what the training model computes, to the bit
-KERNELS = native.status().unit not in (None, "scalar")  # whether plain from_pretrained runs on them
+KERNELS = library.status().unit not in (None, "scalar")  # whether plain from_pretrained runs on them
 FLOATS = {name: dtype for name, dtype in VALUE_DTYPES.items() if dtype.is_floating_point}
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
 
 from hf_nmsparse.compute import set_compute
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
@@ -53,7 +53,7 @@ def test_output_and_bytes_are_those_of_the_trained_model(family: str, compute: s
 BOUNDS = {"auto": 1e-6, "fp32": 1e-6, "bf16": 3e-3, "int8": 4e-2}
 
 
-@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+@pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 @pytest.mark.parametrize("compute", BOUNDS)
 @pytest.mark.parametrize("family", BUILDERS)
 def test_kernels_compute_nearly_that(family: str, compute: str, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_kernels_compute_nearly_that(family: str, compute: str, tmp_path: Path) 
         assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+@pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 @pytest.mark.parametrize("embeddings", ["int8", "float"])
 @pytest.mark.parametrize("family", BUILDERS)
 def test_int8_file(family: str, embeddings: str, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_int8_file(family: str, embeddings: str, tmp_path: Path) -> None:
         assert float((outputs[close] - outputs["dense"]).norm() / outputs["dense"].norm()) < 1e-6
 
 
-@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+@pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 def test_an_int8_head_changes_no_file(tmp_path: Path) -> None:
     save_packed(sparse(), tmp_path / "a")
     config = NMSparseQuantizationConfig(head="int8")
@@ -115,7 +115,7 @@ def test_an_int8_head_changes_no_file(tmp_path: Path) -> None:
     assert type(loaded.get_output_embeddings()) is nn.Linear
 
 
-@pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+@pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 def test_every_switch_from_mode_to_mode(tmp_path: Path) -> None:
     model = sparse()
     expected = output(model)

@@ -31,13 +31,13 @@ from hf_nmsparse import (
     set_compute,
     sparsify,
 )
-from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from tests.packed_models import BUILDERS, output, sparse
 from tests.tiny import collator, marian, token_pairs
 
-needs_library = pytest.mark.skipif(native.status().library is None, reason=native.status().reason)
+needs_library = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 
 

@@ -1,17 +1,17 @@
 """Says whether the native library is used here, and why: ``python -m hf_nmsparse.kernels``.
 
-It exits with 0 if the library is used and with 1 if not, so that a script can ask.
+It exits with 0 if the library is used and with 1 if not, so that a script can ask. It answers without importing torch.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
-from hf_nmsparse.kernels.native import Status, status
+from hf_nmsparse.kernels.library import Status, status
 
 
 def main() -> int:
@@ -23,13 +23,14 @@ def main() -> int:
     try:
         used = status()
     except ValueError as error:  # HF_NMSPARSE_UNIT names a unit that is none here
-        used = Status(None, None, False, str(error))
+        used = Status(None, None, str(error))
+    torch = _torch_version()
     facts = {
         "native library": used.library or "not used",
         "reason": used.reason,
         "vector unit": used.unit or "none",
-        "threads": _threads(used),
-        "torch": torch.__version__,
+        "threads": _threads(used, torch),
+        "torch": torch,
         "CPU": _cpu_name(),
     }
     width = max(map(len, facts))
@@ -38,10 +39,22 @@ def main() -> int:
     return 0 if used.library else 1
 
 
-def _threads(used: Status) -> str:
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _threads(used: Status, torch: str) -> str:
+    """On which threads products run; how many torch takes of those it may take is known in the process that asks it."""
     if used.library is None:
         return "none"
-    return f"{torch.get_num_threads()}, torch's own" if used.threads else "1, as torch lends its threads from 2.10 on"
+    if [int(part) for part in torch.split(".")[:2] if part.isdecimal()] < [2, 10]:
+        return "1, as torch lends its threads from 2.10 on"
+    asked = os.environ.get("OMP_NUM_THREADS")
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"torch's own, OMP_NUM_THREADS={asked}" if asked else f"torch's own, up to {here}"
 
 
 def _cpu_name() -> str:

@@ -1,30 +1,22 @@
-"""The native library: finding it, loading it, and its functions on CPU tensors.
-
-It is a C library without Python or torch inside, so that one build serves every Python and every torch; it borrows
-torch's threads. Where it is missing everything still works in plain torch, more slowly. Two environment variables steer
-it: ``HF_NMSPARSE_NATIVE=0`` leaves it out, ``HF_NMSPARSE_UNIT=avx2`` (or another of `UNITS`) names the vector unit.
-"""
+"""The functions of the native library on CPU tensors, on torch's threads."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 import sys
 import threading
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import hf_nmsparse.kernels
+from hf_nmsparse.kernels.library import library, status
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
     "FORMATS",
-    "Status",
     "can_rank",
     "check_mask",
     "decay_pruned",
@@ -36,92 +28,25 @@ __all__ = [
     "repack",
     "restore",
     "soft_threshold",
-    "status",
 ]
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
 """How a packed weight lies in memory, by the names of the modes of computing; the last is for dense weights."""
 
-UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
-
 _HEADER = struct.Struct("=4siiiqq32x")  # what a packed weight begins with: `Header` in csrc/common.h
 _MAGIC, _ORDER = b"NMSW", 1
 _UNITS_OF = {8: "avx2 and scalar", 16: "avx512 and avx512_bf16"}  # by their lanes
 
-_ABI = 4
-_NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "dense_int8": torch.int8}
-_SIGNATURES = {
-    "nms_abi": ("i", ""),
-    "nms_set_parallel_for": (None, "p"),
-    "nms_unit": ("s", ""),
-    "nms_select_unit": ("i", "s"),
-    "nms_packed_bytes": ("l", "ill"),
-    "nms_repack": (None, "illpppp"),
-    "nms_restore": ("i", "illppp"),
-    "nms_multiply": ("i", "illlplpppi"),
-    "nms_rank": ("l", "pplii"),
-    "nms_decay": (None, "pppfl"),
-    "nms_apply": (None, "pppfl"),
-    "nms_soften": (None, "pppli"),
-}
-_TYPES = {
-    "i": ctypes.c_int32,
-    "l": ctypes.c_int64,
-    "p": ctypes.c_void_p,
-    "s": ctypes.c_char_p,
-    "f": ctypes.c_float,
-    None: None,
-}
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is used, and why.
-
-    Attributes:
-        library: The library's file; None if it is not used.
-        unit: The vector unit, one of `UNITS`; None without the library.
-        threads: Whether products run on torch's threads, or on one.
-        reason: Why the library is not used, or a word on how it is.
-        chosen: Whether the user turned the library off.
-    """
-
-    library: Path | None
-    unit: str | None
-    threads: bool
-    reason: str
-    chosen: bool = False
 
 
 @lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, Status]:
-    if os.environ.get("HF_NMSPARSE_NATIVE") == "0":
-        return None, Status(None, None, False, "HF_NMSPARSE_NATIVE=0 turns it off", chosen=True)
-    path = next((file for folder in hf_nmsparse.kernels.__path__ if (file := Path(folder) / _NAME).is_file()), None)
-    if path is None:
-        return None, Status(None, None, False, f"{_NAME} is not installed: no C++ compiler was found at installation")
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = _TYPES[result], [_TYPES[kind] for kind in arguments]
-    except (OSError, AttributeError) as error:
-        return None, Status(None, None, False, f"{path} does not load: {error}")
-    if library.nms_abi() != _ABI:
-        return None, Status(None, None, False, f"{path} is of another version; install the package again")
-    wanted = os.environ.get("HF_NMSPARSE_UNIT")
-    if wanted is not None and not library.nms_select_unit(wanted.encode()):
-        known = ", ".join(UNITS)
-        raise ValueError(f"HF_NMSPARSE_UNIT: {wanted!r} is none of {known}, or this machine has it not; unset it")
-    threads = _torch_parallel_for()
-    library.nms_set_parallel_for(threads)
-    unit = library.nms_unit().decode()
-    reason = "the fastest unit of this machine" if wanted is None else "HF_NMSPARSE_UNIT asks for this unit"
-    if unit == "scalar" and wanted is None:
-        reason = "this machine has neither AVX2 nor AVX-512, so dense layers are faster"
-    return library, Status(path, unit, threads is not None, reason)
+def _library() -> ctypes.CDLL:
+    """The library, which has borrowed torch's threads."""
+    loaded = library()
+    loaded.nms_set_parallel_for(_torch_parallel_for())
+    return loaded
 
 
 def _torch_parallel_for() -> int | None:
@@ -132,22 +57,6 @@ def _torch_parallel_for() -> int | None:
         return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
-
-
-def status() -> Status:
-    """Whether the library is used, and why.
-
-    Raises:
-        ValueError: ``HF_NMSPARSE_UNIT`` names a unit that is none, or that the machine lacks.
-    """
-    return _load()[1]
-
-
-def _library() -> ctypes.CDLL:
-    library, why = _load()
-    if library is None:
-        raise ValueError(f"kernels: the native library is not used ({why.reason}); choose compute='dense'")
-    return library
 
 
 @lru_cache(maxsize=4096)
@@ -274,7 +183,7 @@ def can_rank(weight: Tensor) -> bool:
         and weight.dtype == torch.float32
         and weight.is_contiguous()
         and not torch.compiler.is_compiling()
-        and _load()[0] is not None
+        and status().library is not None
     )
 
 
