@@ -127,7 +127,7 @@ def test_archive_holds_what_a_build_and_the_tests_need(archive: Path) -> None:
         *("hf_nmsparse", "recipes", "tests", "model_cards", "benchmarks"),
         *("pyproject.toml", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "PKG-INFO"),
     }
-    sources = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "kernels" / "csrc").iterdir()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "kernels" / "csrc").rglob("*.*")}
     assert sources | {"hf_nmsparse/kernels/CMakeLists.txt", "tests/constraints.txt", "model_cards/template.md"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

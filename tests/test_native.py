@@ -33,8 +33,12 @@ from hf_nmsparse.srste import soft_threshold
 pytestmark = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
 TWO_OF_FOUR = NMPattern(2, 4)
-BOUNDS = {"fp32": 1e-6, "bf16": 3e-3, "int8": 2e-2, "dense_int8": 2e-2}
-"""Distance to the product in fp64 with the weight before rounding, in norm, which a user may count on."""
+BOUNDS = {"fp32": 1e-6, "bf16": 3e-3, "int8": 2.5e-2, "dense_int8": 2.5e-2, "dense_fp32": 1e-6, "dense_bf16": 3e-3}
+"""Distance to the product in fp64 with the weight before rounding, in norm, which a user may count on.
+
+With int8 on the units whose activations have seven bits it is 1.7% in the mean: a step of 6.6 standard deviations / 127 in
+the activations and 6.6 / 255 in the weights, each over the root of 12.
+"""
 
 
 def sparse_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
@@ -43,10 +47,12 @@ def sparse_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
 
 
 def packed_weight(weight: Tensor, kind: str) -> Tensor:
-    """``weight``, 2:4 or for ``"dense_int8"`` any, in fp32, in the order of the library."""
+    """``weight``, in fp32, 2:4 or for a dense kind any, in the order of the library."""
     if kind == "dense_int8":
         values, scale = quantize_rows(weight)
         return native.repack(kind, weight.shape[1], values, scale=scale)
+    if kind.startswith("dense_"):
+        return native.repack(kind, weight.shape[1], weight.to(native._VALUES[kind]))
     both = pack(weight, TWO_OF_FOUR)
     if kind == "int8":
         values, scale = quantize_rows(both["weight"])
@@ -110,12 +116,14 @@ def check_products() -> None:
     for out_features, in_features in SIZES:
         weight, bias = sparse_weight(out_features, in_features), torch.randn(out_features)
         for kind in native.FORMATS:
-            full = torch.randn(out_features, in_features) if kind == "dense_int8" else weight
+            full = torch.randn(out_features, in_features) if kind.startswith("dense_") else weight
             packed = packed_weight(full, kind)
             for rows in ROWS:
-                for dtype in (torch.float32,) if kind == "fp32" else (torch.float32, torch.bfloat16):
+                for dtype in (torch.float32,) if kind.endswith("fp32") else (torch.float32, torch.bfloat16):
                     x = torch.randn(rows, in_features).to(dtype)
                     found = native.multiply(x, packed, bias, kind, out_features)
+                    if dtype == torch.float32:  # an output does not depend on the rows beside it
+                        assert torch.equal(found[-1], native.multiply(x[-1:], packed, bias, kind, out_features)[0])
                     error = distance(found, x.double() @ full.double().T + bias)
                     assert error < BOUNDS[kind], (kind, dtype, out_features, in_features, rows, error)
 
@@ -610,7 +618,13 @@ def test_restoring_is_exact(data: st.DataObject) -> None:
         assert back_scale is not None
         assert torch.equal(back_scale, scales)
         return
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
+    dtype = native._VALUES[kind]
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}[dtype]
+    if kind.startswith("dense_"):
+        values = weight.to(dtype)
+        back, _ = native.restore(native.repack(kind, in_features, values), kind, rows, in_features)
+        assert torch.equal(back.view(bits), values.view(bits))
+        return
     dense = apply_mask(weight, magnitude_mask(weight, TWO_OF_FOUR)).clamp(-100 if kind == "int8" else -1e38, 1e38)
     both = pack(dense.to(dtype), TWO_OF_FOUR)
     scale = torch.rand(rows, generator=generator) if kind == "int8" else None
@@ -618,7 +632,6 @@ def test_restoring_is_exact(data: st.DataObject) -> None:
     assert packed.numel() == native.packed_bytes(kind, rows, in_features)
     back, back_scale = native.restore(packed, kind, rows, in_features)
     expected = unpack(both["weight"], both["weight_indices"], TWO_OF_FOUR)
-    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}[dtype]
     assert torch.equal(back.view(bits), expected.view(bits))  # -0.0 is not 0.0
     assert (back_scale is None) == (scale is None)
     assert scale is None or back_scale is None or torch.equal(back_scale, scale)
@@ -755,7 +768,7 @@ def test_which_patterns_the_kernels_compute() -> None:
     fitting = {f"{n}:{m}" for m in range(2, 33) for n in range(1, m) if cpu.fits(NMPattern(n, m), 2 * m)}
     assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
     assert not cpu.fits(TWO_OF_FOUR, 2 * 65536)
-    chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if kind != "dense_int8"}
+    chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if not kind.startswith("dense_")}
     assert chosen == {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
     assert cpu.preferred_format(torch.float16) == "fp32"
 

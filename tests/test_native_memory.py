@@ -58,7 +58,7 @@ def sources() -> dict[str, list[str]]:
     assert match is not None
     flags = re.findall(r"-f[\w=-]+", match[1])
     used = text if X86 else text.split("if(CMAKE_SYSTEM_PROCESSOR", maxsplit=1)[0]
-    files = dict.fromkeys(sorted(re.findall(r"csrc/(\w+\.cpp)", used)), flags)
+    files = dict.fromkeys(sorted(re.findall(r"csrc/([\w/]+\.cpp)", used)), flags)
     for name, value in re.findall(r"set_source_files_properties\(csrc/(\w+\.cpp)([^)]*)\)", used):
         files[name] = flags + re.findall(r"(?<!\w)-m\w+", value)
     vector_units = {name for name in files if name.startswith("unit_avx")}
@@ -82,7 +82,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in sorted(files, reverse=True):
         source = DRIVER if name == DRIVER.name else KERNELS / "csrc" / name
         for build, extra in builds.items():
-            special = {"unit_scalar.cpp": ["-O1"], "nmsparse.cpp": ["-Dscratch=library_scratch"]}.get(name, [])
+            special = {"unit_scalar.cpp": ["-O1"], "runtime.cpp": ["-Dscratch=library_scratch"]}.get(name, [])
             jobs.append((*files[name], *extra, *special, "-c", source, "-o", folder / f"{build}_{source.stem}.o"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda arguments: compile_(*arguments), jobs))

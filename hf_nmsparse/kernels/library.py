@@ -20,7 +20,7 @@ __all__ = ["UNITS", "Status", "library", "status"]
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
-_ABI = 4
+_ABI = 5
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _SIGNATURES = {
     "nms_abi": ("i", ""),
@@ -28,13 +28,14 @@ _SIGNATURES = {
     "nms_unit": ("s", ""),
     "nms_select_unit": ("i", "s"),
     "nms_packed_bytes": ("l", "ill"),
-    "nms_repack": (None, "illpppp"),
+    "nms_failure": ("s", ""),
+    "nms_repack": ("i", "illpppp"),
     "nms_restore": ("i", "illppp"),
     "nms_multiply": ("i", "illlplpppi"),
     "nms_rank": ("l", "pplii"),
-    "nms_decay": (None, "pppfl"),
-    "nms_apply": (None, "pppfl"),
-    "nms_soften": (None, "pppli"),
+    "nms_decay": ("i", "pppfl"),
+    "nms_apply": ("i", "pppfl"),
+    "nms_soften": ("i", "pppli"),
 }
 _TYPES = {
     "i": ctypes.c_int32,

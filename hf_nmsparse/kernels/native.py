@@ -30,15 +30,25 @@ __all__ = [
     "soft_threshold",
 ]
 
-FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3}
-"""How a packed weight lies in memory, by the names of the modes of computing; the last is for dense weights."""
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
+"""How a packed weight lies in memory, by the names of the modes of computing; the last three are dense weights'."""
 
 _HEADER = struct.Struct("=4siiiqq32x")  # what a packed weight begins with: `Header` in csrc/common.h
 _MAGIC, _ORDER = b"NMSW", 1
 _UNITS_OF = {8: "avx2 and scalar", 16: "avx512 and avx512_bf16"}  # by their lanes
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
-_VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "dense_int8": torch.int8}
+_VALUES = {
+    name: {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name.removeprefix("dense_")]
+    for name in FORMATS
+}
+
+
+def _done(outcome: int) -> int:
+    """The outcome of a call of the library, which is -1 where it failed."""
+    if outcome == -1:
+        raise RuntimeError(f"kernels: the native library failed: {library().nms_failure().decode()}")
+    return outcome
 
 
 @lru_cache(maxsize=1)
@@ -73,8 +83,8 @@ def repack(
     Args:
         format: A key of `FORMATS`.
         in_features: Columns of the dense weight.
-        values: ``[out_features, in_features / 2]`` kept values of a 2:4 weight, or ``[out_features, in_features]`` for
-            ``"dense_int8"``, in the number type of the format.
+        values: ``[out_features, in_features / 2]`` kept values of a 2:4 weight, or ``[out_features, in_features]`` of a
+            dense one, in the number type of the format.
         codes: The places of the values, as `packing.encode` writes them for 2:4; they must be in range.
         scale: fp32 ``[out_features]`` for int8 formats.
 
@@ -85,7 +95,7 @@ def repack(
     Raises:
         ValueError: A tensor does not fit the format.
     """
-    rows, dense = values.shape[0], format == "dense_int8"
+    rows, dense = values.shape[0], format.startswith("dense_")
     if not all(tensor is None or tensor.is_cpu for tensor in (values, codes, scale)):
         raise ValueError("repack: values, codes and scale lie on the CPU; move them there")
     if not dense and in_features % 4:
@@ -100,7 +110,7 @@ def repack(
         raise ValueError(f"repack: {format} needs a scale, fp32 {[rows]}")
     packed = torch.empty(packed_bytes(format, rows, in_features), dtype=torch.uint8, device="cpu")
     kept = [None if tensor is None else tensor.detach().contiguous() for tensor in (values, codes, scale)]
-    _library().nms_repack(FORMATS[format], rows, in_features, *map(_address, kept), packed.data_ptr())
+    _done(_library().nms_repack(FORMATS[format], rows, in_features, *map(_address, kept), packed.data_ptr()))
     return packed
 
 
@@ -109,9 +119,10 @@ def restore(packed: Tensor, format: str, out_features: int, in_features: int) ->
     _check(packed, format, out_features, in_features)
     dense = torch.empty((out_features, in_features), dtype=_VALUES[format], device="cpu")
     scale = torch.empty(out_features, dtype=torch.float32, device="cpu") if format in ("int8", "dense_int8") else None
-    if not _library().nms_restore(
+    done = _library().nms_restore(
         FORMATS[format], out_features, in_features, packed.data_ptr(), dense.data_ptr(), _address(scale)
-    ):
+    )
+    if not _done(done):
         raise _no_weight(packed, format, out_features, in_features)
     return dense, scale
 
@@ -159,7 +170,7 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
         else:
             x = x.contiguous()
     y = torch.empty((*shape[:-1], out_features), dtype=dtype, device="cpu")
-    if not _library().nms_multiply(
+    done = _library().nms_multiply(
         FORMATS[format],
         y.numel() // out_features if out_features else 0,
         out_features,
@@ -170,7 +181,8 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, out_fe
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         number,
-    ):
+    )
+    if not _done(done):
         raise _no_weight(packed, format, out_features, in_features)
     return y
 
@@ -203,8 +215,8 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> int:
     """
     check_mask(weight, mask)
     groups = weight.numel() // pattern.m
-    flips = int(_library().nms_rank(weight.data_ptr(), mask.data_ptr(), groups, pattern.n, pattern.m))
-    if flips < 0:
+    flips = _done(_library().nms_rank(weight.data_ptr(), mask.data_ptr(), groups, pattern.n, pattern.m))
+    if flips == -2:
         raise nan_error(weight)
     return flips
 
@@ -218,7 +230,7 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
     assert gradient.is_contiguous()
     assert gradient.dtype == torch.float32
     assert gradient.shape == weight.shape
-    _library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel())
+    _done(_library().nms_decay(weight.data_ptr(), mask.data_ptr(), gradient.data_ptr(), decay, weight.numel()))
 
 
 _LENT = threading.local()
@@ -236,7 +248,7 @@ def masked(weight: Tensor, mask: Tensor, pruned_scale: float = 0.0, transient: b
     """
     check_mask(weight, mask)
     kept = _room(weight, transient)
-    _library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), pruned_scale, weight.numel())
+    _done(_library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), pruned_scale, weight.numel()))
     return kept
 
 
@@ -251,7 +263,7 @@ def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern, transient: 
     """
     check_mask(weight, mask)
     soft, groups = _room(weight, transient), weight.numel() // pattern.m
-    _library().nms_soften(weight.data_ptr(), mask.data_ptr(), soft.data_ptr(), groups, pattern.m)
+    _done(_library().nms_soften(weight.data_ptr(), mask.data_ptr(), soft.data_ptr(), groups, pattern.m))
     return soft
 
 

@@ -6,7 +6,7 @@
 // --thin takes few sizes, for valgrind. --guard puts every buffer before a page that traps: AddressSanitizer watches no
 // masked load or store, and valgrind may not know the instructions of a unit. Units that the machine lacks are left out.
 //
-// nmsparse.cpp has to be compiled with -Dscratch=library_scratch: its own scratch memory grows in steps and stays, so
+// runtime.cpp has to be compiled with -Dscratch=library_scratch: its own scratch memory grows in steps and stays, so
 // that an overrun would find memory. Here every other product gets scratch memory of the exact size.
 #include <sys/mman.h>
 #include <unistd.h>
@@ -33,23 +33,24 @@ void nms_set_parallel_for(void* function);
 const char* nms_unit();
 int32_t nms_select_unit(const char* name);
 int64_t nms_packed_bytes(int32_t format, int64_t out, int64_t in);
-void nms_repack(int32_t format, int64_t out, int64_t in, const void* values, const uint8_t* codes, const float* scales,
+int32_t nms_repack(int32_t format, int64_t out, int64_t in, const void* values, const uint8_t* codes, const float* scales,
                 uint8_t* packed);
 int32_t nms_restore(int32_t format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales);
 int32_t nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
                      const uint8_t* packed, const void* bias, void* y, int32_t number);
 int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m);
-void nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
-void nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
-void nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int32_t m);
+int32_t nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
+int32_t nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
+int32_t nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int32_t m);
 }
 
 namespace {
 
-enum Format { sparse_fp32, sparse_bf16, sparse_int8, dense_int8 };
+enum Format { sparse_fp32, sparse_bf16, sparse_int8, dense_int8, dense_fp32, dense_bf16 };
 enum Number { fp32, bf16 };
-constexpr Format formats[] = {sparse_fp32, sparse_bf16, sparse_int8, dense_int8};
-constexpr const char* format_names[] = {"sparse fp32", "sparse bf16", "sparse int8", "dense int8"};
+constexpr Format formats[] = {sparse_fp32, sparse_bf16, sparse_int8, dense_int8, dense_fp32, dense_bf16};
+constexpr const char* format_names[] = {"sparse fp32", "sparse bf16", "sparse int8",
+                                        "dense int8",  "dense fp32",  "dense bf16"};
 constexpr float infinity = std::numeric_limits<float>::infinity(), not_a_number = NAN;
 
 bool thin = false, guard = false;
@@ -182,7 +183,7 @@ struct Weight {
 float number_of(Format format, const uint8_t* bytes) {
     if (format == sparse_int8 || format == dense_int8) return static_cast<int8_t>(*bytes);
     uint32_t bits = 0;
-    if (format == sparse_fp32)
+    if (format == sparse_fp32 || format == dense_fp32)
         std::memcpy(&bits, bytes, 4);
     else
         bits = static_cast<uint32_t>(bytes[0] | bytes[1] << 8) << 16;
@@ -194,8 +195,8 @@ float number_of(Format format, const uint8_t* bytes) {
 // With `extreme` every value of int8 is -128.
 Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false) {
     constexpr int places[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
-    const bool sparse = format != dense_int8, scaled = format == sparse_int8 || format == dense_int8;
-    const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
+    const bool sparse = format <= sparse_int8, scaled = format == sparse_int8 || format == dense_int8;
+    const int64_t size = scaled ? 1 : format == sparse_fp32 || format == dense_fp32 ? 4 : 2;
     const int64_t groups = in / 4, width = sparse ? 2 * groups : in, code_bytes = (groups * 3 + 7) / 8;
     Array<uint8_t> values(out * width * size), codes(sparse ? out * code_bytes : 0);
     Weight w{format, out, in, Array<uint8_t>(nms_packed_bytes(format, out, in)), Array<uint8_t>(out * in * size),
@@ -206,7 +207,7 @@ Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false)
         std::memcpy(&bits, &value, 4);
         if (scaled) bits = draw.below(8) == 0 ? (draw.coin() ? 0x80 : 0x7f) : draw.bits();  // -128, 127
         if (scaled && extreme) bits = 0x80;
-        if (format == sparse_bf16) bits >>= 16;
+        if (size == 2) bits >>= 16;
         for (int64_t b = 0; b < size; b++) values[i * size + b] = static_cast<uint8_t>(bits >> (8 * b));
     }
     std::memset(w.dense.data(), 0, static_cast<size_t>(w.dense.count));
@@ -359,7 +360,7 @@ int64_t check_products() {
     int64_t products = 0, turn = 0;
     for (Format format : formats)
         for (int64_t out : outs)
-            for (int64_t in : format == dense_int8 ? dense_ins : sparse_ins) {
+            for (int64_t in : format > sparse_int8 ? dense_ins : sparse_ins) {
                 describe_weight(format, out, in);
                 const Weight w = make_weight(format, out, in);
                 const size_t steps = thin ? 2 : 6;
@@ -447,7 +448,7 @@ void in_parallel(const Work& work, const char* what) {
 // Large enough to be split; the same bits with and without threads.
 void check_threads() {
     for (Format format : formats) {
-        const int64_t out = 300, in = format == dense_int8 ? 515 : 516;
+        const int64_t out = 300, in = format > sparse_int8 ? 515 : 516;
         describe_weight(format, out, in);
         const Random before = draw;
         const Weight w = make_weight(format, out, in);

@@ -11,8 +11,19 @@
 
 namespace nms {
 
-enum Number : int32_t { fp32 = 0, bf16 = 1 };
-enum Format : int32_t { sparse_fp32 = 0, sparse_bf16 = 1, sparse_int8 = 2, dense_int8 = 3 };
+enum Number : int32_t { fp32 = 0, bf16 = 1, int8 = 2, fp16 = 3 };
+enum Format : int32_t {
+    sparse_fp32 = 0,
+    sparse_bf16 = 1,
+    sparse_int8 = 2,
+    dense_int8 = 3,
+    dense_fp32 = 4,
+    dense_bf16 = 5,
+    formats = 6,
+};
+
+static constexpr NMS_INLINE bool is_int8(Format format) { return format == sparse_int8 || format == dense_int8; }
+static constexpr NMS_INLINE bool is_sparse(Format format) { return format <= sparse_int8; }
 
 static NMS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static NMS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -26,6 +37,19 @@ static NMS_INLINE float bf16_to_float(uint16_t bits) {
     return value;
 }
 
+static NMS_INLINE float half_to_float(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    uint32_t wide = (rest << 13) + (112u << 23);                           // another bias of the exponent
+    if (rest >= 0x7c00) wide += 112u << 23;                                // infinite, NaN
+    float value;
+    std::memcpy(&value, &wide, 4);
+    if (rest < 0x0400) value = static_cast<float>(rest) * 5.9604644775390625e-8f;  // subnormal: units of 2^-24
+    std::memcpy(&wide, &value, 4);
+    wide |= sign;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
 // To the nearest, ties to even; NaN stays NaN.
 static NMS_INLINE uint16_t float_to_bf16(float value) {
     uint32_t bits;
@@ -34,52 +58,19 @@ static NMS_INLINE uint16_t float_to_bf16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded);
 }
 
-// One product y = x @ W.T + bias.
-struct Product {
-    int64_t rows, out, in;
-    const void* x;  // [rows, in] of `number`, a row every x_stride numbers
-    int64_t x_stride;
-    const uint8_t* packed;
-    const void* bias;  // [out] of `number`, or null
-    void* y;           // [rows, out] of `number`, contiguous
-    Number number;
-};
+constexpr int32_t layout_order = 1;  // counted up whenever the order of `layout.h` changes
 
 // What a packed weight begins with: whose order it has and whose shape. The size keeps the weight behind it where vectors
 // like it.
 struct Header {
     char magic[4];
-    int32_t order;  // of `layout.h`, counted up whenever it changes
+    int32_t order;  // `layout_order`
     int32_t lanes;
     int32_t format;
     int64_t out, in;
     uint8_t unused[32];
 };
 static_assert(sizeof(Header) == 64, "a weight begins at a multiple of 64 bytes");
-
-// What one vector unit offers; `lanes` decides the layout of packed weights, which these functions see without header.
-struct Unit {
-    const char* name;
-    int32_t lanes;
-    int64_t (*packed_bytes)(Format format, int64_t out, int64_t in);
-    void (*repack)(Format format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
-                   const float* scales, uint8_t* packed);
-    void (*restore)(Format format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales);
-    void (*multiply)(Format format, const Product& product);
-    void (*multiply_pairs)(const Product& product);  // sparse bf16 times bf16; null where `multiply` does it
-    void (*rank)(const float* weight, uint8_t* mask, int64_t groups, int n, int m, int64_t* flips, int32_t* nan);
-    void (*decay)(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
-    void (*apply)(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
-    void (*soften)(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int m);
-};
-
-extern const Unit scalar_unit;
-#if defined(__x86_64__)
-extern const Unit avx2_unit;
-extern const Unit avx512_unit;
-extern const Unit avx512_bf16_unit;
-void multiply_pairs_avx512(const Product& product);
-#endif
 
 // Runs body(begin, end, context) over [0, items) in the caller's thread pool, at least `grain` items at a time.
 void run_parallel(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
@@ -92,7 +83,8 @@ static NMS_INLINE void parallel(int64_t items, int64_t grain, const Body& body) 
         const_cast<Body*>(&body));
 }
 
-// Memory of the calling thread that lives from call to call; the next call takes it over.
+// Memory of the calling thread that lives from call to call; the next call takes it over. Null, and a failure, if there is
+// none.
 uint8_t* scratch(int64_t bytes);
 
 }  // namespace nms

@@ -9,6 +9,8 @@
 //       0 and 1 of group 2v, then of group 2v + 1. Bits 2f and 2f + 1 of byte b of place vector h are the place of byte
 //       b of value vector 4h + f.
 //   dense int8, chunks of 16 columns: four vectors, a dword holds four neighbouring columns.
+//   dense fp32, chunks of 16 columns: for each column `lanes` values.
+//   dense bf16, chunks of 32 columns: for each pair of columns `lanes` dwords, the first in the low half.
 //
 // Behind the blocks of the int8 formats: the scale of each row, fp32, and the sum of its values, int32, both padded to
 // whole blocks.
@@ -17,8 +19,6 @@
 
 namespace nms {
 
-constexpr int32_t layout_order = 1;  // the number of the order above, which `Header` carries
-
 template <class V>
 struct Layout {
     static constexpr int64_t lanes = V::lanes;
@@ -26,10 +26,15 @@ struct Layout {
     static constexpr int64_t block_rows = lanes * 2;
 
     static NMS_INLINE int64_t chunk_columns(Format format) {
-        return format == sparse_int8 ? 64 : format == dense_int8 ? 16 : 32;
+        return format == sparse_int8 ? 64 : format == dense_int8 || format == dense_fp32 ? 16 : 32;
+    }
+    static NMS_INLINE int64_t value_bytes(Format format) {
+        constexpr int64_t bytes[formats] = {4, 2, 1, 1, 4, 2};
+        return bytes[format];
     }
     static NMS_INLINE int64_t part_bytes(Format format) {
-        return vector * (format == sparse_fp32 ? 17 : format == sparse_bf16 ? 9 : format == sparse_int8 ? 10 : 4);
+        constexpr int64_t vectors[formats] = {17, 9, 10, 4, 16, 16};
+        return vector * vectors[format];
     }
     static NMS_INLINE int64_t chunks(Format format, int64_t in) { return blocks_of(in, chunk_columns(format)); }
     static NMS_INLINE int64_t block_bytes(Format format, int64_t in) {
@@ -39,8 +44,7 @@ struct Layout {
         return blocks_of(out, block_rows) * block_bytes(format, in);
     }
     static int64_t packed_bytes(Format format, int64_t out, int64_t in) {
-        bool scaled = format == sparse_int8 || format == dense_int8;
-        return blocks_bytes(format, out, in) + (scaled ? 8 * padded(out, block_rows) : 0);
+        return blocks_bytes(format, out, in) + (is_int8(format) ? 8 * padded(out, block_rows) : 0);
     }
     static NMS_INLINE int64_t scales_at(Format format, int64_t out, int64_t in) {
         return blocks_bytes(format, out, in);
@@ -68,13 +72,13 @@ struct Layout {
         parallel(blocks_of(out, block_rows), many, [=](int64_t begin, int64_t end) {
             std::memset(packed + begin * bytes, 0, (end - begin) * bytes);
             for (int64_t row = begin * block_rows; row < smaller(end * block_rows, out); row++)
-                if (format == dense_int8)
-                    repack_dense_row(static_cast<const int8_t*>(values) + row * in, in, row % lanes,
-                                     packed + row_at(format, row, in));
+                if (!is_sparse(format))
+                    repack_dense_row(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
+                                     row % lanes, packed + row_at(format, row, in));
                 else
                     repack_row(format, in, values, codes, row, packed + row_at(format, row, in));
         });
-        if (format != sparse_int8 && format != dense_int8) return;
+        if (!is_int8(format)) return;
         const int64_t width = format == dense_int8 ? in : in / 2;
         uint8_t* to = packed + scales_at(format, out, in);
         std::memset(to, 0, 8 * padded(out, block_rows));
@@ -117,23 +121,27 @@ struct Layout {
                 std::memcpy(&places, chunk + 4 * lane, 4);
                 places |= place(code, slot) << (4 * group + 2 * slot);
                 std::memcpy(chunk + 4 * lane, &places, 4);
-                const int64_t size = format == sparse_fp32 ? 4 : 2;
+                const int64_t size = value_bytes(format);
                 std::memcpy(chunk + float_value_at(format, group, slot, lane),
                             static_cast<const uint8_t*>(values) + (from + slot) * size, size);
             }
         }
     }
 
-    static void repack_dense_row(const int8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
-        for (int64_t i = 0; i < in; i++) parts[dense_at(i, lane)] = static_cast<uint8_t>(values[i]);
+    static void repack_dense_row(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
+        const int64_t size = value_bytes(format);
+        for (int64_t i = 0; i < in; i++) std::memcpy(parts + dense_at(format, i, lane), values + i * size, size);
     }
-    static NMS_INLINE int64_t dense_at(int64_t column, int64_t lane) {
-        return column / 16 * 2 * part_bytes(dense_int8) + column % 16 / 4 * vector + 4 * lane + column % 4;
+    // A dword holds 4, 2 or 1 neighbouring columns, a vector those of `lanes` rows.
+    static NMS_INLINE int64_t dense_at(Format format, int64_t column, int64_t lane) {
+        const int64_t size = value_bytes(format), together = 4 / size, columns = chunk_columns(format);
+        return column / columns * 2 * part_bytes(format) + column % columns / together * vector + 4 * lane +
+               column % together * size;
     }
 
     // The dense weight [out, in], in fp32, bf16 or int8 as the format holds values, and the scales of int8.
     static void restore(Format format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales) {
-        const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
+        const int64_t size = value_bytes(format);
         parallel(out, larger(1, 65536 / larger(1, in)), [=](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; row++)
                 restore_row(format, in, packed + row_at(format, row, in), row % lanes,
@@ -143,11 +151,11 @@ struct Layout {
     }
 
     static void restore_row(Format format, int64_t in, const uint8_t* parts, int64_t lane, uint8_t* row) {
-        if (format == dense_int8) {
-            for (int64_t i = 0; i < in; i++) row[i] = parts[dense_at(i, lane)];
+        const int64_t size = value_bytes(format);
+        if (!is_sparse(format)) {
+            for (int64_t i = 0; i < in; i++) std::memcpy(row + i * size, parts + dense_at(format, i, lane), size);
             return;
         }
-        const int64_t size = format == sparse_fp32 ? 4 : format == sparse_bf16 ? 2 : 1;
         const int64_t columns = chunk_columns(format) / 4;
         std::memset(row, 0, in * size);
         for (int64_t g = 0; g < in / 4; g++) {

@@ -1,7 +1,6 @@
 // y = x @ W.T + bias for x and W in bf16, on units that multiply pairs of bf16: the two kept values of a group and the two
 // activations that they meet are one pair in each lane.
 #pragma once
-#include "common.h"
 #include "layout.h"
 #include "linear.h"
 
@@ -15,7 +14,7 @@ struct Pairs {
     using Output = typename Linear<V>::Output;
     static constexpr int64_t lanes = V::lanes;
 
-    static constexpr int R = Linear<V>::R;
+    static constexpr int R = 2;  // vectors of rows of a block
 
     template <int B>
     static NMS_NOINLINE void pair_tile(const uint8_t* w, int64_t chunks, const uint16_t* x, int64_t x_stride,
@@ -30,7 +29,7 @@ struct Pairs {
         for (int64_t k = 0; k < chunks; k++) {
             const uint8_t* chunk = w + k * R * bytes;
             const uint16_t* xk = x + 32 * k;
-            Linear<V>::template fetch_ahead<sparse_bf16>(chunk);
+            for (int64_t line = 0; line < R * bytes; line += 64) V::fetch(chunk + 4096 + line);
             I places[R];
             NMS_UNROLL for (int r = 0; r < R; r++) places[r] = V::load_int(chunk + r * bytes);
             NMS_UNROLL for (int group = 0; group < 8; group++) {
@@ -73,6 +72,7 @@ struct Pairs {
         const bool in_place = width == p.in;
         const int64_t bias_bytes = 4 * padded(p.out, 16);
         uint8_t* memory = scratch(bias_bytes + (in_place ? 0 : 2 * most * width));
+        if (!memory) return;
         const Output o = Linear<V>::output(p, reinterpret_cast<float*>(memory));
         uint16_t* copy = reinterpret_cast<uint16_t*>(memory + bias_bytes);
         const int64_t block_bytes = L::block_bytes(sparse_bf16, p.in), chunks = L::chunks(sparse_bf16, p.in);

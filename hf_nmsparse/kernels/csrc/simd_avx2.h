@@ -65,6 +65,20 @@ struct Avx2 {
         r = _mm_add_ps(r, _mm_movehl_ps(r, r));
         return _mm_cvtss_f32(_mm_add_ss(r, _mm_shuffle_ps(r, r, 1)));
     }
+    // Lane i is the total of vector i.
+    static NMS_INLINE Float totals(const Float* v) {
+        Float half[2];
+        NMS_UNROLL for (int i = 0; i < 2; i++) {
+            const Float* w = v + 4 * i;
+            half[i] = _mm256_hadd_ps(_mm256_hadd_ps(w[0], w[1]), _mm256_hadd_ps(w[2], w[3]));
+        }
+        return add(_mm256_permute2f128_ps(half[0], half[1], 0x20), _mm256_permute2f128_ps(half[0], half[1], 0x31));
+    }
+    static NMS_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+    static NMS_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+    static NMS_INLINE uint32_t above(Float a, Float b) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+    }
     static NMS_INLINE Float repeat4(const float* p) {
         return _mm256_castsi256_ps(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }

@@ -32,6 +32,22 @@ struct Avx512 {
     static NMS_INLINE float lowest(Float a) { return _mm512_reduce_min_ps(a); }
     static NMS_INLINE float highest(Float a) { return _mm512_reduce_max_ps(a); }
     static NMS_INLINE float total(Float a) { return _mm512_reduce_add_ps(a); }
+    // Lane i is the total of vector i.
+    static NMS_INLINE Float totals(const Float* v) {
+        Float four[4];
+        NMS_UNROLL for (int i = 0; i < 4; i++) {
+            const Float* w = v + 4 * i;
+            const Float a = add(_mm512_unpacklo_ps(w[0], w[1]), _mm512_unpackhi_ps(w[0], w[1]));
+            const Float b = add(_mm512_unpacklo_ps(w[2], w[3]), _mm512_unpackhi_ps(w[2], w[3]));
+            four[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+        }
+        const Float a = add(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+        const Float b = add(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+        return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    static NMS_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+    static NMS_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+    static NMS_INLINE uint32_t above(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static NMS_INLINE Float repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
     static NMS_INLINE Float pick4(Float a, Int which) { return _mm512_permutevar_ps(a, which); }
 

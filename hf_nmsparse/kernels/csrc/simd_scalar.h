@@ -75,6 +75,25 @@ struct Scalar {
         for (float lane : a.lane) r += lane;
         return r;
     }
+    // Lane i is the total of vector i.
+    static NMS_INLINE Float totals(const Float* v) {
+        Float r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = total(v[i]);
+        return r;
+    }
+    static NMS_INLINE Float sub(Float a, Float b) {
+        for (int i = 0; i < lanes; i++) a.lane[i] -= b.lane[i];
+        return a;
+    }
+    static NMS_INLINE Float div(Float a, Float b) {
+        for (int i = 0; i < lanes; i++) a.lane[i] /= b.lane[i];
+        return a;
+    }
+    static NMS_INLINE uint32_t above(Float a, Float b) {
+        uint32_t bits = 0;
+        for (int i = 0; i < lanes; i++) bits |= static_cast<uint32_t>(a.lane[i] > b.lane[i]) << i;
+        return bits;
+    }
     static NMS_INLINE Float repeat4(const float* p) {
         Float r;
         for (int i = 0; i < lanes; i++) r.lane[i] = p[i & 3];

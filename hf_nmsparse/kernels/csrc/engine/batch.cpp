@@ -1,0 +1,401 @@
+#include "batch.h"
+
+#include <algorithm>
+
+#include "error.h"
+
+namespace nms {
+
+Batch::Batch(const Model& model, int64_t beams) : model_(model), unit_(model.unit), beams_(beams) {
+    const int64_t inner = model.decoder().inner(), widest = larger(inner, model.encoder().inner());
+    hidden_stride_ = padded(model.config.hidden, 64);
+    inner_stride_ = padded(widest, 64);
+    wide_stride_ = padded(larger(3 * widest + 64, larger(model.encoder().config.feed_forward,
+                                                         model.decoder().config.feed_forward)), 64);
+    // An odd number of cache lines a cell, so that cells spread over all sets of a cache.
+    cell_values_at_ = inner;
+    cell_floats_ = (padded(2 * inner, 16) / 16 | 1) * 16;
+    const int64_t layers = model.decoder().config.layers;
+    pool_.resize(layers * block_positions * beams * cell_floats_ * 4);
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+void Batch::reserve(int64_t sentences, int64_t tokens) {
+    const int64_t layers = model_.decoder().config.layers, inner = model_.decoder().inner();
+    row_count_ = larger(tokens, sentences * beams_);
+    const int64_t byte_stride = larger(hidden_stride_, wide_stride_);
+    const int64_t head_dim = larger(model_.encoder().config.head_dim, model_.decoder().config.head_dim);
+    const int64_t room = padded(larger(longest_, positions_), 16) + 64;
+    int64_t keys = 0;
+    for (int64_t s = 0; s < sentences; s++) keys += Arena::room<float>(inner * width_[static_cast<size_t>(s)]);
+    int64_t bytes = 0;
+    bytes += 2 * Arena::room<float>(row_count_ * hidden_stride_);
+    bytes += Arena::room<float>(row_count_ * wide_stride_) + Arena::room<float>(row_count_ * inner_stride_);
+    bytes += Arena::room<uint8_t>(row_count_ * byte_stride) + 2 * Arena::room<float>(row_count_);
+    bytes += Arena::room<float>(head_dim * padded(longest_, 16)) + Arena::room<float>(4 * room);
+    bytes += layers * (keys + Arena::room<float>(tokens * inner_stride_ + 64));
+    arena_.reserve(bytes);
+
+    x_ = arena_.take<float>(row_count_ * hidden_stride_);
+    normed_ = arena_.take<float>(row_count_ * hidden_stride_);
+    wide_ = arena_.take<float>(row_count_ * wide_stride_);
+    context_ = arena_.take<float>(row_count_ * inner_stride_);
+    bytes_ = arena_.take<uint8_t>(row_count_ * byte_stride);
+    scale_ = arena_.take<float>(row_count_);
+    zero_ = arena_.take<int32_t>(row_count_);
+    turned_ = arena_.take<float>(head_dim * padded(longest_, 16));
+    scores_ = arena_.take<float>(4 * room);
+    cross_keys_.resize(static_cast<size_t>(layers * sentences));
+    cross_values_.resize(static_cast<size_t>(layers));
+    for (int64_t l = 0; l < layers; l++) {
+        cross_values_[static_cast<size_t>(l)] = arena_.take<float>(tokens * inner_stride_ + 64);
+        for (int64_t s = 0; s < sentences; s++)
+            cross_keys_[static_cast<size_t>(l * sentences + s)] =
+                arena_.take<float>(inner * width_[static_cast<size_t>(s)]);
+    }
+    // Padding behind the numbers of a row is zero, and stays so.
+    std::memset(x_, 0, static_cast<size_t>(4 * row_count_ * hidden_stride_));
+    std::memset(normed_, 0, static_cast<size_t>(4 * row_count_ * hidden_stride_));
+    std::memset(context_, 0, static_cast<size_t>(4 * row_count_ * inner_stride_));
+}
+
+void Batch::release(int64_t sentence) {
+    for (float* block : cells_[static_cast<size_t>(sentence)]) pool_.give_back(block);
+    cells_[static_cast<size_t>(sentence)].clear();
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+Norm Batch::norm_of(const Table& table) const {
+    const EngineConfig& config = model_.config;
+    return {config.hidden, table.row(0), config.rms_norm ? nullptr : table.row(1), config.norm_epsilon,
+            config.bf16_activations != 0};
+}
+
+void Batch::embed(const Side& side, int32_t token, int64_t position_of, float* x) const {
+    const Table& table = side.tables[embedding];
+    const int64_t size = table.number == fp32 ? 4 : table.number == int8 ? 1 : 2;
+    const float scale = side.config.embedding_scale * (table.scale ? table.scale[token] : 1.0f);
+    const float* position_row = side.config.positions ? side.tables[position].row(position_of) : nullptr;
+    const uint8_t* row = static_cast<const uint8_t*>(table.data) + size * table.columns * token;
+    unit_.embed(row, table.number, scale, position_row, table.columns, model_.config.bf16_activations != 0, x);
+    if (model_.config.embedding_norm) unit_.normalise(norm_of(side.tables[embedding_norm_table]), x, x);
+}
+
+Rows Batch::block_input(const Table& norm, int64_t rows) {
+    float* from = x_;
+    if (model_.config.norm_first) {
+        const Norm n = norm_of(norm);
+        for (int64_t i = 0; i < rows; i++) unit_.normalise(n, x_ + i * hidden_stride_, normed_ + i * hidden_stride_);
+        from = normed_;
+    }
+    return {from, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
+}
+
+void Batch::end_block(const Table& norm, int64_t rows) {
+    if (model_.config.norm_first) return;
+    const Norm n = norm_of(norm);
+    for (int64_t i = 0; i < rows; i++) unit_.normalise(n, x_ + i * hidden_stride_, x_ + i * hidden_stride_);
+}
+
+void Batch::quantise(const Rows& rows, int64_t count, std::initializer_list<const Weight*> weights) const {
+    for (const Weight* weight : weights)
+        if (weight->is_set() && is_int8(weight->format)) return unit_.quantise(rows, 0, count, weight->in);
+}
+
+void Batch::project(const Weight& weight, const Rows& rows, int64_t count, Finish finish, float* y,
+                    int64_t stride) const {
+    Projection p{};
+    p.format = weight.format;
+    p.out = weight.out;
+    p.in = weight.in;
+    p.packed = weight.packed;
+    p.bias = weight.bias.empty() ? nullptr : weight.bias.data();
+    p.finish = finish;
+    p.activation = static_cast<Activation>(model_.config.activation);
+    p.bf16 = model_.config.bf16_activations != 0;
+    p.y = y;
+    p.y_stride = stride;
+    unit_.project(p, rows, count, 0, blocks_of(weight.out, 2 * unit_.lanes));
+}
+
+void Batch::feed_forward(const Layer& layer, int64_t rows) {
+    const Weight& in = layer.weights[feed_in];
+    const Weight& out = layer.weights[feed_out];
+    const Rows input = block_input(layer.tables[feed_norm], rows);
+    quantise(input, rows, {&in, &layer.weights[feed_gate]});
+    if (model_.config.gated) {
+        project(in, input, rows, store_sums, wide_, wide_stride_);
+        project(layer.weights[feed_gate], input, rows, gate, wide_, wide_stride_);
+    } else
+        project(in, input, rows, store_active, wide_, wide_stride_);
+    const Rows hidden{wide_, wide_stride_, bytes_, wide_stride_, scale_, zero_};
+    quantise(hidden, rows, {&out});
+    project(out, hidden, rows, add_residual, x_, hidden_stride_);
+    end_block(layer.tables[feed_norm], rows);
+}
+
+std::vector<float> Batch::spread_bias(const Side& side, const Table& table, int64_t length) const {
+    const int64_t reach = side.config.relative_reach, width = 2 * length - 1;
+    std::vector<float> spread(static_cast<size_t>(side.config.heads * width + 16));
+    for (int64_t head = 0; head < side.config.heads; head++)
+        for (int64_t i = 0; i < width; i++) {
+            const int64_t distance = larger(-reach, smaller(reach, i - (length - 1)));
+            spread[static_cast<size_t>(head * width + i)] = table.row(head)[reach + distance];
+        }
+    return spread;
+}
+
+// ---- encoder --------------------------------------------------------------------------------------------------------
+
+void Batch::encode(int64_t sentences, const int32_t* lengths, const int32_t* tokens, int64_t most_positions,
+                   bool watch_attention) {
+    const Side& side = model_.encoder();
+    const Side& decoder = model_.decoder();
+    sentences_ = sentences;
+    positions_ = most_positions;
+    watching_ = watch_attention;
+    offset_.assign(static_cast<size_t>(sentences) + 1, 0);
+    length_.resize(static_cast<size_t>(sentences));
+    width_.resize(static_cast<size_t>(sentences));
+    longest_ = 0;
+    for (size_t s = 0; s < static_cast<size_t>(sentences); s++) {
+        length_[s] = lengths[s];
+        offset_[s + 1] = offset_[s] + lengths[s];
+        width_[s] = padded(lengths[s], 16);
+        longest_ = larger(longest_, lengths[s]);
+    }
+    const int64_t rows = offset_.back();
+    reserve(sentences, rows);
+    pool_.give_back_all();
+    cells_.assign(static_cast<size_t>(sentences), {});
+    places_.resize(static_cast<size_t>(most_positions) + 1);
+
+    for (int64_t s = 0; s < sentences; s++)
+        for (int64_t p = 0; p < length_[static_cast<size_t>(s)]; p++) {
+            const int64_t row = offset_[static_cast<size_t>(s)] + p;
+            embed(side, tokens[row], p, x_ + row * hidden_stride_);
+        }
+    std::vector<float> bias;
+    for (const Layer& layer : side.layers) {
+        if (side.config.relative_reach) bias = spread_bias(side, layer.tables[relative_bias], longest_);
+        const Rows input = block_input(layer.tables[self_norm], rows);
+        quantise(input, rows, {&layer.weights[self_q], &layer.weights[self_k], &layer.weights[self_v]});
+        for (int32_t slot = self_q; slot <= self_v; slot++)
+            project(layer.weights[slot], input, rows, store_sums, wide_ + slot * side.inner(), wide_stride_);
+        encoder_attention(bias);
+        const Rows context{context_, inner_stride_, bytes_, inner_stride_, scale_, zero_};
+        quantise(context, rows, {&layer.weights[self_out]});
+        project(layer.weights[self_out], context, rows, add_residual, x_, hidden_stride_);
+        end_block(layer.tables[self_norm], rows);
+        feed_forward(layer, rows);
+    }
+    if (model_.config.final_norm) {
+        const Norm n = norm_of(side.tables[final_norm_table]);
+        for (int64_t i = 0; i < rows; i++) unit_.normalise(n, x_ + i * hidden_stride_, x_ + i * hidden_stride_);
+    }
+
+    // Keys and values of the decoder's attention to the source, once for all beams and steps.
+    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
+    for (const Layer& layer : decoder.layers)
+        if (is_int8(layer.weights[cross_k].format) || is_int8(layer.weights[cross_v].format)) {
+            unit_.quantise(state, 0, rows, model_.config.hidden);
+            break;
+        }
+    const int64_t head_dim = decoder.config.head_dim;
+    for (size_t l = 0; l < decoder.layers.size(); l++) {
+        project(decoder.layers[l].weights[cross_k], state, rows, store_sums, wide_, wide_stride_);
+        project(decoder.layers[l].weights[cross_v], state, rows, store_sums, cross_values_[l], inner_stride_);
+        for (size_t s = 0; s < static_cast<size_t>(sentences); s++)
+            for (int64_t head = 0; head < decoder.config.heads; head++)
+                unit_.turn(wide_ + offset_[s] * wide_stride_ + head * head_dim, wide_stride_, length_[s], head_dim,
+                           cross_keys_[l * static_cast<size_t>(sentences) + s] + head * head_dim * width_[s],
+                           width_[s]);
+    }
+    // The decoder's rows begin with clean padding, too; its widths may differ from the encoder's.
+    std::memset(context_, 0, static_cast<size_t>(4 * sentences * beams_ * inner_stride_));
+
+    self_bias_.clear();
+    if (decoder.config.relative_reach)
+        for (const Layer& layer : decoder.layers)
+            self_bias_.push_back(spread_bias(decoder, layer.tables[relative_bias], most_positions));
+    if (watching_) {
+        attention_width_ = padded(longest_, 16);
+        attention_.resize(static_cast<size_t>(sentences * beams_ * attention_width_));
+    }
+}
+
+void Batch::encoder_attention(const std::vector<float>& bias) {
+    const Side& side = model_.encoder();
+    const int64_t inner = side.inner(), head_dim = side.config.head_dim;
+    for (size_t s = 0; s < static_cast<size_t>(sentences_); s++) {
+        const float* first = wide_ + offset_[s] * wide_stride_;
+        for (int64_t head = 0; head < side.config.heads; head++) {
+            const float* query = first + head * head_dim;
+            unit_.turn(query + inner, wide_stride_, length_[s], head_dim, turned_, width_[s]);
+            TurnedAttention a{};
+            a.query = query;
+            a.query_stride = wide_stride_;
+            a.queries = length_[s];
+            a.keys = turned_;
+            a.width = width_[s];
+            a.values = query + 2 * inner;
+            a.value_stride = wide_stride_;
+            a.count = length_[s];
+            a.head_dim = head_dim;
+            a.scale = side.config.attention_scale;
+            a.bias = bias.empty() ? nullptr : bias.data() + head * (2 * longest_ - 1) + longest_ - 1;
+            a.bf16 = model_.config.bf16_activations != 0;
+            a.out = context_ + offset_[s] * inner_stride_ + head * head_dim;
+            a.out_stride = inner_stride_;
+            a.scores = scores_;
+            unit_.attend_turned(a);
+        }
+    }
+}
+
+// ---- decoder --------------------------------------------------------------------------------------------------------
+
+void Batch::step(const std::vector<DecoderRow>& rows) {
+    const Side& side = model_.decoder();
+    const int64_t count = static_cast<int64_t>(rows.size()), inner = side.inner(), hidden = model_.config.hidden;
+    step_rows_ = count;
+    for (size_t i = 0; i < rows.size(); i++) {
+        if (side.config.positions && rows[i].position >= side.config.positions)
+            throw EngineError(unable, "the target is longer than the model's " +
+                                          std::to_string(side.config.positions) + " positions");
+        embed(side, rows[i].token, rows[i].position, x_ + static_cast<int64_t>(i) * hidden_stride_);
+        std::vector<float*>& blocks = cells_[static_cast<size_t>(rows[i].sentence)];
+        while (static_cast<int64_t>(blocks.size()) * block_positions <= rows[i].position) blocks.push_back(pool_.take());
+    }
+    const Rows context{context_, inner_stride_, bytes_, inner_stride_, scale_, zero_};
+    for (size_t l = 0; l < side.layers.size(); l++) {
+        const Layer& layer = side.layers[l];
+        Rows input = block_input(layer.tables[self_norm], count);
+        quantise(input, count, {&layer.weights[self_q], &layer.weights[self_k], &layer.weights[self_v]});
+        for (int32_t slot = self_q; slot <= self_v; slot++)
+            project(layer.weights[slot], input, count, store_sums, wide_ + slot * inner, wide_stride_);
+        self_attention(static_cast<int64_t>(l), rows);
+        quantise(context, count, {&layer.weights[self_out]});
+        project(layer.weights[self_out], context, count, add_residual, x_, hidden_stride_);
+        end_block(layer.tables[self_norm], count);
+
+        input = block_input(layer.tables[cross_norm], count);
+        quantise(input, count, {&layer.weights[cross_q]});
+        project(layer.weights[cross_q], input, count, store_sums, wide_, wide_stride_);
+        cross_attention(static_cast<int64_t>(l), rows);
+        quantise(context, count, {&layer.weights[cross_out]});
+        project(layer.weights[cross_out], context, count, add_residual, x_, hidden_stride_);
+        end_block(layer.tables[cross_norm], count);
+
+        feed_forward(layer, count);
+    }
+    const bool scaled = model_.config.head_scale != 1.0f;
+    for (int64_t i = 0; i < count; i++) {
+        float* x = x_ + i * hidden_stride_;
+        if (model_.config.final_norm) unit_.normalise(norm_of(side.tables[final_norm_table]), x, x);
+        if (scaled)
+            unit_.embed(x, fp32, model_.config.head_scale, nullptr, hidden, model_.config.bf16_activations != 0, x);
+    }
+    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
+    quantise(state, count, {&model_.head_weight});
+}
+
+void Batch::self_attention(int64_t layer, const std::vector<DecoderRow>& rows) {
+    const Side& side = model_.decoder();
+    const int64_t inner = side.inner();
+    const int64_t layer_floats = block_positions * beams_ * cell_floats_;
+    for (size_t i = 0; i < rows.size(); i++) {
+        const DecoderRow& row = rows[i];
+        const std::vector<float*>& blocks = cells_[static_cast<size_t>(row.sentence)];
+        const auto cell = [&](int64_t p, int64_t beam) {
+            return blocks[static_cast<size_t>(p / block_positions)] + layer * layer_floats +
+                   (p % block_positions * beams_ + beam) * cell_floats_;
+        };
+        const float* query = wide_ + static_cast<int64_t>(i) * wide_stride_;
+        float* own = cell(row.position, row.beam);
+        std::memcpy(own, query + inner, static_cast<size_t>(8 * inner));
+        for (int64_t p = 0; p < row.position; p++) places_[static_cast<size_t>(p)] = cell(p, row.ancestors[p]);
+        places_[static_cast<size_t>(row.position)] = own;
+        CellAttention a{};
+        a.query = query;
+        a.cells = places_.data();
+        a.value_at = cell_values_at_;
+        a.count = row.position + 1;
+        a.heads = side.config.heads;
+        a.head_dim = side.config.head_dim;
+        a.scale = side.config.attention_scale;
+        if (!self_bias_.empty()) {
+            a.bias = self_bias_[static_cast<size_t>(layer)].data() + positions_ - 1 - row.position;
+            a.bias_stride = 2 * positions_ - 1;
+        }
+        a.bf16 = model_.config.bf16_activations != 0;
+        a.out = context_ + static_cast<int64_t>(i) * inner_stride_;
+        a.scores = scores_;
+        unit_.attend_cells(a);
+    }
+}
+
+void Batch::cross_attention(int64_t layer, const std::vector<DecoderRow>& rows) {
+    const Side& side = model_.decoder();
+    const int64_t head_dim = side.config.head_dim;
+    const bool watched = watching_ && layer + 1 == side.config.layers;
+    if (watched) std::fill(attention_.begin(), attention_.end(), 0.0f);
+    for (size_t first = 0, last = 0; first < rows.size(); first = last) {
+        const size_t s = static_cast<size_t>(rows[first].sentence);
+        while (last < rows.size() && rows[last].sentence == rows[first].sentence) last++;
+        const int64_t at = static_cast<int64_t>(first);
+        for (int64_t head = 0; head < side.config.heads; head++) {
+            TurnedAttention a{};
+            a.query = wide_ + at * wide_stride_ + head * head_dim;
+            a.query_stride = wide_stride_;
+            a.queries = static_cast<int64_t>(last - first);
+            a.keys = cross_keys_[static_cast<size_t>(layer * sentences_) + s] + head * head_dim * width_[s];
+            a.width = width_[s];
+            a.values = cross_values_[static_cast<size_t>(layer)] + offset_[s] * inner_stride_ + head * head_dim;
+            a.value_stride = inner_stride_;
+            a.count = length_[s];
+            a.head_dim = head_dim;
+            a.scale = side.config.attention_scale;
+            a.bf16 = model_.config.bf16_activations != 0;
+            a.out = context_ + at * inner_stride_ + head * head_dim;
+            a.out_stride = inner_stride_;
+            a.scores = scores_;
+            if (watched) {
+                a.weights = attention_.data() + at * attention_width_;
+                a.weights_stride = attention_width_;
+            }
+            unit_.attend_turned(a);
+        }
+    }
+    if (watched)
+        for (float& weight : attention_) weight /= static_cast<float>(side.config.heads);
+}
+
+// ---- head -----------------------------------------------------------------------------------------------------------
+
+void Batch::head_best(Best* best, bool with_sum) {
+    const Weight& weight = model_.head_weight;
+    Projection p{};
+    p.format = weight.format;
+    p.out = weight.out;
+    p.in = weight.in;
+    p.packed = weight.packed;
+    p.bias = weight.bias.empty() ? nullptr : weight.bias.data();
+    p.finish = with_sum ? keep_best : keep_best_only;
+    p.bf16 = model_.config.bf16_activations != 0;
+    p.best = best;
+    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
+    unit_.project(p, state, step_rows_, 0, blocks_of(weight.out, 2 * unit_.lanes));
+}
+
+float* Batch::head_logits() {
+    const int64_t needed = step_rows_ * logits_stride();
+    if (static_cast<int64_t>(head_logits_.size()) < needed) head_logits_.resize(static_cast<size_t>(needed));
+    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
+    project(model_.head_weight, state, step_rows_, store_sums, head_logits_.data(), logits_stride());
+    return head_logits_.data();
+}
+
+}  // namespace nms
