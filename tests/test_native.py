@@ -36,8 +36,8 @@ TWO_OF_FOUR = NMPattern(2, 4)
 BOUNDS = {"fp32": 1e-6, "bf16": 3e-3, "int8": 2.5e-2, "dense_int8": 2.5e-2, "dense_fp32": 1e-6, "dense_bf16": 3e-3}
 """Distance to the product in fp64 with the weight before rounding, in norm, which a user may count on.
 
-With int8 on the units whose activations have seven bits it is 1.7% in the mean: a step of 6.6 standard deviations / 127 in
-the activations and 6.6 / 255 in the weights, each over the root of 12.
+With int8 on the units whose activations have seven bits it is 1.7% in the mean: a step of 6.6 standard deviations / 127
+in the activations and 6.6 / 255 in the weights, each over the root of 12.
 """
 
 
@@ -768,7 +768,9 @@ def test_which_patterns_the_kernels_compute() -> None:
     fitting = {f"{n}:{m}" for m in range(2, 33) for n in range(1, m) if cpu.fits(NMPattern(n, m), 2 * m)}
     assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
     assert not cpu.fits(TWO_OF_FOUR, 2 * 65536)
-    chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if not kind.startswith("dense_")}
+    chosen = {
+        kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if not kind.startswith("dense_")
+    }
     assert chosen == {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
     assert cpu.preferred_format(torch.float16) == "fp32"
 

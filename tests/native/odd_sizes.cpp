@@ -551,8 +551,8 @@ void check_rank_of(int64_t groups, int n, int m, bool split) {
     require(rank() == 0, "a mask that stays has flips");
     if (groups == 0) return;
     weight[draw.below(weight.count)] = draw.coin() ? not_a_number : -not_a_number;
-    require(rank() == -1, "NaN is not noticed");
-    if (split) in_parallel([&] { require(rank() == -1, "NaN is not noticed"); }, "rank was not split");
+    require(rank() == -2, "NaN is not noticed");
+    if (split) in_parallel([&] { require(rank() == -2, "NaN is not noticed"); }, "rank was not split");
 }
 
 void check_decay_of(int64_t count, bool split) {
