@@ -1,0 +1,474 @@
+"""The native engine: whole translations of token ids in C++, from the encoder to the search. This needs no torch.
+
+The structures, numbers and slots are those of csrc/engine/api.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_nmsparse.kernels import library
+
+__all__ = [
+    "FORMATS",
+    "NUMBERS",
+    "Activation",
+    "EarlyStopping",
+    "Engine",
+    "EngineConfig",
+    "Hypothesis",
+    "Packed",
+    "SearchConfig",
+    "Side",
+    "SideConfig",
+    "Table",
+    "TableSlot",
+    "UnknownTokenError",
+    "WeightSlot",
+    "why_not",
+]
+
+Array = NDArray[Any]
+
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
+"""How a packed weight lies in memory; the first three are 2:4."""
+
+NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.int8): 2, np.dtype(np.float16): 3}
+"""Number types of tables; numpy has no bf16, so its bits stand in uint16."""
+
+NO_LAYER = -1
+_UNKNOWN_TOKEN = 2  # what the library returns where a hypothesis takes `SearchConfig.unknown_token`
+_ROOM = 512  # bytes of a message
+
+
+class Side(IntEnum):
+    """Which stack of layers."""
+
+    ENCODER = 0
+    DECODER = 1
+
+
+class Activation(IntEnum):
+    """Of the feed-forward block."""
+
+    RELU = 0
+    GELU = 1
+    GELU_TANH = 2
+    SILU = 3
+
+
+class WeightSlot(IntEnum):
+    """Products of a layer, and the head, which is of no layer."""
+
+    SELF_Q = 0
+    SELF_K = 1
+    SELF_V = 2
+    SELF_OUT = 3
+    CROSS_Q = 4
+    CROSS_K = 5
+    CROSS_V = 6
+    CROSS_OUT = 7
+    FEED_IN = 8
+    FEED_GATE = 9
+    FEED_OUT = 10
+    HEAD = 11
+
+
+class TableSlot(IntEnum):
+    """What is looked up or added; the last four are of no layer."""
+
+    SELF_NORM = 0
+    CROSS_NORM = 1
+    FEED_NORM = 2
+    RELATIVE_BIAS = 3
+    EMBEDDING = 4
+    POSITION = 5
+    EMBEDDING_NORM = 6
+    FINAL_NORM = 7
+
+
+class EarlyStopping(IntEnum):
+    """When the beams of a sentence stop: False, True and "never" of transformers."""
+
+    IF_NO_BETTER = 0
+    WHEN_FULL = 1
+    NEVER_EARLY = 2
+
+
+class _Structure(ctypes.Structure):
+    """One whose constructor knows its fields: that of ctypes makes attributes of all other names."""
+
+    def __init__(self, **fields: Any) -> None:
+        unknown = fields.keys() - {field[0] for field in self._fields_}
+        if unknown:
+            raise ValueError(f"engine: {type(self).__name__} has no {', '.join(sorted(unknown))}")
+        super().__init__(**fields)
+
+
+class SideConfig(_Structure):
+    """The shape of the encoder or the decoder."""
+
+    _fields_ = (
+        ("layers", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("feed_forward", ctypes.c_int32),
+        ("vocabulary", ctypes.c_int32),
+        ("positions", ctypes.c_int32),
+        ("relative_reach", ctypes.c_int32),
+        ("embedding_scale", ctypes.c_float),
+        ("attention_scale", ctypes.c_float),
+    )
+
+
+class EngineConfig(_Structure):
+    """What a model computes."""
+
+    _fields_ = (
+        ("size", ctypes.c_int32),
+        ("hidden", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+        ("rms_norm", ctypes.c_int32),
+        ("norm_first", ctypes.c_int32),
+        ("embedding_norm", ctypes.c_int32),
+        ("final_norm", ctypes.c_int32),
+        ("bf16_activations", ctypes.c_int32),
+        ("target_vocabulary", ctypes.c_int32),
+        ("norm_epsilon", ctypes.c_float),
+        ("head_scale", ctypes.c_float),
+        ("encoder", SideConfig),
+        ("decoder", SideConfig),
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(size=ctypes.sizeof(type(self)), **fields)
+
+
+class SearchConfig(_Structure):
+    """How translations are searched for. What is not given is off; lengths and threads must be given."""
+
+    _fields_ = (
+        ("size", ctypes.c_int32),
+        ("beams", ctypes.c_int32),
+        ("returned", ctypes.c_int32),
+        ("max_length", ctypes.c_int32),
+        ("min_length", ctypes.c_int32),
+        ("min_new_tokens", ctypes.c_int32),
+        ("early_stopping", ctypes.c_int32),
+        ("no_repeat_ngram", ctypes.c_int32),
+        ("forced_bos", ctypes.c_int32),
+        ("forced_eos", ctypes.c_int32),
+        ("sample", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("batch_sentences", ctypes.c_int32),
+        ("batch_tokens", ctypes.c_int32),
+        ("token_scores", ctypes.c_int32),
+        ("attention", ctypes.c_int32),
+        ("unknown_token", ctypes.c_int32),
+        ("seed_low", ctypes.c_int32),
+        ("seed_high", ctypes.c_int32),
+        ("length_penalty", ctypes.c_float),
+        ("repetition_penalty", ctypes.c_float),
+        ("temperature", ctypes.c_float),
+        ("top_p", ctypes.c_float),
+    )
+
+    def __init__(self, *, max_length: int, threads: int, **fields: Any) -> None:
+        off: dict[str, Any] = {
+            "beams": 1,
+            "returned": 1,
+            "forced_bos": -1,
+            "forced_eos": -1,
+            "unknown_token": -1,
+            "batch_sentences": 64,
+            "batch_tokens": 4096,
+            "length_penalty": 1.0,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
+        known = {"max_length": max_length, "threads": threads}
+        super().__init__(size=ctypes.sizeof(type(self)), **(off | known | fields))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weight of a product, ``[out_features, in_features]``.
+
+    Attributes:
+        side: Where it belongs; the decoder for the head.
+        layer: Its layer, `NO_LAYER` for the head.
+        slot: Which product.
+        format: A key of `FORMATS`.
+        out_features: Rows.
+        in_features: Columns.
+        data: uint8, the bytes that the library's ``nms_repack`` has made; borrowed.
+        bias: fp32 ``[out_features]`` or None; borrowed.
+    """
+
+    side: Side
+    layer: int
+    slot: WeightSlot
+    format: str
+    out_features: int
+    in_features: int
+    data: Array
+    bias: Array | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding, or a smaller table.
+
+    Attributes:
+        side: Where it belongs.
+        layer: Its layer, `NO_LAYER` for what no layer has.
+        slot: Which table.
+        data: ``[rows, columns]`` in a type of `NUMBERS`; borrowed.
+        scale: fp32 ``[rows]`` for int8, else None; borrowed.
+    """
+
+    side: Side
+    layer: int
+    slot: TableSlot
+    data: Array
+    scale: Array | None = None
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One translation.
+
+    Attributes:
+        tokens: Its ids, int32, with the prompt and EOS.
+        score: What beams are ranked by.
+        token_scores: fp32, the log-probability of each token, 0 for those of the prompt; None unless asked for.
+    """
+
+    tokens: Array
+    score: float
+    token_scores: Array | None
+
+
+class UnknownTokenError(ValueError):
+    """A hypothesis took the token that `SearchConfig.unknown_token` names, so that nothing is translated."""
+
+
+_POINTER, _SMALL, _LARGE, _TEXT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "nms_engine_new": (_POINTER, _POINTER),
+    "nms_engine_weight": (_POINTER, *4 * [_SMALL], _LARGE, _LARGE, _POINTER, _LARGE, _POINTER),
+    "nms_engine_table": (_POINTER, *4 * [_SMALL], _LARGE, _LARGE, _POINTER, _POINTER),
+    "nms_engine_ready": (_POINTER,),
+    "nms_engine_translate": (
+        *(_POINTER, _POINTER, _LARGE, *4 * [_POINTER]),
+        *(_POINTER, _SMALL, _POINTER, _LARGE, _POINTER, _SMALL),
+        *5 * [_POINTER],
+    ),
+    "nms_engine_score": (_POINTER, _SMALL, _LARGE, *5 * [_POINTER]),
+}
+
+
+def why_not() -> str | None:
+    """Why there is no engine in this process, or None where there is one."""
+    if library.status().library is None:
+        return f"the native library is not used: {library.status().reason}"
+    return None if hasattr(library.library(), "nms_engine_new") else "the native library has no engine"
+
+
+@lru_cache(maxsize=1)
+def _functions() -> ctypes.CDLL:
+    """The library with the types of the engine's functions."""
+    reason = why_not()
+    if reason is not None:
+        raise ValueError(f"engine: {reason}; translate with transformers")
+    loaded = library.library()
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = ctypes.c_int32, (*arguments, _TEXT, _LARGE)
+    loaded.nms_engine_free.restype, loaded.nms_engine_free.argtypes = None, (_POINTER,)
+    return loaded
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Calls a function that returns a code and writes a message."""
+    message = ctypes.create_string_buffer(_ROOM)
+    code = getattr(_functions(), name)(*arguments, message, _ROOM)
+    if code:
+        kind = UnknownTokenError if code == _UNKNOWN_TOKEN else ValueError
+        raise kind(f"engine: {message.value.decode(errors='replace')}")
+
+
+class Engine:
+    """A model that translates, in C++. Several threads may use one at once.
+
+    Args:
+        config: What it computes.
+        weights: All weights of its products.
+        tables: All tables.
+
+    Raises:
+        ValueError: There is no engine in the library, something does not fit or is missing.
+    """
+
+    def __init__(self, config: EngineConfig, weights: Iterable[Packed], tables: Iterable[Table]) -> None:
+        self._borrowed: list[Array] = []  # what C++ reads lives as long as the engine
+        handle = ctypes.c_void_p()
+        _call("nms_engine_new", ctypes.byref(config), ctypes.byref(handle))
+        self._handle = handle
+        weakref.finalize(self, _functions().nms_engine_free, handle)
+        for weight in weights:
+            self._set_weight(weight)
+        for table in tables:
+            self._set_table(table)
+        _call("nms_engine_ready", handle)
+
+    def _set_weight(self, weight: Packed) -> None:
+        bias = None if weight.bias is None else self._borrow(weight.bias, np.float32, weight.out_features)
+        data = self._borrow(weight.data, np.uint8, weight.data.size)
+        _call(
+            "nms_engine_weight",
+            self._handle,
+            weight.side,
+            weight.layer,
+            weight.slot,
+            FORMATS[weight.format],
+            weight.out_features,
+            weight.in_features,
+            data,
+            weight.data.size,
+            bias,
+        )
+
+    def _set_table(self, table: Table) -> None:
+        number = NUMBERS.get(table.data.dtype)
+        if number is None or table.data.ndim != 2:
+            raise ValueError(
+                f"engine: a table has two dimensions of fp32, bf16, int8 or fp16, got {table.data.shape} of "
+                f"{table.data.dtype} for {table.slot.name}"
+            )
+        if (table.scale is not None) != (table.data.dtype == np.int8):
+            raise ValueError(f"engine: tables of int8, and no others, have a scale a row, got {table.slot.name}")
+        rows, columns = table.data.shape
+        scale = None if table.scale is None else self._borrow(table.scale, np.float32, rows)
+        data = self._borrow(table.data, table.data.dtype, table.data.size)
+        _call("nms_engine_table", self._handle, table.side, table.layer, table.slot, number, rows, columns, data, scale)
+
+    def _borrow(self, array: Array, dtype: Any, size: int) -> int:
+        """Keeps ``array`` alive and returns where it lies."""
+        if array.dtype != dtype or array.size != size or not array.flags.c_contiguous:
+            raise ValueError(
+                f"engine: {size} numbers of {np.dtype(dtype)} without gaps are due, got {array.size} of {array.dtype}"
+            )
+        self._borrowed.append(array)
+        return array.ctypes.data
+
+    def translate(
+        self,
+        sources: Sequence[Sequence[int]],
+        search: SearchConfig,
+        prompts: Sequence[Sequence[int]],
+        eos: Sequence[int],
+        banned: Sequence[Sequence[int]] = (),
+        begin_banned: Sequence[int] = (),
+    ) -> list[list[Hypothesis]]:
+        """Translates sentences.
+
+        Args:
+            sources: The ids of each, without padding.
+            search: How.
+            prompts: What each translation begins with: its start token, and more if wanted.
+            eos: The ids that end a translation.
+            banned: Lists of ids that must not be generated, one after the other where a list has several.
+            begin_banned: Ids that the first generated token is not one of.
+
+        Returns:
+            For each sentence up to ``search.returned`` translations, the best first.
+
+        Raises:
+            UnknownTokenError: A hypothesis took ``search.unknown_token``.
+            ValueError: An id, a length or a setting is not possible.
+        """
+        count, slots = len(sources), len(sources) * search.returned
+        if len(prompts) != count:
+            raise ValueError(f"engine: {count} sentences need as many prompts, got {len(prompts)}")
+        bans = _flat([len(ids), *ids] for ids in banned)
+        ends, begins = _flat([eos]), _flat([begin_banned])
+        tokens = np.empty((slots, search.max_length), np.int32)
+        lengths, scores = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
+        token_scores = np.zeros(tokens.shape, np.float32) if search.token_scores else None
+        inputs = [_lengths(sources), _flat(sources), _lengths(prompts), _flat(prompts)]
+        _call(
+            "nms_engine_translate",
+            self._handle,
+            ctypes.byref(search),
+            count,
+            *(array.ctypes.data for array in inputs),
+            *(ends.ctypes.data, ends.size, bans.ctypes.data, bans.size, begins.ctypes.data, begins.size),
+            *(tokens.ctypes.data, lengths.ctypes.data, scores.ctypes.data),
+            None if token_scores is None else token_scores.ctypes.data,
+            None,
+        )
+        return [
+            [
+                Hypothesis(
+                    tokens[slot, : lengths[slot]],
+                    float(scores[slot]),
+                    None if token_scores is None else token_scores[slot, : lengths[slot]],
+                )
+                for slot in range(first, first + search.returned)
+                if lengths[slot]
+            ]
+            for first in range(0, slots, search.returned)
+        ]
+
+    def score(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], threads: int) -> list[Array]:
+        """The log-probability of each token of given translations.
+
+        Args:
+            sources: The ids of each sentence, without padding.
+            targets: The ids of each translation; they begin with the start token.
+            threads: How many to use.
+
+        Returns:
+            fp32 of the length of each target: of each token after those before it, 0 for the first.
+
+        Raises:
+            ValueError: An id or a length is not possible.
+        """
+        if len(sources) != len(targets):
+            raise ValueError(f"engine: {len(sources)} sentences need as many translations, got {len(targets)}")
+        inputs = [_lengths(sources), _flat(sources), _lengths(targets), _flat(targets)]
+        scores = np.zeros(inputs[3].size, np.float32)
+        _call(
+            "nms_engine_score",
+            self._handle,
+            threads,
+            len(sources),
+            *(array.ctypes.data for array in inputs),
+            scores.ctypes.data,
+        )
+        return np.split(scores, np.cumsum(inputs[2])[:-1]) if len(targets) else []
+
+
+def _flat(rows: Iterable[Sequence[int]]) -> Array:
+    try:
+        return np.fromiter(chain.from_iterable(rows), np.int32)
+    except OverflowError:
+        raise ValueError("engine: a token id does not fit 32 bits; check the tokenizer") from None
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> Array:
+    return np.fromiter(map(len, rows), np.int32)
