@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_nmsparse.compute import set_compute
     from hf_nmsparse.config import NMSparseConfig
     from hf_nmsparse.optimizer import SparseStep
-    from hf_nmsparse.packing import PackedFormatError
+    from hf_nmsparse.packed_format import PackedFormatError
     from hf_nmsparse.pattern import NMPattern
     from hf_nmsparse.pipeline import NMTranslationPipeline
     from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
@@ -48,7 +48,7 @@ _HOMES = {
     "NMSparseConfig": "config",
     "NMSparseQuantizationConfig": "quantization_config",
     "NMTranslationPipeline": "pipeline",
-    "PackedFormatError": "packing",
+    "PackedFormatError": "packed_format",
     "SparseStep": "optimizer",
     "SparseTrainer": "trainer",
     "SparseTrainingArguments": "trainer",

@@ -244,10 +244,10 @@ def _threads(text: str) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     from hf_nmsparse.packed_files import check_folder
-    from hf_nmsparse.packing import VALUE_DTYPES, packed_bytes
+    from hf_nmsparse.packed_format import packed_bytes
 
     found = check_folder(args.path)
-    pattern, dtype = found.pattern, VALUE_DTYPES[found.values]
+    pattern = found.pattern
     _row(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
     _row(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
     _row(f"sparse layers  {len(found.layers)}, every one valid")
@@ -259,7 +259,7 @@ def _inspect(args: argparse.Namespace) -> None:
     _row(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
     if args.layers:
         for name, (rows, columns) in found.layers.items():
-            _row(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, dtype):,} bytes")
+            _row(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, found.values):,} bytes")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -453,7 +453,7 @@ def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_nmsparse.loading import load_seq2seq
-    from hf_nmsparse.packing import PackedFormatError
+    from hf_nmsparse.packed_format import PackedFormatError
 
     disable_progress_bar()
     for handler in logging.getLogger("transformers").handlers:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.masks import unpack_bits
-from hf_nmsparse.packing import PackedFormatError
+from hf_nmsparse.packed_format import PackedFormatError
 
 __all__ = ["convert_bitmask", "dense_from_bitmask"]
 

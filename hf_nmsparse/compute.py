@@ -15,8 +15,9 @@ from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear, SemiStructuredLinear
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.quantization_config import COMPUTES, HEADS, NMSparseQuantizationConfig, one_of
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import holds_int8
+from hf_nmsparse.sparsity_record import COMPUTES, HEADS, one_of
 from hf_nmsparse.wrappers import is_hooked, is_of_peft, unwrapped
 
 __all__ = ["computing_packed", "kernel_layer", "loaded_with", "set_compute", "set_head"]

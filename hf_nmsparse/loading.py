@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import hf_nmsparse.quantizer  # noqa: F401  # registers the packed format
-from hf_nmsparse.packed_files import check_complete, open_folder, refuse_missing, refuse_more_layers
+from hf_nmsparse.checkpoint_fit import check_complete, refuse_missing, refuse_more_layers
+from hf_nmsparse.packed_files import read_folder
 
 __all__ = ["check_checkpoint", "load_seq2seq"]
 
@@ -45,5 +45,5 @@ def check_checkpoint(folder: str | Path, model: PreTrainedModel) -> None:
     Raises:
         ValueError: It does not.
     """
-    with ExitStack() as stack:
-        check_complete(open_folder(Path(folder), stack), model, get_model_conversion_mapping(model))
+    files = {key: tensor.file for key, tensor in read_folder(Path(folder)).items()}
+    check_complete(files, model, get_model_conversion_mapping(model))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nmsparse.kernels import cpu, native, reference, rounded, semi_structured
-from hf_nmsparse.packing import check_packed, pack, packed_shapes, quantize_rows, unpack
+from hf_nmsparse.packed_format import check_weight, packed_shapes
+from hf_nmsparse.packing import pack, quantize_rows, stored, unpack
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = ["Int8Head", "KernelLinear", "PackedLinear", "SemiStructuredLinear"]
@@ -252,10 +253,9 @@ class KernelLinear(nn.Linear):
         if len(tensors) == len(keys):
             shape = (self.out_features, self.in_features)
             try:
-                values, codes, scale = (tensors.get(key) for key in ("weight", "weight_indices", "weight_scale"))
-                assert values is not None
-                assert codes is not None
-                check_packed(values, codes, self.pattern, values.dtype, shape, prefix[:-1], "state dict", scale)
+                held = {key: stored(tensor, "state dict") for key, tensor in tensors.items()}
+                values, codes, scale = held["weight"], held["weight_indices"], held.get("weight_scale")
+                check_weight(values, codes, self.pattern, values.dtype, shape, prefix[:-1], scale)
                 self.kernel_weight = self._repacked(tensors)
             except ValueError as error:
                 errors.append(f"{prefix}weight: {error}")

@@ -17,65 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_nmsparse.masks import count_violations, magnitude_mask, unpack_bits
+from hf_nmsparse.packed_format import (
+    CODES_IN_PERIOD,
+    INT8_LARGEST,
+    VALUE_TYPES,
+    StoredTensor,
+    bytes_of,
+    code_bits,
+    packed_shapes,
+    read_period,
+    shifted,
+)
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = [
-    "FORMAT_VERSION",
-    "VALUE_DTYPES",
-    "PackedFormatError",
-    "check_packed",
-    "check_quantized",
-    "code_bits",
-    "decode",
-    "encode",
-    "pack",
-    "packed_bytes",
-    "packed_shapes",
-    "quantize_rows",
-    "unpack",
-]
-
-FORMAT_VERSION = 1
+__all__ = ["VALUE_DTYPES", "decode", "encode", "pack", "quantize_rows", "stored", "unpack"]
 
 VALUE_DTYPES = MappingProxyType(
     {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 )
 """The number types that values have in a file, by the name that the file uses; int8 comes with a scale for each row."""
 
-INT8_LARGEST = 127
+_SPELLED = {torch.uint8: "U8", torch.float64: "F64"} | {VALUE_DTYPES[name]: VALUE_TYPES[name] for name in VALUE_TYPES}
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a row's largest magnitude
 
-_CODES_IN_PERIOD = 8  # eight codes of k bits fill k bytes, whatever k is
 _LARGEST_TABLE = 1 << 16
 
 
-class PackedFormatError(ValueError):
-    """A packed checkpoint breaks a rule of its format; the message names file, key and rule."""
-
-
-def code_bits(pattern: NMPattern) -> int:
-    """Bits of a group's code: 3 for 2:4, 7 for 4:8, at most 30."""
-    return (comb(pattern.m, pattern.n) - 1).bit_length()
-
-
-def packed_shapes(out_features: int, in_features: int, pattern: NMPattern) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the kept values and of the codes of a weight ``[out_features, in_features]``.
-
-    Raises:
-        ValueError: The row does not divide into groups.
-    """
-    groups = pattern.groups(in_features)
-    return (out_features, groups * pattern.n), (out_features, -(-groups * code_bits(pattern) // 8))
-
-
-def packed_bytes(out_features: int, in_features: int, pattern: NMPattern, dtype: torch.dtype) -> int:
-    """Bytes that a packed weight takes, values and codes; its dense form takes ``out * in * dtype.itemsize``.
-
-    Raises:
-        ValueError: The row does not divide into groups.
-    """
-    (rows, kept), (_, code_width) = packed_shapes(out_features, in_features, pattern)
-    return rows * (kept * dtype.itemsize + code_width)
+def stored(tensor: Tensor, file: str) -> StoredTensor:
+    """A tensor as ``file`` would hold it, for the rules of the format."""
+    data = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()  # NumPy knows no bf16
+    return StoredTensor(file, _SPELLED.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), data.nbytes, data)
 
 
 def pack(weight: Tensor, pattern: NMPattern, name: str = "weight") -> dict[str, Tensor]:
@@ -190,12 +161,12 @@ def encode(mask: Tensor, pattern: NMPattern) -> Tensor:
     """
     rows, groups, bits = mask.shape[0], pattern.groups(mask.shape[1]), code_bits(pattern)
     ranks = _rank(mask.reshape(-1, pattern.m), pattern).reshape(rows, groups)
-    periods = -(-groups // _CODES_IN_PERIOD)
-    ranks = F.pad(ranks, (0, periods * _CODES_IN_PERIOD - groups)).reshape(rows, periods, _CODES_IN_PERIOD)
+    periods = -(-groups // CODES_IN_PERIOD)
+    ranks = F.pad(ranks, (0, periods * CODES_IN_PERIOD - groups)).reshape(rows, periods, CODES_IN_PERIOD)
     packed = ranks.new_zeros((rows, periods, bits), dtype=torch.uint8)  # a period's bytes
-    for code in range(_CODES_IN_PERIOD):
-        for byte in _bytes_of(code, bits):
-            packed[..., byte] |= (_shifted(ranks[..., code], code * bits - 8 * byte) & 255).to(torch.uint8)
+    for code in range(CODES_IN_PERIOD):
+        for byte in bytes_of(code, bits):
+            packed[..., byte] |= (shifted(ranks[..., code], code * bits - 8 * byte) & 255).to(torch.uint8)
     return packed.reshape(rows, periods * bits)[:, : -(-groups * bits // 8)].contiguous()
 
 
@@ -230,106 +201,15 @@ def decode(codes: Tensor, pattern: NMPattern, groups: int) -> Tensor:
     return kept.reshape(codes.shape[0], groups * pattern.m)
 
 
-def check_packed(
-    values: Tensor,
-    codes: Tensor,
-    pattern: NMPattern,
-    dtype: torch.dtype,
-    shape: tuple[int, int] | None = None,
-    name: str = "layer",
-    file: str = "file",
-    scale: Tensor | None = None,
-) -> None:
-    """Checks what a file holds for one sparse layer, before anything is built from it.
-
-    Args:
-        values: What the file holds under ``name.weight``.
-        codes: What the file holds under ``name.weight_indices``.
-        pattern: The pattern that config.json declares.
-        dtype: The number type that config.json declares.
-        shape: ``(out_features, in_features)`` of the model's layer, if the model has the layer.
-        name: Prefix of the keys.
-        file: Name of the file.
-        scale: What the file holds under ``name.weight_scale``; None if there is no such key.
-
-    Raises:
-        PackedFormatError: Dtype, shape, code range, padding bits, finite values or scales: the first rule that is
-            broken.
-    """
-
-    def fail(key: str, rule: str) -> PackedFormatError:
-        return PackedFormatError(f"{file}: {name}.{key}: {rule}")
-
-    if values.dtype != dtype:
-        raise fail("weight", f"config.json declares values of {dtype}, got {values.dtype}")
-    if codes.dtype != torch.uint8:
-        raise fail("weight_indices", f"codes are uint8, got {codes.dtype}")
-    if values.dim() != 2 or values.shape[1] % pattern.n:
-        raise fail("weight", f"values of {pattern} have rows of a multiple of {pattern.n}, got {list(values.shape)}")
-    groups = values.shape[1] // pattern.n
-    found = (values.shape[0], groups * pattern.m)
-    if shape is not None and shape != found:
-        raise fail("weight", f"the model's layer is {list(shape)}, got values of a layer {list(found)}")
-    _, expected = packed_shapes(*found, pattern)
-    if tuple(codes.shape) != expected:
-        raise fail("weight_indices", f"shape must be {list(expected)} beside these values, got {list(codes.shape)}")
-    ranks = _read_ranks(codes, pattern)
-    if (ranks[:, groups:] != 0).any():
-        raise fail("weight_indices", "padding bits at the end of a row must be 0")
-    count = comb(pattern.m, pattern.n)
-    if (ranks >= count).any():
-        raise fail("weight_indices", f"codes of {pattern} are 0 to {count - 1}, got {int(ranks.max())}")
-    if not _finite(values):
-        raise fail("weight", "values must be finite, got NaN or infinity")
-    if dtype == torch.int8:
-        check_quantized(values, scale, name, file)
-    elif scale is not None:
-        raise fail("weight_scale", f"only values of int8 have a scale, config.json declares {dtype}")
-
-
-def check_quantized(values: Tensor, scale: Tensor | None, name: str = "layer", file: str = "file") -> None:
-    """Checks the int8 values ``[rows, columns]`` of a layer and the scale of each row.
-
-    Raises:
-        PackedFormatError: Values are not int8 within -127 to 127, or a scale is missing, of another dtype or shape, not
-            positive, or so large that a weight would be infinite.
-    """
-    if values.dtype != torch.int8 or values.dim() != 2 or (values.numel() and values.min() < -INT8_LARGEST):
-        raise PackedFormatError(f"{file}: {name}.weight: int8 values are a matrix within -127 to 127")
-    if scale is None:
-        raise PackedFormatError(f"{file}: {name}.weight_scale: scales are missing beside int8 values")
-    if scale.dtype != torch.float32 or tuple(scale.shape) != values.shape[:1]:
-        raise PackedFormatError(
-            f"{file}: {name}.weight_scale: scales are fp32 {list(values.shape[:1])}, got {list(scale.shape)} "
-            f"{scale.dtype}"
-        )
-    if not bool(((scale > 0) & torch.isfinite(scale * INT8_LARGEST)).all()):
-        raise PackedFormatError(f"{file}: {name}.weight_scale: scales are positive, and 127 times one is finite")
-
-
-def _bytes_of(code: int, bits: int) -> range:
-    """The bytes of a period that hold bits of its code number ``code``."""
-    return range(code * bits // 8, ((code + 1) * bits - 1) // 8 + 1)
-
-
-def _shifted(numbers: Tensor, left: int) -> Tensor:
-    return numbers << left if left >= 0 else numbers >> -left
-
-
 def _read_ranks(codes: Tensor, pattern: NMPattern) -> Tensor:
     """The numbers in ``codes`` (uint8 ``[rows, bytes]``), ``[rows, whole periods]``, unchecked and with the padding."""
     rows, bits = codes.shape[0], code_bits(pattern)
     periods = -(-codes.shape[1] // bits)
     wide = codes.to(torch.int32 if bits <= 16 else torch.int64)  # holds a code and the byte it spills into
     wide = F.pad(wide, (0, periods * bits - codes.shape[1])).reshape(rows, periods, bits)
-    ranks = wide.new_empty((rows, periods, _CODES_IN_PERIOD))
-    for code in range(_CODES_IN_PERIOD):
-        parts = [_shifted(wide[..., byte], 8 * byte - code * bits) for byte in _bytes_of(code, bits)]
-        number = parts[0]
-        for part in parts[1:]:
-            number = number | part
-        ranks[..., code] = number & ((1 << bits) - 1)
-    return ranks.reshape(rows, periods * _CODES_IN_PERIOD)
+    ranks = wide.new_empty((rows, periods, CODES_IN_PERIOD))
+    read_period(wide, ranks, bits)
+    return ranks.reshape(rows, periods * CODES_IN_PERIOD)
 
 
 def _rank(mask: Tensor, pattern: NMPattern) -> Tensor:

@@ -1,9 +1,9 @@
-"""What config.json says of a sparse model: its pattern, its format, and how it was made."""
+"""The record of a sparse model as transformers knows it, and its registration."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -16,34 +16,19 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.packing import FORMAT_VERSION, VALUE_DTYPES, PackedFormatError
-from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.sparsity_record import METHOD, SparsityRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["COMPUTES", "HEADS", "METHOD", "NMSparseQuantizationConfig", "one_of", "record_of"]
-
-METHOD = "nmsparse"
-COMPUTES = ("auto", "fp32", "bf16", "int8", "semi_structured", "dense", "reference")
-HEADS = ("dense", "int8")
-
-# The keys of a record in config.json, by its format: those that must be there, and those that may.
-_RECORD_KEYS = {
-    "packed": (
-        ("quant_method", "format", "format_version", "pattern", "values"),
-        ("embeddings", "targets", "ignored", "producer"),
-    ),
-    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore", "soft")),
-}
+__all__ = ["NMSparseQuantizationConfig", "record_of"]
 
 # A second import of this file, as importlib.reload does it, replaces what the first one registered.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 
 
 @register_quantization_config(METHOD)
-class NMSparseQuantizationConfig(QuantizationConfigMixin):
+class NMSparseQuantizationConfig(SparsityRecord, QuantizationConfigMixin):
     """What config.json says of a sparse model, and how the model is to compute once it is loaded.
 
     Users give ``compute`` and ``head`` alone, ``NMSparseQuantizationConfig(compute="int8")``, as the
@@ -77,51 +62,6 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         ValueError: A key is unknown or a value out of range.
     """
 
-    def __init__(
-        self,
-        compute: str = "auto",
-        *,
-        head: str | None = None,
-        pattern: str | NMPattern = "2:4",
-        values: str | None = None,
-        embeddings: str | None = None,
-        targets: Iterable[str] | None = None,
-        ignore: Iterable[str] | None = None,
-        soft: bool = False,
-        format: str = "packed",
-        format_version: int = FORMAT_VERSION,
-        producer: str | None = None,
-        quant_method: str = METHOD,
-        **unknown: Any,
-    ) -> None:
-        if unknown:
-            raise ValueError(
-                f"quantization_config: unknown key {min(unknown)!r}; known keys are compute, head, pattern, values, "
-                "embeddings, targets, ignore, soft, format, format_version, producer"
-            )
-        one_of("compute", compute, COMPUTES)
-        one_of("format", format, ("packed", "dense"))
-        one_of("head", head, (None, *HEADS))
-        one_of("values", values, (None, *VALUE_DTYPES))
-        if embeddings not in (None, "int8") or (embeddings and values != "int8"):
-            raise ValueError(
-                "quantization_config: embeddings are int8 beside values of int8 only, got "
-                f"{embeddings!r} beside {values!r}"
-            )
-        one_of("quant_method", quant_method, (METHOD,))
-        if type(format_version) is not int or format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"quantization_config: format_version {format_version!r} is unknown, this package reads "
-                f"{FORMAT_VERSION}; install a newer hf-nmsparse"
-            )
-        if producer is not None and not isinstance(producer, str):
-            raise ValueError(f"quantization_config: producer is a text, got {producer!r}")
-        sparse = NMSparseConfig(pattern, targets, ignore, soft)
-        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own methods are an enum
-        self.compute, self.head, self.format, self.format_version = compute, head, format, format_version
-        self.pattern, self.targets, self.ignore, self.soft = sparse.pattern, sparse.targets, sparse.ignore, sparse.soft
-        self.values, self.embeddings, self.producer = values, embeddings, producer
-
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
@@ -131,49 +71,8 @@ class NMSparseQuantizationConfig(QuantizationConfigMixin):
         Raises:
             PackedFormatError: The record breaks a rule.
         """
-        try:
-            config = cls(**_checked_record(config_dict))
-        except ValueError as error:
-            raise PackedFormatError(f"config.json: {error}") from None
+        config = cls.read(config_dict)
         return (config, kwargs) if return_unused_kwargs else config  # type: ignore[return-value]  # as the base class
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as config.json holds it; `compute` and `head` are not part of it."""
-        record = {"quant_method": METHOD, "format": self.format, **self.sparse_config().to_dict()}
-        if self.format == "packed":
-            record["ignored"] = record.pop("ignore", None)
-            record |= {"format_version": self.format_version, "values": self.values, "embeddings": self.embeddings}
-            record["producer"] = self.producer
-        return {key: value for key, value in record.items() if value is not None}
-
-    def sparse_config(self) -> NMSparseConfig:
-        """Pattern and rules alone."""
-        return NMSparseConfig(self.pattern, self.targets, self.ignore, self.soft)
-
-
-def one_of(key: str, value: Any, known: tuple[Any, ...], where: str = "quantization_config") -> None:
-    """Refuses a value of ``key`` that is not among ``known``; ``where`` begins the message.
-
-    Raises:
-        ValueError: As said.
-    """
-    if value not in known:
-        names = ", ".join(repr(name) for name in known if name is not None)
-        raise ValueError(f"{where}: {key} is one of {names}, got {value!r}")
-
-
-def _checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `NMSparseQuantizationConfig` that a record of config.json stands for."""
-    one_of("format", record.get("format"), tuple(_RECORD_KEYS))
-    needed, optional = _RECORD_KEYS[record["format"]]
-    for key in record:
-        if key not in needed + optional:
-            known = ", ".join(needed + optional)
-            raise ValueError(f"quantization_config: unknown key {key!r}; known keys are {known}")
-    for key in needed:
-        if record.get(key) is None:
-            raise ValueError(f"quantization_config: {key} is missing")
-    return {"ignore" if key == "ignored" else key: value for key, value in record.items()}
 
 
 def record_of(model: PreTrainedModel) -> NMSparseQuantizationConfig:

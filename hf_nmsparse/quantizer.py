@@ -7,7 +7,6 @@ packed checkpoints and checkpoints of the training. It is the only module that k
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,27 +20,20 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from hf_nmsparse.checkpoint_fit import check_complete, check_number_types, model_layer, names_in_model
 from hf_nmsparse.compute import computing_packed, kernel_layer, loaded_with, set_compute, set_head
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cpu
 from hf_nmsparse.layers import NMLinear, sparse_layers
-from hf_nmsparse.packed_files import (
-    CODES,
-    SCALE,
-    check_complete,
-    check_layer,
-    check_number_types,
-    check_numbers,
-    check_places,
-    names_in_model,
-    open_files,
-)
+from hf_nmsparse.packed_files import CODES, SCALE, check_layer, check_numbers, check_places, read_files
+from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
-from hf_nmsparse.packing import PackedFormatError, unpack
+from hf_nmsparse.packing import unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.quantization_config import METHOD, NMSparseQuantizationConfig
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
 from hf_nmsparse.sparse_model import select_layers, sparsify
+from hf_nmsparse.sparsity_record import METHOD
 from hf_nmsparse.wrappers import has_adapters, is_hooked, unwrapped
 
 __all__ = ["NMSparseQuantizer", "prepare_for_training"]
@@ -91,7 +83,7 @@ class NMSparseQuantizer(HfQuantizer):
                 "without, then call sparsify(model, config)"
             )
         self._converters: list[WeightConverter] = []
-        self._files: list[str] = []
+        self._files: dict[str, str] = {}  # for each key the name of its file
         self._holds_dense = quantization_config.format == "dense"
 
     def _process_model_before_weight_loading(
@@ -102,27 +94,26 @@ class NMSparseQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("from_pretrained: a sparse model is loaded from its files, not from a state_dict")
         check_places(checkpoint_files, model.config.name_or_path)
-        self._files = checkpoint_files
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         layers: dict[str, str] = {}  # name in the file: name in the model
-        with ExitStack() as stack:
-            files = open_files(checkpoint_files, stack)
-            if self._holds_dense:
-                check_number_types(files, model, renamings)
-                check_numbers(files)
-                return
-            for prefix, found in names_in_model(files, model, renamings).items():
-                check_layer(files, prefix, None if found is None else model.get_submodule(found), config)
-                if found is not None and prefix + CODES in files:
-                    layers[prefix] = found
-                elif found is not None and prefix + SCALE in files:
-                    self._converters.append(_converter(prefix, renamings, config.pattern, ("weight", "weight_scale")))
+        files = read_files(checkpoint_files)
+        self._files = {key: tensor.file for key, tensor in files.items()}
+        if self._holds_dense:
             check_number_types(files, model, renamings)
             check_numbers(files)
-            if not any(key.endswith((CODES, SCALE)) for key in files):
-                # A model that was made of a packed one's configuration and is not sparse: it is loaded as what it is.
-                self._holds_dense = True
-                return
+            return
+        for prefix, found in names_in_model(files, model, renamings).items():
+            check_layer(files, prefix, None if found is None else model_layer(model.get_submodule(found)), config)
+            if found is not None and prefix + CODES in files:
+                layers[prefix] = found
+            elif found is not None and prefix + SCALE in files:
+                self._converters.append(_converter(prefix, renamings, config.pattern, ("weight", "weight_scale")))
+        check_number_types(files, model, renamings)
+        check_numbers(files)
+        if not any(key.endswith((CODES, SCALE)) for key in files):
+            # A model that was made of a packed one's configuration and is not sparse: it is loaded as what it is.
+            self._holds_dense = True
+            return
         if not layers:
             raise PackedFormatError(f"{Path(checkpoint_files[0]).name}: no key with {CODES} fits a layer of the model")
         linears = {name: model.get_submodule(name) for name in layers.values()}
@@ -162,8 +153,7 @@ class NMSparseQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
         """All conversions of a loading that is about to begin; what the files lack is told of here."""
         conversions = super().update_weight_conversions(weight_conversions, model)
-        with ExitStack() as stack:
-            check_complete(open_files(self._files, stack), model, conversions)
+        check_complete(self._files, model, conversions)
         return conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -21,15 +21,17 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 import hf_nmsparse
 from hf_nmsparse import standalone as reader
+from hf_nmsparse.checkpoint_fit import refuse_missing, ties
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
-from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader, refuse_missing, ties
+from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
-from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, one_of, record_of
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, record_of
 from hf_nmsparse.sharding import is_sharded, local
+from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.wrappers import has_adapters, stock_name, unwrapped
 
 __all__ = [

@@ -46,10 +46,10 @@ from hf_nmsparse.losses import distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, check_method, torch_optimizer
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.padding import ZeroPadding
-from hf_nmsparse.quantization_config import one_of
 from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.saving import retied, save_packed
 from hf_nmsparse.schedule import Schedule
+from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.wrappers import has_adapters, unwrapped
 

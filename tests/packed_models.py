@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.packed_format import check_int8, check_weight
+from hf_nmsparse.packing import stored
+from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf, marian, t5
 
@@ -42,3 +45,22 @@ def output(model: Any) -> Tensor:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def check_tensors(
+    values: Tensor,
+    codes: Tensor,
+    pattern: NMPattern,
+    dtype: str,
+    shape: tuple[int, int] | None = None,
+    name: str = "layer",
+    file: str = "file",
+    scale: Tensor | None = None,
+) -> None:
+    """`check_weight` on what a file would hold of these tensors."""
+    held = None if scale is None else stored(scale, file)
+    check_weight(stored(values, file), stored(codes, file), pattern, dtype, shape, name, held)
+
+
+def check_int8_tensors(values: Tensor, scale: Tensor | None, name: str = "layer", file: str = "file") -> None:
+    check_int8(stored(values, file), None if scale is None else stored(scale, file), name)

@@ -17,7 +17,7 @@ from hf_nmsparse import NMSparseConfig, cli, finalize, sparsify
 from hf_nmsparse.compressed_tensors import convert_bitmask, dense_from_bitmask
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.packed_files import check_folder
-from hf_nmsparse.packing import PackedFormatError
+from hf_nmsparse.packed_format import PackedFormatError
 from tests.tiny import marian
 
 RECORD = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}

@@ -18,7 +18,7 @@ from transformers import logging
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_files import check_folder
-from hf_nmsparse.packing import PackedFormatError
+from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify

@@ -11,22 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask, pack_bits
-from hf_nmsparse.packing import (
-    VALUE_DTYPES,
-    PackedFormatError,
-    check_packed,
-    check_quantized,
-    code_bits,
-    decode,
-    encode,
-    pack,
-    packed_bytes,
-    packed_shapes,
-    quantize_rows,
-    unpack,
-)
+from hf_nmsparse.masks import apply_mask, magnitude_mask, pack_bits
+from hf_nmsparse.packed_format import VALUE_TYPES, code_bits, packed_bytes, packed_shapes
+from hf_nmsparse.packing import VALUE_DTYPES, decode, encode, pack, quantize_rows, unpack
 from hf_nmsparse.pattern import NMPattern
+from tests.packed_models import check_int8_tensors, check_tensors
 
 TWO_OF_FOUR = NMPattern(2, 4)
 PATTERNS = [NMPattern(n, m) for m in range(2, 17) for n in range(1, m)]
@@ -135,7 +124,8 @@ def test_wide_patterns_need_no_table(pattern: NMPattern) -> None:
 def test_round_trip_is_exact(data: st.DataObject) -> None:
     pattern = data.draw(st.sampled_from(PATTERNS))
     rows, groups = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 19))
-    dtype = data.draw(st.sampled_from([dtype for dtype in VALUE_DTYPES.values() if dtype.is_floating_point]))
+    kind = data.draw(st.sampled_from([kind for kind, dtype in VALUE_DTYPES.items() if dtype.is_floating_point]))
+    dtype = VALUE_DTYPES[kind]
     seed = data.draw(st.integers(0, 2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
     pool = torch.tensor(data.draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=6)))
@@ -148,8 +138,8 @@ def test_round_trip_is_exact(data: st.DataObject) -> None:
     assert (values.shape, codes.shape) == packed_shapes(rows, groups * pattern.m, pattern)
     assert values.dtype == dtype
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
-    assert size == packed_bytes(rows, groups * pattern.m, pattern, dtype)
-    check_packed(values, codes, pattern, dtype, (rows, groups * pattern.m))
+    assert size == packed_bytes(rows, groups * pattern.m, pattern, kind)
+    check_tensors(values, codes, pattern, VALUE_TYPES[kind], (rows, groups * pattern.m))
     back = unpack(values, codes, pattern)
     assert same_bits(back, weight)
     again = pack(back, pattern)
@@ -196,19 +186,6 @@ def test_bytes_are_those_of_a_slow_writer(data: st.DataObject) -> None:
     assert packed["weight_indices"].tolist() == [row_of_codes(ranks, code_bits(pattern))]
 
 
-def test_sizes() -> None:
-    dense = 512 * 2048 * 2
-    assert packed_bytes(512, 2048, TWO_OF_FOUR, torch.bfloat16) * 64 == dense * 35
-    assert {str(p): code_bits(p) for p in map(NMPattern.parse, ["2:4", "4:8", "2:8", "1:4", "1:16", "16:32"])} == {
-        "2:4": 3,
-        "4:8": 7,
-        "2:8": 5,
-        "1:4": 2,
-        "1:16": 4,
-        "16:32": 30,
-    }
-
-
 def test_gradients_reach_the_values() -> None:
     packed = pack(torch.tensor([[0.0, 5.0, 0.0, -2.0]]), TWO_OF_FOUR)
     values = packed["weight"].requires_grad_()
@@ -253,8 +230,8 @@ def test_int8_by_hand() -> None:
     assert packed["weight"].tolist() == [[5, -2, 127, -127], [0, 7, 0, 0]]
     assert packed["weight_indices"].tolist() == [[4 | 1 << 3], [2 | 0 << 3]]
     assert torch.equal(unpack(packed["weight"], packed["weight_indices"], TWO_OF_FOUR), weight)
-    check_packed(packed["weight"], packed["weight_indices"], TWO_OF_FOUR, torch.int8, (2, 8), scale=torch.ones(2))
-    assert packed_bytes(2, 8, TWO_OF_FOUR, torch.int8) == 2 * (4 + 1)
+    check_tensors(packed["weight"], packed["weight_indices"], TWO_OF_FOUR, "I8", (2, 8), scale=torch.ones(2))
+    assert packed_bytes(2, 8, TWO_OF_FOUR, "int8") == 2 * (4 + 1)
 
 
 @settings(max_examples=100)
@@ -267,11 +244,11 @@ def test_round_trip_of_int8_is_exact(data: st.DataObject) -> None:
     weight = apply_mask(master, magnitude_mask(master, pattern)).to(torch.int8)
     packed = pack(weight, pattern)
     assert torch.equal(unpack(packed["weight"], packed["weight_indices"], pattern), weight)
-    check_packed(
+    check_tensors(
         packed["weight"],
         packed["weight_indices"],
         pattern,
-        torch.int8,
+        "I8",
         (rows, groups * pattern.m),
         scale=torch.rand(rows) + 0.5,
     )
@@ -329,7 +306,7 @@ class TestQuantizeRows:
         values, scale = quantize_rows(row)
         assert values.tolist() == [[127, -95, 66, 0]]
         assert scale.item() == pytest.approx(largest / 127, rel=2**-16)
-        check_quantized(values, scale)
+        check_int8_tensors(values, scale)
 
     @settings(max_examples=200)
     @given(st.data())
@@ -342,7 +319,7 @@ class TestQuantizeRows:
         weight *= 2.0 ** data.draw(st.integers(-90, 30))
         values, scale = quantize_rows(weight)
         assert values.min() >= -127
-        check_quantized(values, scale)
+        check_int8_tensors(values, scale)
         back = values * scale[:, None]
         assert torch.equal(back.double(), values.double() * scale.double()[:, None])  # no rounding in fp32
         again = quantize_rows(back)
@@ -353,99 +330,3 @@ class TestQuantizeRows:
         plain = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-300) / 127
         most = ((wide / plain).round() * plain - wide).norm(dim=1)
         assert ((back.double() - wide).norm(dim=1) <= most * (1 + 1e-6) + 2.0**-16 * wide.norm(dim=1)).all()
-
-
-def test_what_int8_values_and_scales_must_be() -> None:
-    values, scale = torch.tensor([[1, -127], [0, 127]], dtype=torch.int8), torch.tensor([1.0, 2.0**-126])
-
-    def problem(values: Tensor = values, scale: Tensor | None = scale) -> str:
-        with pytest.raises(PackedFormatError) as caught:
-            check_quantized(values, scale, "fc1", "model.safetensors")
-        return str(caught.value).removeprefix("model.safetensors: fc1.")
-
-    check_quantized(values, scale)
-    check_quantized(values[:0], scale[:0])
-    for wrong in (torch.full((2, 2), -128, dtype=torch.int8), values.to(torch.uint8), values.float(), values[0]):
-        assert problem(wrong) == "weight: int8 values are a matrix within -127 to 127"
-    assert problem(scale=None) == "weight_scale: scales are missing beside int8 values"
-    for other in (scale[:1], scale[:, None], scale.double(), scale.bfloat16(), scale.to(torch.int32)):
-        assert problem(scale=other) == (
-            f"weight_scale: scales are fp32 [2], got {list(other.shape)} {other.dtype}"
-        )  # one line a rule
-    for bad in (0.0, -0.0, -1.0, float("nan"), float("inf"), 2.7e36):  # 127 times the last is infinite
-        message = problem(scale=torch.tensor([1.0, bad]))
-        assert message == "weight_scale: scales are positive, and 127 times one is finite"
-
-    codes = torch.zeros(2, 1, dtype=torch.uint8)
-    check_packed(values, codes, TWO_OF_FOUR, torch.int8, (2, 4), scale=scale)
-    with pytest.raises(PackedFormatError, match=r"^file: layer\.weight_scale: scales are missing beside int8 values"):
-        check_packed(values, codes, TWO_OF_FOUR, torch.int8, (2, 4))
-    with pytest.raises(PackedFormatError, match="weight: int8 values are a matrix within -127 to 127"):
-        check_packed(values - 128, codes, TWO_OF_FOUR, torch.int8, (2, 4), scale=scale)
-    with pytest.raises(PackedFormatError, match=r"weight_scale: only values of int8 have a scale, .* torch\.float32"):
-        check_packed(values.float(), codes, TWO_OF_FOUR, torch.float32, (2, 4), scale=scale)
-    with pytest.raises(PackedFormatError, match=r"config\.json declares values of torch\.int8, got torch\.float32"):
-        check_packed(values.float(), codes, TWO_OF_FOUR, torch.int8, (2, 4), scale=scale)
-
-
-def test_check_names_file_key_and_rule() -> None:
-    values, codes = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.uint8)
-
-    def problem(
-        values: Tensor = values,
-        codes: Tensor = codes,
-        dtype: torch.dtype = torch.float32,
-        shape: tuple[int, int] = (1, 8),
-    ) -> str:
-        with pytest.raises(PackedFormatError) as caught:
-            check_packed(values, codes, TWO_OF_FOUR, dtype, shape, "fc1", "model.safetensors")
-        message = str(caught.value)
-        assert "\n" not in message
-        return message.removeprefix("model.safetensors: fc1.")
-
-    check_packed(values, codes, TWO_OF_FOUR, torch.float32, (1, 8))
-    assert problem(dtype=torch.bfloat16) == "weight: config.json declares values of torch.bfloat16, got torch.float32"
-    assert problem(codes=codes.to(torch.int64)) == "weight_indices: codes are uint8, got torch.int64"
-    assert problem(values=torch.ones(1, 3)) == "weight: values of 2:4 have rows of a multiple of 2, got [1, 3]"
-    assert problem(values=torch.ones(4)) == "weight: values of 2:4 have rows of a multiple of 2, got [4]"
-    assert problem(shape=(1, 12)) == "weight: the model's layer is [1, 12], got values of a layer [1, 8]"
-    assert problem(codes=codes.repeat(1, 2)).startswith("weight_indices: shape must be [1, 1] beside these values")
-    assert problem(codes=codes.repeat(2, 1)).startswith("weight_indices: shape must be [1, 1] beside these values")
-    assert problem(codes=codes + (1 << 6)) == "weight_indices: padding bits at the end of a row must be 0"
-    assert problem(codes=codes + (6 << 3)) == "weight_indices: codes of 2:4 are 0 to 5, got 6"
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        assert problem(values=values * bad) == "weight: values must be finite, got NaN or infinity"
-
-
-@settings(max_examples=300)
-@given(st.data())
-def test_damaged_tensors_are_refused_or_load(data: st.DataObject) -> None:
-    pattern = data.draw(
-        st.sampled_from([NMPattern.parse(text) for text in ("2:4", "1:2", "4:8", "3:5", "9:25", "16:32")])
-    )
-    shape = (3, pattern.m * data.draw(st.integers(1, 9)))
-    weight = torch.randn(shape)
-    packed = pack(apply_mask(weight, magnitude_mask(weight, pattern)), pattern)
-    values, codes = packed["weight"], packed["weight_indices"]
-    damage = data.draw(st.sampled_from(["code bits", "code rows", "code columns", "value byte", "value columns"]))
-    if damage == "code bits":
-        for _ in range(data.draw(st.integers(1, 3))):
-            codes.view(-1)[data.draw(st.integers(0, codes.numel() - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    elif damage == "code rows":
-        codes = codes[: data.draw(st.integers(0, 2))]
-    elif damage == "code columns":
-        codes = codes[:, : data.draw(st.integers(0, codes.shape[1] - 1))]
-    elif damage == "value byte":
-        raw = values.view(torch.uint8)
-        raw.view(-1)[data.draw(st.integers(0, raw.numel() - 1))] = data.draw(st.integers(0, 255))
-    else:
-        values = values[:, : data.draw(st.integers(0, values.shape[1] - 1))]
-    try:
-        check_packed(values, codes, pattern, torch.float32, shape)
-    except PackedFormatError:
-        return
-    assert damage in ("code bits", "value byte")  # another shape never passes
-    dense = unpack(values, codes, pattern)
-    assert dense.shape == shape
-    assert dense.isfinite().all()
-    assert count_violations(dense, pattern) == 0

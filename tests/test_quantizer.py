@@ -24,8 +24,9 @@ from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packed_files import check_folder
+from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
-from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
+from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.quantizer import prepare_for_training
@@ -410,10 +411,10 @@ def _embedding(tensors: dict[str, Tensor]) -> None:
 DAMAGES: list[tuple[Callable[[dict[str, Tensor]], None], str, bool]] = [
     (_code, f"{FC1}.weight_indices: codes of 2:4 are 0 to 5, got 7", False),
     (_width, f"{FC1}.weight_indices: shape must be [64, 3] beside these values, got [64, 2]", False),
-    (_signed, f"{FC1}.weight_indices: codes are uint8, got torch.int8", False),
+    (_signed, f"{FC1}.weight_indices: codes are uint8, got I8", False),
     (_nan, f"{FC1}.weight: values must be finite, got NaN or infinity", False),
     (_infinity, f"{FC1}.weight: values must be finite, got NaN or infinity", False),
-    (_dtype, f"{FC1}.weight: config.json declares values of torch.float32, got torch.bfloat16", False),
+    (_dtype, f"{FC1}.weight: config.json declares values of F32, got BF16", False),
     (_odd, f"{FC1}.weight: values of 2:4 have rows of a multiple of 2, got [64, 15]", False),
     (_no_values, f"{FC1}.weight: values are missing beside the codes", False),
     (_no_codes, f"{FC1}.weight_indices: codes are missing beside packed values", True),

@@ -55,12 +55,21 @@ def test_the_import_brings_nothing_heavy_even_where_transformers_is_ready_for_it
         assert run(f"import sys, {order}; {code}") == stock
 
 
-def test_help_answers_without_torch() -> None:
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("--help", "inspect"), ("inspect --help", "PATH"), ("inspect", "every one valid"), ("doctor", "vector unit")],
+)
+def test_commands_that_look_and_compute_nothing_answer_without_torch(command: str, says: str, packed: Path) -> None:
+    arguments = [command, "--layers", str(packed)] if command == "inspect" else command.split()
     code = (
         "import sys\nfrom hf_nmsparse.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit: print('|', *{'torch', 'transformers'} & sys.modules.keys())"
+        "try: status = main(sys.argv[1:])\nexcept SystemExit as end: status = end.code\n"
+        "print(status, '|', *{'torch', 'transformers'} & sys.modules.keys())"
     )
-    assert run(code).rpartition("|")[2] == ""
+    answer, _, imported = run(code, *arguments).rpartition("|")
+    assert says in answer
+    assert answer.endswith("0 ")
+    assert imported == ""
 
 
 IMPORTS = (
