@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_nmsparse import quantizer
+from hf_nmsparse import packed_files, quantizer
 from hf_nmsparse.compute import set_compute
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import library
@@ -345,6 +346,17 @@ class TestConfiguration:
             assert str(caught.value).startswith("config.json: ")
             assert rule in str(caught.value)
             assert "\n" not in str(caught.value)
+
+    def test_a_loading_checks_each_file_once(self, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened: list[str] = []
+
+        def watched(path: str, **kwargs: Any) -> Any:
+            opened.append(path)
+            return safe_open(path, **kwargs)
+
+        monkeypatch.setattr(packed_files, "safe_open", watched)
+        load(packed)
+        assert [Path(path).name for path in opened] == ["model.safetensors"]
 
     def test_a_second_import_registers_once(self, packed: Path) -> None:
         code = (
