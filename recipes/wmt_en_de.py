@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from argparse import Action
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +39,7 @@ from transformers import (
     set_seed,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
 from hf_nmsparse import (
     NMSparseConfig,
     SparseTrainer,
@@ -66,6 +67,7 @@ from hf_nmsparse.settings import read_settings
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from hf_nmsparse.trainer import Preempted, last_whole_checkpoint
+from recipes.threads import take_all_cores
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "wmt14_transformer_base_2of4.yaml"
@@ -184,6 +186,9 @@ def main() -> None:
         check_hub(recipe.push_to)
     if args.device.type == "cpu":
         keep_freed_memory()
+        threads = take_all_cores() if args.world_size == 1 else None
+        if threads is not None:
+            print(f"wmt_en_de: {threads} CPU thread(s), one for each core; OMP_NUM_THREADS sets another number")
 
     # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
     languages = recipe.source_lang, recipe.target_lang
@@ -263,6 +268,7 @@ def main() -> None:
 
     # A fresh process loads these very files and translates; its output is what is scored and goes on the card.
     sources, references = list(corpus[recipe.split]["source"]), list(corpus[recipe.split]["target"])
+    write_lines(reference_file(output, recipe.split), map(one_line, references))
     hypotheses = translate_in_fresh_process(saved, sources, recipe, output)
     evaluation = evaluate(recipe, trainer, saved, sparse, hypotheses, references)
     run_logs.write_curve(trainer.state.log_history, output / "curve.json")
@@ -521,16 +527,15 @@ def make_sparse(model: PreTrainedModel, recipe: RecipeArguments, args: SparseTra
 
 def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeArguments, output: Path) -> list[str]:
     """Translates with the saved files in a process that has nothing else of this run."""
-    source_file, hypothesis_file = output / f"{recipe.split}.source.txt", hypotheses_file(output, recipe.split)
-    lines = [recipe.source_prefix + " ".join(text.split()) for text in sources]
-    source_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    source, hypotheses = source_file(output, recipe.split), hypotheses_file(output, recipe.split)
+    write_lines(source, [recipe.source_prefix + one_line(text) for text in sources])
     command = [sys.executable, "-m", "hf_nmsparse", "translate", "--model", str(saved)]
-    command += ["--input", str(source_file), "--output", str(hypothesis_file)]
+    command += ["--input", str(source), "--output", str(hypotheses)]
     command += ["--batch-size", str(recipe.eval_batch), "--beams", str(recipe.beams)]
     for option, code in (("--src-lang", recipe.source_code), ("--tgt-lang", recipe.target_code)):
         command += [] if code is None else [option, code]
     subprocess.run(command, check=True)
-    return read_lines(hypothesis_file)
+    return read_lines(hypotheses)
 
 
 def evaluate(
@@ -597,9 +602,29 @@ def describe(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}, {parameters:,} parameters, {layers} layers, d {config.d_model}"
 
 
+def source_file(output: Path, split: str) -> Path:
+    """Where a run keeps the source texts of a split."""
+    return output / f"{split}.source.txt"
+
+
+def reference_file(output: Path, split: str) -> Path:
+    """Where it keeps their references."""
+    return output / f"{split}.reference.txt"
+
+
 def hypotheses_file(output: Path, split: str) -> Path:
-    """Where a run keeps its translations of a split."""
+    """Where it keeps its translations of them."""
     return output / f"{split}.hypotheses.txt"
+
+
+def one_line(text: str) -> str:
+    """A text with single spaces and nothing that ends a line."""
+    return " ".join(text.split())
+
+
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    """Writes a text file, a line each."""
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def read_lines(file: Path) -> list[str]:
