@@ -30,13 +30,12 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from transformers.utils import logging
 
-from benchmarks import timing
-from benchmarks.trainer import pairs, transformer
+from benchmarks import tables, timing
+from benchmarks.methods import pairs, transformer
 from hf_nmsparse import NMSparseConfig, SparseTrainer, SparseTrainingArguments, save_packed, sparsify
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.tokenizer import train_tokenizer
 from hf_nmsparse.trainer import last_whole_checkpoint
-from recipes import results_table
 
 STEPS, VOCABULARY = 12, 300
 MOMENTS = ("training", "checkpoint", "packing")
@@ -196,7 +195,7 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     record = {"benchmark": "trainings killed at random moments", **machine, "seed": 0, "note": options.note}
-    timing.write(options.output, record, rows, results_table.faults_of(record | {"rows": rows}))
+    timing.write(options.output, record, rows, tables.faults_of(record | {"rows": rows}))
     print(options.output)
     if not all(row["identical"] for row in rows):
         sys.exit("faults: not every training ended as the undisturbed one")

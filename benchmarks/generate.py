@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from hf_nmsparse import (
     NMSparseConfig,
     NMSparseQuantizationConfig,
@@ -48,7 +48,6 @@ from hf_nmsparse import (
     sparsify,
 )
 from hf_nmsparse.packed_layers import Int8Head
-from recipes import results_table
 
 BASELINE = "transformers fp32"
 
@@ -217,7 +216,7 @@ def main() -> None:
                     seconds = timing.in_turns(turns, options.rounds)
                 speeds = {name: round(batch * length / statistics.median(taken), 1) for name, taken in seconds.items()}
                 rows.append({"beams": beams, "batch": batch, "threads": threads, "tokens_per_second": speeds})
-                print(f"{results_table.decoding(rows[-1])}, {threads} threads: tokens a second", end="")
+                print(f"{tables.decoding(rows[-1])}, {threads} threads: tokens a second", end="")
                 print(*(f" {name} {speed:.0f}" for name, speed in speeds.items()), sep=",", flush=True)
 
         record = {
@@ -239,7 +238,7 @@ def main() -> None:
             "missing": missing,
         }
     output = options.output or timing.RESULTS / "generate.json"
-    timing.write(output, record, rows, results_table.generate_of(record | {"rows": rows}))
+    timing.write(output, record, rows, tables.generate_of(record | {"rows": rows}))
     print(output)
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from benchmarks.generate import by_transformers, without_echo
 from benchmarks.masks import by_argsort, by_topk
 from benchmarks.training import interval, overhead, trainer
@@ -35,7 +35,6 @@ from hf_nmsparse.masks import apply_mask, magnitude_mask, update_mask
 from hf_nmsparse.packed_layers import SemiStructuredLinear
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.srste import StepContext, add_to_gradient
-from recipes import results_table
 
 TWO_OF_FOUR = NMPattern(2, 4)
 SHAPES = ((512, 512), (512, 2048), (1024, 4096), (4096, 16384))
@@ -250,7 +249,7 @@ def main() -> None:
         "missing": missing,
     }
     output = options.output or timing.RESULTS / "gpu.json"
-    timing.write(output, record, rows, results_table.gpu_of(record | {"rows": rows}))
+    timing.write(output, record, rows, tables.gpu_of(record | {"rows": rows}))
     print(output)
 
 

@@ -33,13 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from hf_nmsparse.kernels import cpu, library
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
 from hf_nmsparse.pattern import NMPattern
-from recipes import results_table
 
 PATTERN = NMPattern(2, 4)
 ROWS = (1, 4, 16, 64, 256)
@@ -243,7 +242,7 @@ def main() -> None:
         "note": options.note,
     }
     output = options.output or timing.RESULTS / f"kernels_{record['unit']}.json"
-    timing.write(output, record, rows, results_table.kernels_of(record | {"rows": rows}))
+    timing.write(output, record, rows, tables.kernels_of(record | {"rows": rows}))
     print(output)
 
 

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from benchmarks.training import trainer
 from hf_nmsparse.layers import NMLinear
-from recipes import results_table
 
 CANDIDATES = ("dense", "dense, again", "2:4 SR-STE", "2:4 SR-STE, no native library")
 BATCHES, LENGTH, STEPS = (16, 64, 98), 32, 3
@@ -112,7 +111,7 @@ def main() -> None:
         "seed": 0,
         "note": options.note,
     }
-    timing.write(options.output, record, rows, results_table.memory_of(record | {"rows": rows}))
+    timing.write(options.output, record, rows, tables.memory_of(record | {"rows": rows}))
     print(options.output)
 
 

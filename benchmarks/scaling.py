@@ -24,11 +24,10 @@ import torch
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from transformers.utils import logging
 
-from benchmarks import timing
-from benchmarks.trainer import pairs, transformer
+from benchmarks import tables, timing
+from benchmarks.methods import pairs, transformer
 from hf_nmsparse import NMSparseConfig, SparseTrainer, SparseTrainingArguments, sparsify
 from hf_nmsparse.tokenizer import train_tokenizer
-from recipes import results_table
 
 WARM_UP, TOKENS, METHOD = 5, 4_096, "sr-ste"
 
@@ -123,7 +122,7 @@ def main() -> None:
         "steps": options.steps,
         "note": options.note,
     }
-    timing.write(options.output, record, rows, results_table.scaling_of(record | {"rows": rows}))
+    timing.write(options.output, record, rows, tables.scaling_of(record | {"rows": rows}))
     print(options.output)
 
 

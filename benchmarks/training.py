@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 from transformers import MarianMTModel
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from hf_nmsparse import NMSparseConfig, SparseStep, sparsify
 from hf_nmsparse.kernels import cuda, library, native
 from hf_nmsparse.losses import token_loss
-from recipes import results_table
 
 BATCH, LENGTH = 16, 32
 DENSE = "dense"
@@ -132,7 +131,7 @@ def main() -> None:
         "note": options.note,
     }
     output = options.output or timing.RESULTS / "training.json"
-    timing.write(output, record, rows, results_table.training_of(record | {"rows": rows}))
+    timing.write(output, record, rows, tables.training_of(record | {"rows": rows}))
     print(output)
 
 

@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
 
     glibc gives blocks of more than 32 MiB, the logits of a batch among them, back to the system as soon as they are
     free, which clears them page by page when the next step asks for as much. To keep them makes steps of small models
-    a good deal shorter and the peak of memory higher; `benchmarks/trainer.py` has figures.
+    a good deal shorter and the peak of memory higher; `benchmarks/methods.py` has figures.
 
     Returns:
         Whether it does: not with another C library, and not where the environment sets thresholds of its own.

@@ -7,44 +7,20 @@ python recipes/results_table.py --write    writes each into its README file (`ho
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
+from benchmarks import tables
 from hf_nmsparse.metrics import Comparison, Evaluation, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
-MEASURED = ROOT / "benchmarks" / "results"
-
-Columns = Mapping[str, Callable[[dict[str, Any]], object]]
-
-# Of the kernels, the layers that benchmarks/README.md shows, and its columns.
-SHAPES = ([512, 2048], [1024, 4096], [512, 32000])
-CANDIDATES = {
-    "torch bf16": "torch bf16",
-    "torch int8": "torch int8",
-    "dense int8": "own dense int8",
-    "2:4 fp32": "2:4 fp32",
-    "2:4 fp32, x bf16": "2:4 fp32, x bf16",
-    "2:4 bf16": "2:4 bf16",
-    "2:4 bf16, x bf16": "2:4 bf16, x bf16",
-    "2:4 int8": "2:4 int8",
-}
-
-# Of the whole models, those that README.md shows, as it calls them.
-SUMMARY = {
-    "transformers fp32": "transformers fp32",
-    "CTranslate2 int8": "CTranslate2 int8",
-    "dense int8": "own dense int8",
-    "2:4 int8": "2:4 int8",
-}
 
 
 def table() -> str:
@@ -85,7 +61,7 @@ def study_of(folder: Path) -> str:
     dense = {run.evaluation.seed: run for run in settings.get("dense", [])}
     alike = {beginning_of(run): run for run in runs if run.evaluation.method == "dense"}
     columns = ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "to dense trained alike (95%)"]
-    head = table_head([*columns, "chrF", "flip rate", "step time"])
+    head = tables.table_head([*columns, "chrF", "flip rate", "step time"])
     rows: list[tuple[float, str]] = []
     for name, repetitions in settings.items():
         evaluations = [run.evaluation for run in repetitions]
@@ -107,7 +83,7 @@ def study_of(folder: Path) -> str:
         cells += [verdict, compared, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
         cells += [f"{statistics.fmean(rates):.2g}" if rates else "", step_time(evaluations[0])]
         place = -math.inf if name == "dense" else math.inf if test is None else -test.difference
-        rows.append((place, table_row(cells)))
+        rows.append((place, tables.table_row(cells)))
     lines = [*head, *(row for _, row in sorted(rows)), "", *beside_ste(folder, settings)]
     return "\n".join([*lines, *notes([run.evaluation for run in runs])])
 
@@ -146,24 +122,13 @@ def difference_of(test: Comparison | None) -> str:
 
 
 def step_time(run: Evaluation) -> str:
-    """A step relative to a dense one, as benchmarks/trainer.py measured it; empty if it did not.
+    """A step relative to a dense one, as benchmarks/methods.py measured it; empty if it did not.
 
     Runs of a study take turns on a machine that has other work too, so that their own times are not compared.
     """
-    file = MEASURED / "trainer.json"
-    if not file.is_file():
-        return ""
-    steps = {row["name"]: 1 + row["to_dense"][0] for row in read(file)["rows"] if row["name"] != "dense"}
-    name = training_name(run.method, run.pattern, run.targets, "distill_from" in run.options)
-    return f"{steps[name]:.2f}" if name in steps else ""
-
-
-def training_name(
-    method: str, pattern: str | None = "2:4", targets: Iterable[str] | None = None, distilled: bool = False
-) -> str:
-    """How benchmarks/trainer.py names a training, by what its evaluation records: ``sr-ste, 1:4``."""
-    words = [method, *([pattern] if pattern not in (None, "2:4") else []), *(targets or ())]
-    return ", ".join([*words, "distilled"] if distilled else words)
+    name = tables.training_name(run.method, run.pattern, run.targets, "distill_from" in run.options)
+    found = tables.step_times().get(name)
+    return "" if found is None else f"{found:.2f}"
 
 
 def notes(runs: list[Evaluation]) -> list[str]:
@@ -182,362 +147,11 @@ def notes(runs: list[Evaluation]) -> list[str]:
     return lines
 
 
-def masks_table() -> str:
-    """How long a mask takes, for the large weight of the benchmark."""
-    record = read(MEASURED / "masks.json")
-    rows = ["| mask of a 1024x4096 fp32 weight | threads | argsort ms | topk ms | ours ms | argsort / ours |"]
-    rows.append("|---|---|---|---|---|---|")
-    for row in record["rows"]:
-        if row["shape"] == [1024, 4096]:
-            argsort, topk, ours = (row["median_ms"][name] for name in ("argsort", "topk", "hf_nmsparse"))
-            times = f"{argsort:.1f} | {topk:.1f} | {ours:.1f} | {argsort / ours:.1f}"
-            rows.append(f"| {row['pattern']} | {row['threads']} | {times} |")
-    where = f"{record['cpu']}, {record['cores']} cores, torch {record['torch']}"
-    rows += ["", f"Medians of {record['rounds']} interleaved calls, {where}; {record['note']}."]
-    return "\n".join(rows)
-
-
-def kernels_table() -> str:
-    """Some layers, with cold weights and all cores, once for each vector unit that was measured."""
-    tables = []
-    for file in sorted(MEASURED.glob("kernels_*.json")):
-        record = read(file)
-        threads = max(row["threads"] for row in record["rows"])
-        wanted = (threads, "cold")
-        shown = [r for r in record["rows"] if (r["threads"], r["place"]) == wanted and r["shape"] in SHAPES]
-        columns: Columns = {"in x out": shape_of, "rows": lambda row: row["rows"]}
-        names = [name for name in CANDIDATES if name != "2:4 fp32, x bf16"]
-        tables.append(speedups(shown, columns, names) + f"\n\n{threads} threads, cold weights. {kernels_notes(record)}")
-    return "\n\n".join(tables)
-
-
-def kernels_of(record: dict[str, Any]) -> str:
-    """All rows of a measurement of single layers."""
-    columns: dict[str, Callable[[dict[str, Any]], object]] = {
-        "model": lambda row: row["model"],
-        "in x out": shape_of,
-        "rows": lambda row: row["rows"],
-        "threads": lambda row: row["threads"],
-        "weights": lambda row: row["place"],
-    }
-    columns |= {f"auto {precision}": partial(auto_of, precision=precision) for precision in ("fp32", "bf16", "int8")}
-    notes = f"auto: the format, and its speed-up over the dense layer. {kernels_notes(record)}"
-    return speedups(record["rows"], columns, list(CANDIDATES)) + f"\n\n{notes}"
-
-
-def speedups(rows: list[dict[str, Any]], columns: Columns, names: list[str]) -> str:
-    """A table of ``columns`` and of the speed-up of each candidate over torch in fp32."""
-    lines = table_head([*columns, "torch fp32 µs", *(CANDIDATES[name] for name in names)])
-    for row in rows:
-        times = row["median_us"]
-        fp32 = times["torch fp32"]
-        cells = [f"{fp32 / times[name]:.2f}" if name in times else "" for name in names]
-        lines.append(table_row([*(column(row) for column in columns.values()), f"{fp32:,.1f}", *cells]))
-    return "\n".join(lines)
-
-
-def kernels_notes(record: dict[str, Any]) -> str:
-    """How single layers were measured, and how well the choice of ``compute="auto"`` did."""
-    layers = [row for row in record["rows"] if row["model"] != "control"]
-    choices = [(precision, choice) for row in layers for precision, choice in row.get("auto", {}).items()]
-    formats = sorted({f"{choice['format']} for {precision}" for precision, choice in choices})
-    slower = sum(choice["to_dense"] < 1 for _, choice in choices)
-    worst = min(choice["to_fastest"] for _, choice in choices)
-    return (
-        f"Speed-up over torch fp32, medians of {record['rounds']} interleaved turns. Cold weights come from memory: "
-        f"each candidate goes round {record['cold_bytes'] / 2**20:,.0f} MiB of copies. torch int8 is dynamic, with the "
-        f"{record['int8_engine']} engine. Over all layers, rows, threads and places measured, "
-        f'`compute="auto"`, which takes {", ".join(formats)}, is slower than dense in {slower} of {len(choices)} cases '
-        f"and has at worst {worst:.0%} of the speed of the fastest mode that keeps the precision. {machine(record)}"
-    )
-
-
-def shape_of(row: dict[str, Any]) -> str:
-    """``512x2048``, and a word if it is a head."""
-    shape = "x".join(map(str, row["shape"]))
-    return f"{shape} (head)" if row.get("model", "").endswith("head") else shape
-
-
-def auto_of(row: dict[str, Any], precision: str) -> str:
-    """What ``compute="auto"`` takes for a precision, and its speed-up over the dense layer."""
-    choice = row.get("auto", {}).get(precision)
-    return "" if choice is None else f"{choice['format']} {choice['to_dense']:.2f}"
-
-
-def generate_of(record: dict[str, Any]) -> str:
-    """Tokens a second of each candidate, and the speed-up over transformers in fp32."""
-    heads = [f"{decoding(row)}, {row['threads']} thr." for row in record["rows"]]
-    rows = table_head(["model", "file", *heads])
-    for name, file in record["candidates"].items():
-        cells = [name, f"{record['bytes'][file]:,}"]
-        for row in record["rows"]:
-            speeds = row["tokens_per_second"]
-            cells.append(f"{speeds[name]:,.0f} ({speeds[name] / speeds[record['baseline']]:.2f})")
-        rows.append(table_row(cells))
-    exact = [name for name in ("2:4 fp32", "CTranslate2 fp32") if name in record["same_tokens"]]
-    same = ", ".join(f"{name} {record['same_tokens'][name]:.0%}" for name in exact)
-    rows += [
-        "",
-        f"Tokens a second, and in brackets the speed-up over {record['baseline']}; bytes of the model file. "
-        f"{record['model']}, random weights, {record['source_tokens']} tokens in, {record['new_tokens']} out, medians "
-        f"of {record['rounds']} interleaved turns. Greedy tokens that agree with {record['baseline']}'s: {same}. "
-        f"{machine(record)}",
-    ]
-    sizes = record["bytes"]
-    if "CTranslate2 int8" in sizes:
-        share = sizes["2:4 int8"] / sizes["CTranslate2 int8"]
-        rows += ["", f"The int8 file is {share:.2f} times the bytes of CTranslate2's ({record['ctranslate2']})."]
-    rows += ["", *(f"Not measured: {name} ({why})." for name, why in record["missing"].items())]
-    return "\n".join(rows).rstrip()
-
-
-def summary_of(record: dict[str, Any]) -> str:
-    """Of the whole models, the few that tell sparsity from kernels: bytes, tokens a second, and two ratios."""
-    shown = [row for row in record["rows"] if (row["beams"], row["batch"]) in ((1, 1), (4, 16))]
-    shown.sort(key=lambda row: (row["beams"], row["threads"]))
-    size = {name: record["bytes"][file] for name, file in record["candidates"].items()}
-    names = [name for name in SUMMARY if name in size]
-    lines = table_head(["model", "bytes", *(f"{decoding(row)}, {row['threads']} thr." for row in shown)])
-    for name in names:
-        speeds = [f"{row['tokens_per_second'][name]:,.0f}" for row in shown]
-        lines.append(table_row([SUMMARY[name], f"{size[name]:,}", *speeds]))
-
-    def ratio(row: dict[str, Any], name: str) -> float:
-        speeds = row["tokens_per_second"]
-        return float(speeds["2:4 int8"] / speeds[name])
-
-    ranges = []
-    for name in [name for name in names if name in ("dense int8", "CTranslate2 int8")]:
-        # The dense int8 candidate has no file of its own: it is rounded as it loads.
-        smaller = "" if name == "dense int8" else f"{size['2:4 int8'] / size[name]:.2f}"
-        lines.append(table_row([f"2:4 int8 / {SUMMARY[name]}", smaller, *(f"{ratio(row, name):.2f}" for row in shown)]))
-        ratios = [ratio(row, name) for row in record["rows"]]
-        ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f} times that of {SUMMARY[name]}")
-    lines += [
-        "",
-        f"Tokens a second, and bytes of the model file. Over all {len(record['rows'])} settings measured the speed of "
-        f"2:4 int8 is {' and '.join(ranges)}. {record['model']}, random weights; transformers "
-        f"{record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {machine(record)}",
-    ]
-    return "\n".join(lines)
-
-
-def decoding(row: dict[str, Any]) -> str:
-    """Beam and batch of a measurement in a few words."""
-    return f"{'greedy' if row['beams'] == 1 else 'beam ' + str(row['beams'])}, batch {row['batch']}"
-
-
-def training_of(record: dict[str, Any]) -> str:
-    """Time of a step of each candidate, and the overhead over the dense one with its interval."""
-    rows = table_head(["training step", "threads", "ms", "to dense", "95%"])
-    for row in record["rows"]:
-        for name, step in row["steps"].items():
-            low, high = step["interval"]
-            change = ["", ""] if name == "dense" else [f"{step['overhead']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
-            rows.append(table_row([name, row["threads"], f"{step['median_ms']:,.0f}", *change]))
-    rows += [
-        "",
-        f"{record['model']}, {record['batch']}x{record['length']} tokens a side, fp32, {record['optimizer']}; medians "
-        f"of {record['rounds']} interleaved steps, intervals by bootstrap over the rounds. The second dense model "
-        f"shows the noise. {machine(record)}",
-    ]
-    return "\n".join(rows)
-
-
-def trainer_of(record: dict[str, Any]) -> str:
-    """Time of a step of each training, over the bare loop's and over the dense training's, with intervals."""
-    rows = table_head(["training", "ms a step", "to the bare loop (95%)", "to dense (95%)"])
-    for row in record["rows"]:
-        bare = row["name"].startswith("bare")
-        name = row["name"] if bare else f"SparseTrainer, {row['name']}"
-        changes = [
-            "" if empty else "{:+.1%} ({:+.1%} to {:+.1%})".format(*row[key])
-            for key, empty in (("to_bare", row["name"] == "bare loop"), ("to_dense", bare or row["name"] == "dense"))
-        ]
-        rows.append(table_row([name, f"{row['median_ms']:,.0f}", *changes]))
-    rows += [
-        "",
-        f"{record['model']}, {record['batch']} a batch, {record['threads']} thread, {record['optimizer']}, label "
-        f"smoothing, clipping; medians of {record['rounds']} interleaved steps, their means over {record['starts']} "
-        f"starts of all processes, intervals by bootstrap over starts and steps. {machine(record)}",
-    ]
-    return "\n".join(rows)
-
-
-def faults_of(record: dict[str, Any]) -> str:
-    """Kills by the moment they fell in, and how many of the trainings ended as an undisturbed one."""
-    rows = table_head(["killed in", "kills", "bit-identical after the resume"])
-    for moment in dict.fromkeys(row["moment"] for row in record["rows"]):
-        ends = [row["identical"] for row in record["rows"] if row["moment"] == moment]
-        rows.append(table_row([moment, len(ends), sum(ends)]))
-    ends = [row["identical"] for row in record["rows"]]
-    return "\n".join([*rows, table_row(["all", len(ends), sum(ends)]), "", machine(record)])
-
-
-def startup_of(record: dict[str, Any]) -> str:
-    """Seconds to the end of each part of a start, and the peak of memory."""
-    parts = [name for name in record["rows"][0] if name not in ("pairs", "start") and "MiB" not in name]
-    memory = ["MiB before", "MiB at the peak", "MiB after"]
-    rows = table_head(["pairs", "start", *(f"{part}, s" for part in parts), *memory])
-    for row in record["rows"]:
-        seconds = [f"{row[part]:,.1f}" for part in parts]
-        rows.append(table_row([f"{row['pairs']:,}", row["start"], *seconds, *(row[name] for name in memory)]))
-    rows += [
-        "",
-        f"{record['corpus']}, repeated; {record['batch']} a batch; seconds since the start; texts to tokens in "
-        f"{record['processes']} process(es); MiB that the process has for itself. {machine(record)}",
-    ]
-    return "\n".join(rows)
-
-
-def scaling_of(record: dict[str, Any]) -> str:
-    """Time of a step by the number of processes, and the tokens a second relative to one."""
-    rows = table_head(["processes", "ms a step", "tokens a second"])
-    alone = record["rows"][0]
-    for row in record["rows"]:
-        speed = row["processes"] * alone["step_ms"] / row["step_ms"] / alone["processes"]
-        rows.append(table_row([row["processes"], f"{row['step_ms']:,.0f}", f"{speed:.2f}x"]))
-    rows += [
-        "",
-        f"{record['method']}, DDP on gloo, one thread and {record['batch']} a process; medians of {record['rounds']} "
-        f"trainings in turns, {record['steps']} steps each. {machine(record)}",
-    ]
-    return "\n".join(rows)
-
-
-def memory_of(record: dict[str, Any]) -> str:
-    """Memory of a training at its peak, and what that is relative to the dense one of the same batch."""
-    columns = ["training", "tokens a side", "tensors MiB", "to dense", "masks MiB", "process MiB", "lowest to highest"]
-    rows = table_head([*columns, "to dense"])
-    for row in record["rows"]:
-        dense = next(other for other in record["rows"] if (other["what"], other["batch"]) == ("dense", row["batch"]))
-        tensors, process = (
-            "" if row is dense else f"{row[part] / dense[part] - 1:+.1%}" for part in ("tensors_mib", "process_mib")
-        )
-        cells = [row["what"], f"{row['batch'] * record['length']:,}", f"{row['tensors_mib']:,.0f}", tensors]
-        cells += [row["masks_mib"] or "", f"{row['process_mib']:,.0f}"]
-        rows.append(table_row([*cells, " to ".join(f"{mib:,.0f}" for mib in row["range_mib"]), process]))
-    rows += [
-        "",
-        f"{record['model']}, fp32, {record['optimizer']}; the most that is held at a time in {record['steps']} steps, "
-        f"of processes the median of {record['rounds']} in turns. {machine(record)}",
-    ]
-    return "\n".join(rows)
-
-
-def gpu_of(record: dict[str, Any]) -> str:
-    """What was measured on a GPU: work on one weight, training steps, packed layers and whole models."""
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        parts.setdefault(row["part"], []).append(row)
-    weights = [row for row in record["rows"] if "us" in row and row["part"] != "packed layer"]
-    rows = table_head(["of a weight", "shape", "argsort µs", "topk", "torch", "Triton", "torch / Triton"])
-    for row in weights:
-        found = row["us"]
-        cells = [f"{found[name]:,.1f}" if name in found else "" for name in ("argsort", "topk", "torch", "Triton")]
-        what = f"{row['part']}, {row['what']}"
-        rows.append(table_row([what, shape_of(row), *cells, f"{found['torch'] / found['Triton']:.1f}"]))
-    rows += ["", *table_head(["training step", "ms", "to dense", "95%", "peak MiB"])]
-    for row in parts["training step"]:
-        low, high = row["interval"]
-        change = ["", ""] if row["what"] == "dense" else [f"{row['to_dense']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,}"
-        rows.append(table_row([row["what"], f"{row['ms']:,.1f}", *change, peak]))
-    if "packed layer" in parts:
-        counts = list(dict.fromkeys(row["rows"] for row in parts["packed layer"]))
-        rows += ["", *table_head(["in x out", *(f"{count} rows" for count in counts), "auto takes"])]
-        for shape in dict.fromkeys(shape_of(row) for row in parts["packed layer"]):
-            found = [row for row in parts["packed layer"] if shape_of(row) == shape]
-            cells = [f"{row['us']['dense'] / row['us']['semi_structured']:.2f}" for row in found]
-            rows.append(table_row([shape, *cells, "semi_structured" if found[0]["auto"] else "dense"]))
-        rows += ["", "Speed-up of the layer on sparse tensor cores over the dense one, both bf16."]
-    names = list(parts["generate"][0]["tokens_per_second"])
-    rows += ["", *table_head(["generate", *names])]
-    for row in parts["generate"]:
-        rows.append(table_row([decoding(row), *(f"{row['tokens_per_second'][name]:,.0f}" for name in names)]))
-    rows += [
-        "",
-        f"Tokens a second of a packed bf16 file. Steps are of {record['batch']}x{record['length']} tokens a side under "
-        f"bf16 autocast; medians of {record['rounds']} interleaved turns, of {record['calls']} calls each for single "
-        f"weights and layers. {record['gpu']}, CUDA {record.get('cuda')}, Triton {record.get('triton')}, cuSPARSELt "
-        f"{record.get('cusparselt')}. {machine(record)}",
-    ]
-    rows += ["", *(f"Not measured: {name} ({why})." for name, why in record["missing"].items())]
-    return "\n".join(rows).rstrip()
-
-
-def measured_table(name: str) -> str:
-    """The table of a benchmark's file."""
-    return OF[name](read(MEASURED / f"{name}.json"))
-
-
-def quality_table() -> str:
-    """What each way to compute costs in BLEU."""
-    record = read(MEASURED / "quality.json")
-    rows = table_head(["computes", "activations", "BLEU", "to dense (95%)", "chrF", "same translations", "bytes"])
-    for row in record["rows"]:
-        low, high = row["interval"]
-        change = "" if row is record["rows"][0] else f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
-        same = f"{row['same_translations'] / record['sentences']:.1%}"
-        scores = [row["activations"], f"{row['bleu']:.2f}", change, f"{row['chrf']:.2f}"]
-        rows.append(table_row([row["mode"], *scores, same, f"{row['bytes']:,}"]))
-    rows += [
-        "",
-        f"{record['model']} on {record['corpus']}, {record['sentences']:,} sentences, beam {record['beams']}; "
-        f"intervals by paired bootstrap; `{record['signature']}`; kernels on {record['versions']['kernels']}, "
-        f"torch {record['versions']['torch']}, transformers {record['versions']['transformers']}.",
-    ]
-    return "\n".join(rows)
-
-
-def read(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return record
-
-
-def table_row(cells: Iterable[object]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def table_head(columns: list[str]) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [table_row(columns), f"|{'---|' * len(columns)}"]
-
-
-def machine(record: dict[str, Any]) -> str:
-    """Where a number was measured."""
-    unit = f"kernels on {record['unit']}, torch {record['torch']} on {record['torch_unit']}"
-    note = f"; {record['note']}" if record["note"] else ""
-    return f"{record['cpu']}, {record['cores']} cores, {unit}{note}."
-
-
-# A table is there once its benchmark has been run.
-OF = {
-    "generate": generate_of,
-    "training": training_of,
-    "trainer": trainer_of,
-    "faults": faults_of,
-    "startup": startup_of,
-    "scaling": scaling_of,
-    "memory": memory_of,
-    "gpu": gpu_of,
-}
-"""Tables that show one file of a benchmark, which has the table's name."""
-
-FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")}
-FILES |= {"kernels": "kernels_*.json", "summary": "generate.json"}
-MAKERS: dict[str, Callable[[], str]] = {
-    "summary": lambda: summary_of(read(MEASURED / "generate.json")),
+TABLES: dict[str, Callable[[], str]] = {
     "results": table,
-    "masks": masks_table,
-    "kernels": kernels_table,
-    "quality": quality_table,
-    **{name: partial(measured_table, name) for name in OF},
+    **tables.TABLES,
     **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
-TABLES = {name: make for name, make in MAKERS.items() if name not in FILES or any(MEASURED.glob(FILES[name]))}
 
 
 def home(name: str) -> Path:

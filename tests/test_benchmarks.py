@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate, gpu, kernels, memory, scaling, startup, timing, trainer, training
+from benchmarks import generate, gpu, kernels, memory, methods, scaling, startup, tables, timing, training
 from hf_nmsparse.kernels import library, native
 from hf_nmsparse.srste import METHODS
-from recipes import results_table
+from tests.test_layering import imports
 
 pytestmark = pytest.mark.skipif(library.status().unit is None, reason=library.status().reason)
 
@@ -26,7 +27,7 @@ def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, output: Path, *argument
     common = ["--threads", "1", "--rounds", "2", "--note", "a test", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["benchmark", *common, *arguments])
     benchmark.main()
-    return results_table.read(output)
+    return tables.read(output)
 
 
 def assert_table(table: str, columns: list[str]) -> None:
@@ -46,14 +47,14 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((512, 2048), 16, "cold") in measured
     assert ((64, 64), 1, "hot") in measured
     for row in record["rows"]:
-        assert row["median_us"].keys() == {"torch fp32", *results_table.CANDIDATES}
+        assert row["median_us"].keys() == {"torch fp32", *tables.CANDIDATES}
         assert all(time > 0 for time in row["median_us"].values())
         assert row["auto"].keys() == {"fp32", "bf16", "int8"}
         assert all(choice["to_fastest"] <= 1 for choice in row["auto"].values())
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["in x out", "2:4 int8", "auto bf16"])
 
-    monkeypatch.setattr(results_table, "MEASURED", tmp_path)
-    shown = results_table.kernels_table()
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    shown = tables.kernels_table()
     assert_table(shown, ["in x out", "2:4 int8"])
     assert shown.count("| 512x2048 | ") == 2
     assert "64x64" not in shown
@@ -62,7 +63,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_shown_is_in_the_grid() -> None:
     shapes = {(layer.in_features, layer.out_features) for layer in kernels.LAYERS}
     assert set(kernels.QUICK) <= shapes
-    assert {tuple(shape) for shape in results_table.SHAPES} <= shapes
+    assert {tuple(shape) for shape in tables.SHAPES} <= shapes
 
 
 def test_heads_have_no_sparse_candidates() -> None:
@@ -91,7 +92,7 @@ def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = file.with_suffix(".md").read_text(encoding="utf-8")
     assert_table(table, ["model", "file", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
     assert "Not measured: CTranslate2 int8" in table
-    summary = results_table.summary_of(record)
+    summary = tables.summary_of(record)
     assert_table(summary, ["model", "bytes", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
     [last] = [line for line in summary.splitlines() if line.startswith("| 2:4 int8 / ")]
     speeds = record["rows"][0]["tokens_per_second"]
@@ -111,15 +112,15 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["training step", "threads", "to dense"])
 
 
-def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "trainer.json"
+def test_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "methods.json"
     monkeypatch.setattr(
         sys,
         "argv",
         ["benchmark", "--tiny", "--starts", "2", "--rounds", "2", "--note", "a test", "--output", str(file)],
     )
-    trainer.main()
-    rows = {row["name"]: row for row in results_table.read(file)["rows"]}
+    methods.main()
+    rows = {row["name"]: row for row in tables.read(file)["rows"]}
     assert rows.keys() == {
         *("bare loop", "bare loop, again", "bare loop, torch's loss", "dense", *METHODS),
         *("sr-ste, 4:8", "sr-ste, 1:4", "sr-ste, 2:8", "sr-ste, 1:16", "sr-ste, fc1, fc2"),
@@ -146,7 +147,7 @@ def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= streamed["corpus"] < streamed["first batch"] <= streamed["3 batches"]
     rows = [{"pairs": 2_000, "start": "first", **found}, {"pairs": 2_000, "start": "stream", **streamed}]
     record = {**timing.machine(), "corpus": "text", "batch": "few", "processes": 1, "note": "a test", "rows": rows}
-    assert_table(results_table.startup_of(record), ["pairs", "first batch, s", "MiB before", "MiB at the peak"])
+    assert_table(tables.startup_of(record), ["pairs", "first batch, s", "MiB before", "MiB at the peak"])
 
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--note", "a test", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
     scaling.main()
-    rows = results_table.read(file)["rows"]
+    rows = tables.read(file)["rows"]
     assert [row["processes"] for row in rows] == [1, 2]
     assert all(row["step_ms"] > 0 for row in rows)
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["processes", "tokens a second"])
@@ -165,7 +166,7 @@ def test_faults(tmp_path: Path) -> None:
     file = tmp_path / "faults.json"  # in a process of its own: forking wants one thread
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--kills", "3", "--note", "a test"]
     subprocess.run([*command, "--output", str(file)], check=True, cwd=Path(__file__).parents[1])
-    rows = results_table.read(file)["rows"]
+    rows = tables.read(file)["rows"]
     assert [row["moment"] for row in rows] == ["training", "checkpoint", "packing"]
     assert all(row["identical"] for row in rows)
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["killed in", "kills"])
@@ -177,7 +178,7 @@ def fails_in_its_second_step(wait: Callable[[], None]) -> None:
 
 
 def test_a_training_that_fails_says_so_in_its_step() -> None:
-    training = trainer.Training(fails_in_its_second_step)
+    training = methods.Training(fails_in_its_second_step)
     training()
     with pytest.raises(RuntimeError, match="the second step"):
         training()
@@ -248,7 +249,7 @@ def test_the_gpu_table_with_packed_layers() -> None:
     ]
     versions = {"gpu": "H100", "cuda": "13", "triton": "3.6", "cusparselt": 80}
     record = {"batch": 2, "length": 3, "rounds": 4, "calls": 5, "missing": {}} | machine | versions
-    table = results_table.gpu_of(record | {"rows": rows}).splitlines()
+    table = tables.gpu_of(record | {"rows": rows}).splitlines()
     assert "| decay, 2:4 | 4x8 |  |  | 30.0 | 10.0 | 3.0 |" in table
     assert "| x | 11.0 | +10.0% | +0.0% to +20.0% | 1,010 |" in table
     assert "| 512x2048 | 0.50 | 1.25 | dense |" in table
@@ -261,7 +262,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CANDIDATES", ("dense", "2:4 SR-STE"))
     monkeypatch.setattr(sys, "argv", ["memory", "--tiny", "--rounds", "1", "--note", "a test", "--output", str(file)])
     memory.main()
-    dense, sparse = results_table.read(file)["rows"]
+    dense, sparse = tables.read(file)["rows"]
     # 64 x 64 of 4 + 8 projections, and 64 x 256 of 2 x 2 feed-forward layers, one bit each
     assert (dense["masks_mib"], sparse["masks_mib"]) == (0, round((12 * 64**2 + 4 * 64 * 256) / 8 / 2**20, 2))
     shared = 64 / 1024  # the sparse weight of the largest layer
@@ -270,3 +271,8 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_table(
         file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "tensors MiB", "process MiB", "to dense"]
     )
+
+
+@pytest.mark.parametrize("file", sorted(Path(timing.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_the_recipes_may_use_the_benchmarks_and_not_the_other_way(file: Path) -> None:
+    assert not [name for name in imports(ast.parse(file.read_text(encoding="utf-8"))) if name.startswith("recipes")]

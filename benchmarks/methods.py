@@ -1,8 +1,8 @@
 """What SparseTrainer adds to a training step, and what each method does: steps of many trainings, taken in turns.
 
-    python -m benchmarks.trainer --note "what else the machine was doing"
+    python -m benchmarks.methods --note "what else the machine was doing"
 
-It takes about twenty-five minutes and writes benchmarks/results/trainer.json and a table beside it. The model is the
+It takes about twenty-five minutes and writes benchmarks/results/methods.json and a table beside it. The model is the
 Transformer-Tiny of recipes/configs/multi30k_tiny.yaml with random weights, the pairs are random tokens of lengths like
 those of Multi30k, cut into batches as the recipe cuts them. The bare loop is what one would write by hand on the same
 batches, collated before it starts: forward, loss with label smoothing, backward, clipping, fused AdamW, schedule of the
@@ -33,13 +33,12 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, TrainerCallback, get_scheduler
 from transformers.utils import logging
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from hf_nmsparse import NMSparseConfig, SparseTrainer, SparseTrainingArguments, sparsify
 from hf_nmsparse.allocator import keep_freed_memory
 from hf_nmsparse.losses import token_loss
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import train_tokenizer
-from recipes import results_table
 
 Loss = Callable[[Any, Tensor], Tensor]
 Wait = Callable[[], None]
@@ -215,7 +214,7 @@ def candidates(setting: Setting) -> dict[str, Training]:
     """The trainings, by the names that the table has for them."""
     losses = {BARE: our_loss, f"{BARE}, again": our_loss, f"{BARE}, torch's loss": torchs_loss}
     found: dict[str, Callable[[Wait], None]] = {name: partial(by_hand, setting, loss) for name, loss in losses.items()}
-    found |= {results_table.training_name(**run): partial(by_trainer, setting, run, True) for run in RUNS}
+    found |= {tables.training_name(**run): partial(by_trainer, setting, run, True) for run in RUNS}
     found[f"{DENSE}, freed memory goes back"] = partial(by_trainer, setting, {"method": DENSE}, False)
     return {name: Training(train) for name, train in found.items()}
 
@@ -259,7 +258,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=6, help="how often all processes are started")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each training and start")
     parser.add_argument("--note", default="", help="what the reader has to know about this run")
-    parser.add_argument("--output", type=Path, default=timing.RESULTS / "trainer.json", help="a table goes beside it")
+    parser.add_argument("--output", type=Path, default=timing.RESULTS / "methods.json", help="a table goes beside it")
     parser.add_argument("--tiny", action="store_true", help="a very small model: tries the script")
     options = parser.parse_args()
     machine = timing.machine()  # before this run is its load
@@ -289,7 +288,7 @@ def main() -> None:
         "seed": 0,
         "note": options.note,
     }
-    timing.write(options.output, record, rows, results_table.trainer_of(record | {"rows": rows}))
+    timing.write(options.output, record, rows, tables.methods_of(record | {"rows": rows}))
     print(options.output)
 
 
