@@ -1,14 +1,8 @@
-"""Parallel text: from the Hub, from local files, or from a package on PyPI that carries some."""
+"""Parallel text, from the Hub or from local files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +13,7 @@ from transformers.utils import logging
 
 from hf_nmsparse.pairs import find_files, is_text, read_pairs, same_length
 
-__all__ = ["SPLITS", "Rows", "homeassistant_corpus", "load_corpus"]
+__all__ = ["SPLITS", "Rows", "load_corpus"]
 
 logger = logging.get_logger(__name__)
 
@@ -31,10 +25,6 @@ _FEATURES = Features({"source": Value("string"), "target": Value("string")})
 
 # Counts the ways in which files and rows were read here: what an older one has cached is not taken for this one's.
 _READER = 1
-
-_WHEEL = "homeassistant-2026.11.0-py3-none-any.whl"
-_WHEEL_SHA256 = "7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7"
-_HELD_OUT = 500
 
 
 def load_corpus(
@@ -49,7 +39,6 @@ def load_corpus(
               with a header) whose rows are ``{"translation": {"en": ..., "de": ...}}`` or ``{"en": ..., "de": ...}``,
               other columns aside, or a pair of text files such as ``train.en`` and ``train.de``; all but parquet also
               compressed: ``.gz``, ``.bz2``, ``.xz`` or ``.zst``. Text is UTF-8;
-            - ``"homeassistant"``: see `homeassistant_corpus`;
             - a dataset of the Hub with rows of the same two shapes, such as ``"wmt/wmt14"``. Of its training split the
               rows that lack a side are left out, and their number is logged.
         source_lang: Key of the source sentence in a row, or suffix of its file.
@@ -61,9 +50,6 @@ def load_corpus(
         ValueError: Files are missing, empty, of unequal length, or a row lacks one of its sides. Of a stream a row is
             looked at when it comes.
     """
-    if corpus == "homeassistant":
-        pairs = homeassistant_corpus(source_lang, target_lang)
-        return {**pairs, "train": pairs["train"].to_iterable_dataset()} if streaming else {**pairs}
     folder = Path(corpus)
     if folder.is_file():
         raise ValueError(f"corpus {corpus}: a file; name its folder, in which the files are train.*, validation.* ...")
@@ -177,86 +163,3 @@ def _two_columns(rows: Rows, where: str, source_lang: str, target_lang: str, len
 def _fingerprint(*parts: str) -> str:
     """Names a cached result after what it is made from, so that a second run finds it."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def homeassistant_corpus(source_lang: str, target_lang: str, cache: Path | None = None) -> dict[str, Dataset]:
-    """The interface texts of Home Assistant, which its package on PyPI carries in English, German and many others.
-
-    It is real parallel text that a machine without the Hub can have: about 20,000 distinct pairs of four words or
-    more, Apache-2.0. The wheel (68 MB) is fetched by pip once, checked against its hash and kept in the cache.
-
-    Args:
-        source_lang: Language of the source, such as ``"en"``.
-        target_lang: Language of the target, such as ``"de"``.
-        cache: Folder for the wheel; a folder in the cache of datasets if None.
-
-    Raises:
-        ValueError: The wheel cannot be had, is not the expected one, or lacks a language.
-    """
-    wheel = _fetch_wheel(cache or Path(datasets.config.HF_CACHE_HOME) / "nmsparse")
-    pairs = sorted(set(_wheel_pairs(wheel, source_lang, target_lang)))
-    if not pairs:
-        raise ValueError(f"corpus homeassistant: no texts in both {source_lang!r} and {target_lang!r}")
-    # A source text goes to one split whole, whatever its translations, so that nothing tested was trained on.
-    ordered = sorted({source for source, _ in pairs}, key=lambda text: hashlib.sha256(text.encode()).digest())
-    if len(ordered) <= 2 * _HELD_OUT:
-        raise ValueError(f"corpus homeassistant: only {len(ordered)} texts in {source_lang!r} and {target_lang!r}")
-    held_out = {"validation": set(ordered[:_HELD_OUT]), "test": set(ordered[_HELD_OUT : 2 * _HELD_OUT])}
-    held_out["train"] = set(ordered[2 * _HELD_OUT :])
-    return {
-        split: Dataset.from_dict(
-            {
-                "source": [source for source, _ in pairs if source in held_out[split]],
-                "target": [target for source, target in pairs if source in held_out[split]],
-            }
-        )
-        for split in SPLITS
-    }
-
-
-def _fetch_wheel(cache: Path) -> Path:
-    wheel = cache / _WHEEL
-    if not wheel.is_file():
-        version = _WHEEL.split("-")[1]
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
-            done = subprocess.run(
-                [*command, "--dest", folder, f"homeassistant=={version}"], capture_output=True, text=True, check=False
-            )
-            fetched = Path(folder) / _WHEEL
-            if done.returncode or not fetched.is_file():
-                reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-                raise ValueError(f"corpus homeassistant: pip could not download homeassistant=={version}: {reason}")
-            fetched.replace(wheel)
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != _WHEEL_SHA256:
-        raise ValueError(f"corpus homeassistant: {wheel} is not the expected file; delete it and run again")
-    return wheel
-
-
-def _wheel_pairs(wheel: Path, source_lang: str, target_lang: str) -> Iterator[tuple[str, str]]:
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        for name in sorted(names):
-            if not name.endswith(f"/translations/{source_lang}.json"):
-                continue
-            other = f"{name.rpartition('/')[0]}/{target_lang}.json"
-            if other in names:
-                source, target = (dict(_texts(json.loads(archive.read(file)))) for file in (name, other))
-                for key in source.keys() & target.keys():
-                    text, translation = source[key].strip(), target[key].strip()
-                    if (
-                        len(text.split()) >= 4
-                        and translation
-                        and text != translation
-                        and "\n" not in text + translation
-                    ):
-                        yield text, translation
-
-
-def _texts(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    if isinstance(node, str):
-        yield path, node
-    elif isinstance(node, dict):
-        for key, child in node.items():
-            yield from _texts(child, (*path, key))

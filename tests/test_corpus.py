@@ -1,13 +1,10 @@
-"""Parallel text from local files, the PyPI wheel and, refused, from elsewhere."""
+"""Parallel text from local files, the Hub and, refused, from elsewhere."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import shutil
-import subprocess
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from hf_nmsparse import corpus
-from hf_nmsparse.corpus import homeassistant_corpus, load_corpus
+from hf_nmsparse.corpus import load_corpus
 
 PAIRS = [("A man sleeps.", "Ein Mann schläft."), ('He said "no".', "Er sagte „nein“."), ("NA", "null")]
 MULTI30K = Path("../shared/data/multi30k")
@@ -182,59 +179,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
     with pytest.raises(ValueError, match=r"train.en cannot be kept in the cache, .*file: .*File exists"):
         load_corpus(str(tmp_path / "corpus"), "en", "de")
-
-
-def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, texts: dict[str, dict[str, Any]]) -> Path:
-    """A wheel with the translations of one integration, taken for the real one."""
-    folder.mkdir(exist_ok=True)
-    path = folder / corpus._WHEEL
-    with zipfile.ZipFile(path, "w") as archive:
-        for lang, content in texts.items():
-            archive.writestr(f"homeassistant/components/sun/translations/{lang}.json", json.dumps(content))
-    monkeypatch.setattr(corpus, "_WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
-
-
-def test_homeassistant_pairs_texts_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    english = {
-        "title": "Sun",  # too short
-        "step": {"one": "Where does the sun rise?", "two": "Only here in English, alas", "same": "a b c d"},
-        "many": {str(i): f"Text number {i} of many" for i in range(6)},
-    }
-    german = {
-        "title": "Sonne",
-        "step": {"one": "Wo geht die Sonne auf?", "three": "Nur hier auf Deutsch", "same": "a b c d"},
-        "many": {str(i): f"Text Nummer {i} von vielen" for i in range(6)},
-    }
-    wheel(tmp_path, monkeypatch, {"en": english, "de": german, "fr": {}})
-    monkeypatch.setattr(corpus, "_HELD_OUT", 2)
-    splits = homeassistant_corpus("en", "de", cache=tmp_path)
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 3, "validation": 2, "test": 2}
-    pairs = {(row["source"], row["target"]) for rows in splits.values() for row in rows}
-    expected = {(f"Text number {i} of many", f"Text Nummer {i} von vielen") for i in range(6)}
-    assert pairs == expected | {("Where does the sun rise?", "Wo geht die Sonne auf?")}
-    again = homeassistant_corpus("en", "de", cache=tmp_path)
-    assert {split: rows[:] for split, rows in again.items()} == {split: rows[:] for split, rows in splits.items()}
-
-
-def test_homeassistant_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = wheel(tmp_path, monkeypatch, {"en": {"a": "one two three four"}, "de": {"a": "eins zwei drei vier"}})
-    with pytest.raises(ValueError, match="no texts in both 'en' and 'fr'"):
-        homeassistant_corpus("en", "fr", cache=tmp_path)
-    with pytest.raises(ValueError, match="only 1 texts in 'en' and 'de'"):
-        homeassistant_corpus("en", "de", cache=tmp_path)
-    path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ValueError, match="is not the expected file; delete it and run again"):
-        homeassistant_corpus("en", "de", cache=tmp_path)
-
-
-def test_homeassistant_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-
-    monkeypatch.setattr(subprocess, "run", no_network)
-    with pytest.raises(ValueError, match=r"pip could not download homeassistant==[0-9.]+: ERROR: No matching"):
-        homeassistant_corpus("en", "de", cache=tmp_path)
 
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason="the real corpus does not lie beside the project")

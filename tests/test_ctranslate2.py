@@ -18,8 +18,9 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Generati
 from hf_nmsparse import NMSparseConfig, SparseTrainer, export_dense, save_packed, sparsify
 from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.tokenizer import tokenise
-from recipes.wmt_en_de import load_model, load_tokenizer, make_sparse, parse
-from tests.test_recipe import tiny, write_corpus
+from recipes.arguments import parse
+from recipes.wmt_en_de import load_model, load_tokenizer, make_sparse
+from tests.recipe_runs import tiny, write_corpus
 from tests.tiny import marian
 
 pytestmark = pytest.mark.skipif(find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")

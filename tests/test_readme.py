@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from hf_nmsparse import NMSparseConfig, NMSparseQuantizationConfig, cli, save_packed, sparsify
 from recipes import results_table
+from recipes.arguments import parse
 from recipes.study import Study
-from recipes.wmt_en_de import parse
 from tests.tiny import marian, token_pairs, tokenizer
 
 ROOT = Path(__file__).parents[1]

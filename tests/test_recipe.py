@@ -1,4 +1,4 @@
-"""The recipe: its configurations, what it refuses, and whole runs on a corpus of a few sentences."""
+"""The recipe: whole runs on a corpus of a few sentences, alone, on several processes and with a Hub."""
 
 from __future__ import annotations
 
@@ -21,142 +21,19 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from transformers import NllbTokenizer
 
-from hf_nmsparse import SparseTrainingArguments
-from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.run_logs import read_curve, read_layers
-from hf_nmsparse.sparse_model import select_layers
-from recipes.wmt_en_de import (
-    DEFAULT,
-    card_name,
-    describe,
-    keep_settings,
-    load_model,
-    load_tokenizer,
-    parse,
-    read_lines,
-    run,
-)
+from recipes.arguments import DEFAULT, parse
+from recipes.run_files import read_lines
+from recipes.wmt_en_de import card_name, describe, keep_settings, load_model, load_tokenizer, run
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14
+from tests.recipe_runs import PAIRS, launch, tiny, write_corpus
 from tests.tiny import bart, hf, t5, tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-NOUNS = {"man": "Mann", "dog": "Hund", "child": "Kind", "woman": "Frau", "cat": "Katze"}
-VERBS = {"sleeps": "schläft", "runs": "rennt", "eats": "isst", "waits": "wartet"}
-PLACES = {"here": "hier", "there": "dort", "outside": "draußen", "inside": "drinnen", "today": "heute", "now": "jetzt"}
-
-
-PAIRS = [
-    (f"The {noun} {verb} {place}.", f"Jetzt {VERBS[verb]} {NOUNS[noun]} {PLACES[place]}.")
-    for noun in NOUNS
-    for verb in VERBS
-    for place in PLACES
-]
-
-
-def write_corpus(folder: Path) -> Path:
-    for split, rows in {"train": PAIRS, "validation": PAIRS[::12], "test": PAIRS[::10]}.items():
-        lines = (json.dumps({"translation": {"en": en, "de": de}}) for en, de in rows)
-        folder.mkdir(exist_ok=True)
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
-def launch(accelerate: str, *arguments: str, fails: bool = False) -> str:
-    """`accelerate launch` as the README says it; what it printed, or its standard error where it is to fail."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / accelerate), "--main_process_port", "0"]
-    script = ROOT / "recipes" / "wmt_en_de.py"
-    if accelerate == "fsdp2.yaml":  # on two CPU processes that are taken for GPUs
-        command += ["--num_processes", "2", "--mixed_precision", "no"]
-        script = ROOT / "tests" / "fsdp2_on_cpu.py"
-    done = subprocess.run(
-        [*command, str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,  # a hang of gloo at its end fails the test instead of stopping the suite
-    )
-    assert bool(done.returncode) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
-
-
-def tiny(corpus: Path, output: Path, **settings: Any) -> list[str]:
-    values: dict[str, Any] = {
-        "corpus": corpus,
-        "output_dir": output,
-        "max_length": 40,
-        "vocab_size": 300,
-        "d_model": 32,
-        "layers": 1,
-        "heads": 2,
-        "ffn": 64,
-        "max_steps": 300,
-        "dropout": 0,
-        "eval_strategy": "no",
-        "save_strategy": "steps",
-        "save_steps": 50,
-        "tokens_per_batch": 500,
-        "beams": 2,
-        "learning_rate": 0.01,
-        "warmup_steps": 20,
-        "save_total_limit": 3,
-        "logging_steps": 1,
-        "use_cpu": "true",
-        **settings,
-    }
-    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
-
-
-def test_without_a_configuration_it_runs_wmt14(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`accelerate launch recipes/wmt_en_de.py` ended in a page of usage; from any folder, keys go on top."""
-    monkeypatch.chdir(tmp_path)
-    named, _ = parse([str(DEFAULT), "--use_cpu", "true"])
-    assert "wmt_en_de: runs" not in capsys.readouterr().out
-    alone, args = parse(["--use_cpu", "true"])
-    assert alone == named
-    assert (alone.corpus, alone.corpus_config, args.max_steps) == ("wmt/wmt14", "de-en", 100_000)
-    line, *_ = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"wmt_en_de: runs {ROOT / 'recipes/configs/wmt14_transformer_base_2of4.yaml'}; name another")
-    for config in CONFIGS:
-        assert config.stem in line
-    small, args = parse(["--use_cpu", "true", "--layers", "2", "--max_steps", "3"])
-    assert (small.layers, small.d_model, args.max_steps) == (2, 512, 3)
-
-
-@pytest.mark.parametrize(
-    ("devices", "batches", "tokens"), [(1, 8, 6250), (2, 4, 6250), (3, 3, 5555), (8, 1, 6250), (16, 1, 3125)]
-)
-def test_a_step_holds_as_many_tokens_on_any_number_of_devices(
-    devices: int, batches: int, tokens: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(SparseTrainingArguments, "world_size", devices)
-    _, args = parse([str(DEFAULT), "--use_cpu", "true"])
-    assert (args.gradient_accumulation_steps, args.tokens_per_batch) == (batches, tokens)
-    assert 50_000 - devices * batches < devices * batches * tokens <= 50_000
-    assert capsys.readouterr().out == (
-        f"wmt_en_de: a step of 50,000 tokens: {devices} device(s) x {batches} batch(es) of {tokens:,} tokens\n"
-    )
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_configurations_parse_and_fit_their_model(config: Path, tmp_path: Path) -> None:
-    recipe, args = parse([str(config), "--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"])
-    if "2of4" in config.stem or config.stem == "demo":
-        assert (args.sparse_method, args.sparse_decay, recipe.pattern) == ("sr-ste", 2e-4, "2:4")
-    else:
-        assert args.sparse_method == "dense"
-    assert recipe.average <= (args.save_total_limit or recipe.average)
-    if recipe.model is None:
-        chosen, dense = select_layers(load_model(recipe, tokenizer()), NMSparseConfig(recipe.pattern))
-        assert len(chosen) == recipe.layers * 16
-        assert dense == {"lm_head": "the output head"}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -174,130 +51,6 @@ def test_accelerate_takes_its_configurations(file: Path) -> None:
         settings["distributed_type"] == "FSDP",
     )
     assert (args.num_processes, args.mixed_precision) == (settings["num_processes"], settings["mixed_precision"])
-
-
-@pytest.mark.parametrize("sparse", ["multi30k_2of4", "wmt14_transformer_base_2of4"])
-def test_the_dense_configuration_differs_in_sparsity_alone(sparse: str) -> None:
-    both = [
-        yaml.safe_load((ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
-        for name in (sparse, sparse.replace("2of4", "dense"))
-    ]
-    changed = {key for key in both[0].keys() | both[1].keys() if both[0].get(key) != both[1].get(key)}
-    assert changed == {"output_dir", "pattern", "sparse_method", "sparse_decay"}
-
-
-def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("corpus: a\noutput_dir: b\nlearning_rate: 0.5\nuse_cpu: true\ntargets: [fc1, fc2]\n")
-    recipe, args = parse([str(file), "--learning_rate", "0.25", "--corpus", "c"])
-    assert (recipe.corpus, args.output_dir, args.learning_rate, recipe.targets) == ("c", "b", 0.25, ["fc1", "fc2"])
-
-
-def test_values_of_a_file_are_what_they_look_like(tmp_path: Path) -> None:
-    """YAML has 2:4 for 124, 1e-3 for a text and the language no for a falsehood."""
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "\ufeffcorpus: 007\noutput_dir: '2026'\nuse_cpu: yes\nsource_lang: no\npattern: 2:4\nlearning_rate: 1e-3\n"
-        "max_steps: 1_000\ntargets: fc1\nmore_train: [a b, 'true']\nbaseline: null\nmodel: ~\nsource_prefix: ''\n"
-        "streaming: true\nlr_scheduler_kwargs: {timescale: 20}\nreport_to: [none]\nsparse_decay:\ndropout: .2\n",
-        encoding="utf-8",
-    )
-    recipe, args = parse([str(file)])
-    assert (recipe.corpus, args.output_dir, recipe.source_lang, recipe.pattern) == ("007", "2026", "no", "2:4")
-    assert (args.learning_rate, args.max_steps, recipe.dropout) == (1e-3, 1000, 0.2)
-    assert (recipe.targets, recipe.more_train, recipe.source_prefix) == (["fc1"], ["a b", "true"], "")
-    assert (recipe.baseline, recipe.model, recipe.streaming) == (None, None, True)
-    assert (args.lr_scheduler_kwargs, args.report_to, args.sparse_decay) == ({"timescale": 20}, [], 2e-4)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("corpus: a\nlearning_rat: 1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        ("corpus: a\npattern: 2:4\nfoo: 1", "unknown key 'foo'"),
-        ("- corpus", "holds list, not keys and values"),
-        ("2:4", "holds str, not keys and values"),
-        ("", "is empty"),
-        ("# corpus: a\n", "is empty"),
-        ("corpus: a\nseed: 1\ncorpus: b", "the key 'corpus' is there 2 times"),
-        ("corpus: a\n\tseed: 1", "found character '\\t' that cannot start any token"),
-        ("corpus: !!python/name:os.system x", "could not determine a constructor"),
-        ("corpus: caf\udce9", "can't decode byte 0xe9"),
-        ("corpus: [a, b]", 'corpus: cannot be ["a", "b"]'),
-        ("corpus: {a: b}", 'corpus: cannot be {"a": "b"}'),
-        ("corpus:\nseed: 1", "corpus: cannot be null"),
-        ("corpus: a\nmore_train: [[b]]", 'more_train: cannot be [["b"]]'),
-        ("corpus: a\nmax_steps: 3.5", "argument --max_steps/--max-steps: invalid int value: '3.5'"),
-        ("corpus: a\nmax_steps: 1e5", "argument --max_steps/--max-steps: invalid int value: '1e5'"),
-        ("corpus: a\nlearning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-        ("corpus: a\nstreaming: 2", "argument --streaming: Truthy value expected"),
-        (
-            "corpus: a\neval_strategy: sometimes",
-            "--eval_strategy/--eval-strategy: invalid choice: 'sometimes'",
-        ),
-        ("seed: 1", "the following arguments are required: --corpus"),
-        ("corpus: a\nuse_cpu: true\ntokens_per_step: 9", "tokens_per_step: needs tokens_per_batch, the most tokens"),
-    ],
-)
-def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError, match=r"recipe: |tokens_per_step: |run\.yaml") as refused:
-        parse([str(file)])
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
-    with pytest.raises(ValueError, match=r"no such file .*missing.yaml; see recipes/configs"):
-        parse([str(tmp_path / "missing.yaml")])
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        (["--learning_rat", "1"], "recipe: command line: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        (["--max_s", "1"], "recipe: command line: unknown key 'max_s'; did you mean 'max_steps'?"),
-        (["--max_steps", "x"], "recipe: argument --max_steps/--max-steps: invalid int value: 'x'"),
-        (["stray"], "recipe: command line: unknown key 'stray'"),
-    ],
-)
-def test_arguments_that_are_refused(argument: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse([str(DEFAULT), "--use_cpu", "true", *argument])
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        (("--pattern", "4:2"), "N:M needs 1 <= N < M <= 32, got 4:2"),
-        (("--values", "bf8"), "values: is one of fp32, fp16, bf16, int8, got 'bf8'"),
-        (("--values", "int8", "--sparse_method", "dense"), "values: 'int8' is for packed models"),
-        (("--values", "int8", "--sparse_dense_tail", "0.1"), "a dense tail leaves a dense one; choose fp32, fp16"),
-        (("--standalone", "true", "--sparse_method", "dense"), "standalone: is for packed models and this run ends"),
-        (("--standalone", "true", "--sparse_dense_tail", "0.1"), "standalone: is for packed models and this run ends"),
-        (("--streaming", "true", "--max_steps", "-1"), "streaming: a stream has no length; give max_steps"),
-        (("--streaming", "true", "--token_processes", "2"), "token_processes: a stream becomes tokens where it is"),
-        (("--tokens_per_step", "0"), "tokens_per_step: needs at least 1, got 0"),
-        (
-            ("--tokens_per_step", "9", "--gradient_accumulation_steps", "1"),
-            "tokens_per_step: gradient_accumulation_steps follows from it",
-        ),
-        (("--tokens_per_step", "9", "--gradient-accumulation-steps=2"), "tokens_per_step: gradient_accumulation_steps"),
-        (("--average", "4"), "average: 4 checkpoints, and save_total_limit keeps 3; raise it"),
-        (("--average", "2", "--save_strategy", "no"), "average: 2 checkpoints, and save_strategy 'no' writes none"),
-        (("--heads", "3"), "heads: has to divide d_model, got 3 for 32"),
-        (("--seed", "-1"), "seed: needs a number from 0 to 4294967295, got -1"),
-        (("--seed", "4294967296"), "seed: needs a number from 0 to 4294967295, got 4294967296"),
-        (("--learning_rate", "inf"), "learning_rate: needs a finite number of at least 0, got inf"),
-        (("--learning_rate", "nan"), "learning_rate: needs a finite number of at least 0, got nan"),
-        (("--learning_rate", "-1"), "learning_rate: needs a finite number of at least 0, got -1.0"),
-        (("--beams", "0"), "beams: needs at least 1, got 0"),
-        (("--push_to", "a/b", "--sparse_method", "dense"), "push_to: sends packed models and this run ends in a dense"),
-        (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
-    ],
-)
-def test_what_would_end_a_run_late_is_refused_first(argument: tuple[str, str], message: str, tmp_path: Path) -> None:
-    (tmp_path / "none.yaml").write_text("seed: 1")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse([str(tmp_path / "none.yaml"), *tiny(tmp_path, tmp_path / "run"), *argument])
 
 
 @pytest.mark.parametrize("name", ["a run", "größe", "-x-", "a..b", "a--b", "x.git", "...", "é", "x" * 200, "ok.2-4_a"])

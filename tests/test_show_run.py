@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from hf_nmsparse import NMSparseConfig, save_packed, sparsify
 from recipes import show_run
-from recipes.wmt_en_de import hypotheses_file, reference_file, source_file, write_lines
+from recipes.run_files import hypotheses_file, reference_file, source_file, write_lines
 from tests.test_plots import write_run
 from tests.tiny import marian, tokenizer
 

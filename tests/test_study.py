@@ -17,10 +17,10 @@ import yaml
 
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics
 from recipes import results_table
+from recipes.arguments import parse
 from recipes.study import Runner, Study, main, only_one
-from recipes.wmt_en_de import parse
+from tests.recipe_runs import tiny, write_corpus
 from tests.test_plots import write_run
-from tests.test_recipe import tiny, write_corpus
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))

@@ -1,0 +1,231 @@
+"""The arguments of the recipe: one YAML file, keys on the command line over it, and what does not go together."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Action
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from hf_nmsparse import SparseTrainingArguments
+from hf_nmsparse.packing import VALUE_DTYPES
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.settings import read_settings
+from recipes.run_files import hypotheses_file
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = CONFIGS / "wmt14_transformer_base_2of4.yaml"
+
+# Of the recipe's arguments, what is counted.
+COUNTS = (
+    "max_train_pairs",
+    "token_processes",
+    "tokens_per_step",
+    "max_length",
+    "d_model",
+    "layers",
+    "heads",
+    "ffn",
+    "average",
+    "beams",
+    "eval_batch",
+)
+
+
+@dataclass
+class RecipeArguments:
+    """What is trained on what; how it is trained is in SparseTrainingArguments."""
+
+    corpus: str = field(
+        metadata={
+            "help": "Hub dataset, local folder or 'homeassistant'; see hf_nmsparse.corpus and recipes.homeassistant."
+        }
+    )
+    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset: de-en."})
+    more_train: list[str] | None = field(
+        default=None, metadata={"help": "Further corpora, likewise, whose training pairs are added."}
+    )
+    source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
+    target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
+    max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training pairs as they come and keep nothing; needs max_steps."}
+    )
+    token_processes: int | None = field(default=None, metadata={"help": "Processes that turn the texts into tokens."})
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Source and target tokens of an optimizer step over all devices, in place of "
+            "gradient_accumulation_steps; tokens_per_batch is the most that a device holds then."
+        },
+    )
+    max_length: int = field(default=256, metadata={"help": "Longest sentence in tokens; longer pairs are left out."})
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from; from scratch if left out."})
+    source_code: str | None = field(default=None, metadata={"help": "Source language as mBART or NLLB spell it."})
+    target_code: str | None = field(default=None, metadata={"help": "Target language likewise: deu_Latn."})
+    source_prefix: str = field(default="", metadata={"help": "Put before every source text, as T5 wants it."})
+    vocab_size: int = field(default=32_000, metadata={"help": "Joint BPE vocabulary of a model from scratch."})
+    d_model: int = field(default=512, metadata={"help": "Width of a model from scratch."})
+    layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers, from scratch."})
+    heads: int = field(default=8, metadata={"help": "Attention heads, from scratch."})
+    ffn: int = field(default=2048, metadata={"help": "Feed-forward width, from scratch."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout, from scratch."})
+
+    pattern: str = field(default="2:4", metadata={"help": "N:M, N of M weights are kept."})
+    targets: list[str] | None = field(default=None, metadata={"help": "Layers to make sparse; every Linear if None."})
+    ignore: list[str] | None = field(default=None, metadata={"help": "Layers that stay dense; heads if None."})
+    values: str = field(default="bf16", metadata={"help": "Number type of the packed file: fp32, fp16, bf16, int8."})
+    standalone: bool = field(default=False, metadata={"help": "Add the code with which transformers alone reads it."})
+    average: int = field(default=1, metadata={"help": "Average the dense masters of the last so many checkpoints."})
+
+    split: str = field(default="test", metadata={"help": "The split that is scored."})
+    beams: int = field(default=4, metadata={"help": "Beam size of the evaluation."})
+    eval_batch: int = field(default=64, metadata={"help": "Sentences a batch of the evaluation."})
+    baseline: str | None = field(default=None, metadata={"help": "Output folder of the dense run to compare with."})
+    license: str = field(default="apache-2.0", metadata={"help": "License on the model card."})
+    push_to: str | None = field(default=None, metadata={"help": "Hub repository that gets the packed model."})
+
+    def __post_init__(self) -> None:
+        """Finds here what would otherwise end a run after its training."""
+        NMPattern.parse(self.pattern)
+        if self.values not in VALUE_DTYPES:
+            raise ValueError(f"values: is one of {', '.join(VALUE_DTYPES)}, got {self.values!r}")
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: needs at least 1, got {count}")
+        if self.model is None and self.d_model % self.heads:
+            raise ValueError(f"heads: has to divide d_model, got {self.heads} for {self.d_model}")
+        if self.baseline is not None:
+            file = hypotheses_file(Path(self.baseline), self.split)
+            if not file.is_file():
+                raise ValueError(f"baseline: {file} is missing; run the dense configuration first")
+
+
+class Parser(HfArgumentParser):
+    """Says in one line what is wrong, and takes the values of a file as it takes those of a command line."""
+
+    def __init__(self) -> None:
+        hints = (get_type_hints(kind) for kind in (RecipeArguments, SparseTrainingArguments))
+        self.types: dict[str, Any] = {key: hint for found in hints for key, hint in found.items()}
+        self.keys: dict[str, Action] = {}
+        super().__init__((RecipeArguments, SparseTrainingArguments), allow_abbrev=False)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Action:
+        """Adds an argument, and keeps it by its key."""
+        action = super().add_argument(*args, **kwargs)
+        if action.dest in self.types:
+            self.keys[action.dest] = action
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        """In place of a page of usage."""
+        raise ValueError(f"recipe: {message}")
+
+    def check_known(self, key: str, where: str) -> None:
+        """Refuses what is no key, and names the one that was meant."""
+        if key not in self.keys:
+            near = get_close_matches(key, self.keys, 1)
+            raise ValueError(f"recipe: {where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+    def arguments_of(self, file: Path) -> list[str]:
+        """The settings of a file as a command line would have them; what none can have becomes the default."""
+        arguments = []
+        for key, value in read_settings(file).items():
+            self.check_known(key, str(file))
+            admitted = kinds(self.types[key])
+            if isinstance(value, str):
+                arguments.append(f"--{key}={value}")
+            elif isinstance(value, dict) and dict in admitted:
+                arguments.append(f"--{key}={json.dumps(value)}")
+            elif type(value) in admitted and all(isinstance(item, str) for item in value or ()):
+                self.set_defaults(**{key: value})
+            else:
+                raise ValueError(f"recipe: {file}: {key}: cannot be {json.dumps(value)}; see --help")
+        return arguments
+
+
+def kinds(hint: Any) -> set[Any]:
+    """The types that an annotation admits, without what they hold."""
+    every = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {get_origin(kind) or kind for kind in every}
+
+
+def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
+    """One YAML file first, or the one of the first command, then ``--key value`` pairs that win over it."""
+    named = bool(argv) and not argv[0].startswith("-")
+    file, argv = (Path(argv[0]), argv[1:]) if named else (DEFAULT, argv)
+    if not file.is_file():
+        raise ValueError(f"recipe: no such file {file}; see recipes/configs")
+    parser = Parser()
+    arguments = [*parser.arguments_of(file), *argv]
+    try:
+        recipe, args, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    for argument in unknown:
+        parser.check_known(argument.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
+    check(recipe, args)
+    said = []
+    if not named:
+        others = ", ".join(sorted(other.stem for other in CONFIGS.iterdir() if other != DEFAULT))
+        said.append(f"runs {DEFAULT}; name another to run it instead: {others}")
+    if recipe.tokens_per_step is not None:
+        keys = {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in arguments}
+        said.append(share_out(recipe.tokens_per_step, args, "gradient_accumulation_steps" in keys))
+    if args.process_index == 0:
+        for line in said:
+            print(f"wmt_en_de: {line}", flush=True)
+    return recipe, args
+
+
+def check(recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
+    """Refuses what does not go together before anything is read."""
+    dense = "sparse_method is 'dense'" if args.sparse_method == "dense" else "a dense tail leaves a dense one"
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"seed: needs a number from 0 to {2**32 - 1}, got {args.seed}")
+    if not 0 <= args.learning_rate < math.inf:
+        raise ValueError(f"learning_rate: needs a finite number of at least 0, got {args.learning_rate}")
+    ends_dense = args.sparse_method == "dense" or bool(args.sparse_dense_tail)
+    if ends_dense and recipe.values == "int8":
+        raise ValueError(f"values: 'int8' is for packed models and {dense}; choose fp32, fp16 or bf16")
+    if ends_dense and recipe.standalone:
+        raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
+    if ends_dense and recipe.push_to is not None:
+        raise ValueError("push_to: sends packed models and this run ends in a dense one; leave it out")
+    if recipe.average > (args.save_total_limit or recipe.average):
+        raise ValueError(
+            f"average: {recipe.average} checkpoints, and save_total_limit keeps {args.save_total_limit}; raise it"
+        )
+    if recipe.average > 1 and args.save_strategy == "no":
+        raise ValueError(f"average: {recipe.average} checkpoints, and save_strategy 'no' writes none; set it")
+    if recipe.streaming and args.max_steps <= 0:
+        raise ValueError("streaming: a stream has no length; give max_steps")
+    if recipe.streaming and recipe.token_processes is not None:
+        raise ValueError("token_processes: a stream becomes tokens where it is read; leave it out")
+
+
+def share_out(tokens_per_step: int, args: SparseTrainingArguments, accumulation_given: bool) -> str:
+    """Sets how many batches of how many tokens a device takes for a step; returns what it has chosen."""
+    if accumulation_given:
+        raise ValueError(
+            "tokens_per_step: gradient_accumulation_steps follows from it and from the number of devices; give one"
+        )
+    if args.tokens_per_batch is None:
+        raise ValueError("tokens_per_step: needs tokens_per_batch, the most tokens that one device holds")
+    devices = args.world_size
+    batches = -(-tokens_per_step // (devices * args.tokens_per_batch))
+    tokens = tokens_per_step // (devices * batches)
+    if not tokens:
+        raise ValueError(f"tokens_per_step: {tokens_per_step} are less than one for each of {devices} devices")
+    args.gradient_accumulation_steps, args.tokens_per_batch = batches, tokens
+    return f"a step of {tokens_per_step:,} tokens: {devices} device(s) x {batches} batch(es) of {tokens:,} tokens"

@@ -1,0 +1,36 @@
+"""The texts that a run of the recipe keeps in its output folder, one a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def source_file(output: Path, split: str) -> Path:
+    """Where a run keeps the source texts of a split."""
+    return output / f"{split}.source.txt"
+
+
+def reference_file(output: Path, split: str) -> Path:
+    """Where it keeps their references."""
+    return output / f"{split}.reference.txt"
+
+
+def hypotheses_file(output: Path, split: str) -> Path:
+    """Where it keeps its translations of them."""
+    return output / f"{split}.hypotheses.txt"
+
+
+def one_line(text: str) -> str:
+    """A text with single spaces and nothing that ends a line."""
+    return " ".join(text.split())
+
+
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    """Writes a text file, a line each."""
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without what ends them."""
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
