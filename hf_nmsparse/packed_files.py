@@ -41,6 +41,7 @@ __all__ = [
     "natural_order",
     "read_files",
     "read_folder",
+    "read_object",
     "wrapper_of",
 ]
 
@@ -96,7 +97,7 @@ def check_folder(path: str | Path) -> PackedSummary:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"check_folder: {folder} holds no config.json, so no saved model")
-    settings = _read_object(folder / "config.json")
+    settings = read_object(folder / "config.json")
     record, auto_map = settings.get("quantization_config"), settings.get("auto_map")
     if not isinstance(record, dict) or record.get("quant_method") != METHOD or record.get("format") == "dense":
         raise ValueError(f"check_folder: {folder} holds no packed model; save_packed(model, path) writes one")
@@ -142,8 +143,12 @@ def is_reader(code: Any) -> bool:
     return str(code).rpartition("--")[2].startswith(f"{READER}.")
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PackedFormatError: It holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -165,7 +170,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if not index.is_file() or (folder / "model.safetensors").is_file():  # transformers prefers the one file, too
         files = read_files([_inside(folder, "model.safetensors")])
     else:
-        content = _read_object(index)
+        content = read_object(index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise PackedFormatError(f"{index.name}: weight_map is missing")

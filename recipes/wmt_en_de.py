@@ -53,8 +53,8 @@ from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
-from hf_nmsparse.packed_files import check_folder
-from hf_nmsparse.packing import VALUE_DTYPES
+from hf_nmsparse.packed_files import check_folder, read_object
+from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
@@ -259,7 +259,10 @@ def keep_settings(recipe: RecipeArguments, output: Path) -> None:
     """Writes what makes the model what it is beside its checkpoints, once those of another model are ruled out."""
     now = {name: getattr(recipe, name) for name in (*OF_THE_MODEL, *(() if recipe.model else FROM_SCRATCH))}
     file = output / "model_settings.json"
-    begun = read_object(file) if file.is_file() else now
+    try:
+        begun = read_object(file) if file.is_file() else now
+    except PackedFormatError as error:
+        raise ValueError(f"{error}; delete it if the run in {output} goes on with its model") from error
     kept = list(dict.fromkeys([*now, *begun])) if checkpoints(output) else []
     if (output / "tokenizer").is_dir() and not recipe.model:
         kept += OF_THE_TOKENIZER
@@ -271,17 +274,6 @@ def keep_settings(recipe: RecipeArguments, output: Path) -> None:
             )
     with replaced(file) as beside:
         beside.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: no JSON object; delete it if the run goes on with the model that it began with")
-    return content
 
 
 def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
