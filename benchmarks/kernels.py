@@ -4,8 +4,8 @@
     HF_NMSPARSE_UNIT=avx2 python -m benchmarks.kernels      # the other unit of an AVX-512 machine; torch keeps its own
 
 The full grid takes about seven minutes on two cores; ``--quick`` measures a few shapes. It writes
-benchmarks/results/kernels_UNIT.json and a table of all rows beside it; `recipes/results_table.py` puts some into the
-README.
+benchmarks/results/kernels_UNIT.json and a table of all rows beside it; `recipes/results_table.py` puts some into
+benchmarks/README.md.
 
 Each layer of the grid, from well-known translation models, is multiplied with 1 to 256 rows, on 1 and 2 threads, and
 from two places: *cold* streams the weights from memory, each candidate going round copies of its own that exceed four

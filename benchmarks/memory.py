@@ -5,7 +5,7 @@
 Two figures for each candidate, for a model with the shape of Marian-base in fp32 under AdamW and three sizes of batch,
 the last that of the WMT14 recipe. What the tensors hold is counted from torch's record of each allocation and is the
 same every time. What a process holds in all is read from the system, a process each, in turns; what the allocator
-leaves between the tensors makes equal trainings differ by hundredths there, so that medians are shown with their
+leaves between the tensors makes equal trainings differ by a few percent there, so that medians are shown with their
 spread. It takes about twenty minutes and writes benchmarks/results/memory.json and a table beside it.
 """
 

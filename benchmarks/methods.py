@@ -9,7 +9,8 @@ batches, collated before it starts: forward, loss with label smoothing, backward
 rate. It has the package's loss, once more the same, which shows how far two equal loops are apart, and torch's. Each
 training runs in a process of its own, as trainings do, and takes a step when it is its turn, on one core. The processes
 keep the memory that they free, as the recipe's do, but for one that shows what this is worth. Equal processes differ by
-hundredths for as long as they live, by where in memory they came to lie, so that all of them are started several times.
+a few percent for as long as they live, by where in memory they came to lie, so that all of them are started several
+times.
 """
 
 from __future__ import annotations

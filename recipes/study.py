@@ -3,10 +3,10 @@
     python recipes/study.py recipes/studies/multi30k_tiny.yaml [--jobs N] [--only NAME ...]
 
 A study is one YAML file: the settings that all runs share, and for each run what is different. A run that is done is
-skipped, a run that was stopped goes on from its last checkpoint, so the same command finishes a study that was killed
-at any moment. Each run is `recipes/wmt_en_de.py` under accelerate, on one CPU thread each or, one after the other, on
-the GPU in bf16. When it ends, its evaluation, curve and sentence statistics go to recipes/results/STUDY/RUN, and the
-course of its layers if the study asks for it.
+skipped, a run that was stopped resumes from its last complete checkpoint, so the same command finishes a study that
+was killed at any moment. Each run is `recipes/wmt_en_de.py` under accelerate, on one CPU thread each or, one after the
+other, on the GPU in bf16. When it ends, its evaluation, curve and sentence statistics go to recipes/results/STUDY/RUN,
+and the course of its layers if the study asks for it.
 """
 
 from __future__ import annotations

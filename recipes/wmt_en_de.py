@@ -3,8 +3,8 @@
     accelerate launch recipes/wmt_en_de.py [recipes/configs/CONFIG.yaml] [--key value ...]
 
 One YAML file says everything, without one wmt14_transformer_base_2of4.yaml; keys on the command line win over it. Keys
-are the fields of RecipeArguments below and of SparseTrainingArguments, which has all of Seq2SeqTrainingArguments. A run
-that was stopped goes on from its last checkpoint when the same command is given again.
+are the fields of RecipeArguments in arguments.py and of SparseTrainingArguments, which has all of
+Seq2SeqTrainingArguments. After a stop the same command resumes from the last complete checkpoint.
 """
 
 from __future__ import annotations
