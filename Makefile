@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-long test-oldest lint bench clean
 
 # A thread that waits for the others sleeps: where other work takes a core, one that spins slows a step sixfold.
 demo: export OMP_WAIT_POLICY := passive
@@ -13,8 +13,12 @@ demo: .venv/installed  ## train, pack, reload, score and show a small 2:4 model:
 	    recipes/wmt_en_de.py recipes/configs/demo.yaml
 	$(BIN)/python recipes/show_run.py outputs/demo
 
-test: .venv/installed lint  ## the whole test suite, in two processes
+test: .venv/installed lint  ## the test suite but for what takes minutes, in two processes: about 8 minutes on 2 cores
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal
+
+# Kills of whole studies, sanitizers over all units, damaged files by the ten thousand: before a release.
+test-long: .venv/installed  ## what `make test` leaves out
+	$(BIN)/pytest -m long
 
 # The modules that touch other packages. Left out are arithmetic of our own, and tests that ask more of torch and
 # transformers than the package does: what 2.9 warns of itself as it loads an export, arguments that came with 5.23.

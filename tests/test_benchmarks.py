@@ -117,7 +117,7 @@ def test_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys,
         "argv",
-        ["benchmark", "--tiny", "--starts", "2", "--rounds", "2", "--note", "a test", "--output", str(file)],
+        ["benchmark", "--tiny", "--starts", "1", "--rounds", "2", "--note", "a test", "--output", str(file)],
     )
     methods.main()
     rows = {row["name"]: row for row in tables.read(file)["rows"]}
@@ -150,6 +150,7 @@ def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_table(tables.startup_of(record), ["pairs", "first batch, s", "MiB before", "MiB at the peak"])
 
 
+@pytest.mark.long
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "scaling.json"
     arguments = ["--tiny", "--rounds", "1", "--steps", "2", "--note", "a test", "--output", str(file)]
@@ -161,6 +162,7 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["processes", "tokens a second"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trainings are killed in processes that were forked")
 def test_faults(tmp_path: Path) -> None:
     file = tmp_path / "faults.json"  # in a process of its own: forking wants one thread

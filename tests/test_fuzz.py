@@ -1,4 +1,7 @@
-"""Ten thousand damaged copies of tiny packed checkpoints: each is refused with one PackedFormatError, or it loads."""
+"""Damaged copies of tiny packed checkpoints: each is refused with one PackedFormatError, or it loads.
+
+They are a thousand of each checkpoint, and ten thousand in ``make test-long``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
 from tests.tiny import bart, hf
 
-COPIES = 5_000  # of each checkpoint
+COPIES, MANY = 1_000, 10_000  # of each checkpoint
 LOADED = 100  # of those that pass the checker
 REFUSED = 120  # of those that do not
 
@@ -226,6 +229,7 @@ class Damaged:
     """What became of the copies of one checkpoint: each with the number of its seed and the kind of its damage."""
 
     folder: Path
+    copies: int
     whole: Files
     passed: list[tuple[int, Change, Files]]
     refused: list[tuple[int, Change, Files]]
@@ -243,18 +247,26 @@ def quiet() -> Iterator[None]:
     logging.enable_progress_bar()
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+EACH = [
+    pytest.param((values, copies), id=f"{values}-{copies}", marks=[pytest.mark.long] if copies == MANY else [])
+    for values in ("fp32", "int8")
+    for copies in (COPIES, MANY)
+]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def damaged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Damaged]:
-    folder = tmp_path_factory.mktemp(request.param)
+    values, copies = request.param
+    folder = tmp_path_factory.mktemp(values)
     torch.manual_seed(0)
     settings = bart(12, d_model=8, layers=1) | {"max_position_embeddings": 4, "forced_eos_token_id": None}
     model = hf.MarianMTModel(hf.MarianConfig(**settings))
     sparsify(model, NMSparseConfig("2:4", ["fc1"]))
-    save_packed(model, folder, values=request.param)
+    save_packed(model, folder, values=values)
     whole = Files((folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes())
-    found = Damaged(folder, whole, [], [], [])
-    for number in range(COPIES):
-        rng = random.Random(f"{request.param} {number}")
+    found = Damaged(folder, copies, whole, [], [], [])
+    for number in range(copies):
+        rng = random.Random(f"{values} {number}")
         change = rng.choice(CHANGES)
         files = change(whole, rng)
         files.write(folder)
@@ -280,8 +292,8 @@ def test_the_checker_passes_or_refuses_with_its_own_error(damaged: Damaged) -> N
     # Every kind of damage was seen, and the copies are neither all refused nor all whole.
     refused = Counter(change for _, change, _ in damaged.refused)
     assert refused.keys() == set(CHANGES)
-    assert len(damaged.passed) > COPIES / 5
-    assert len(damaged.refused) > COPIES / 5
+    assert len(damaged.passed) > damaged.copies / 5
+    assert len(damaged.refused) > damaged.copies / 5
 
 
 def load(folder: Path, number: int) -> Any:

@@ -67,28 +67,26 @@ def sources() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The driver and the library in one program, "sanitized" and "plain"."""
-    folder = tmp_path_factory.mktemp("native")
-    (folder / "empty.cpp").write_text("int main() {}\n")
-    assert COMPILER is not None
-    builds = {"plain": ["-g1", "-std=c++17", "-O3"]}
-    if run([COMPILER, *SANITIZERS, folder / "empty.cpp", "-o", folder / "empty"]).returncode == 0:
-        builds["sanitized"] = [*builds["plain"], "-O1", *SANITIZERS]
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver and the library in one program."""
+    return build(tmp_path_factory.mktemp("plain"), "-O3")
+
+
+def build(folder: Path, *options: str) -> Path:
+    """Makes the program with these options of the compiler."""
+    common = ["-g1", "-std=c++17", *options]
     files = sources()
     files[DRIVER.name] = files["nmsparse.cpp"]
     jobs: list[tuple[str | Path, ...]] = []
     # The scalar unit first, whose file takes longest: at -O3 half a minute more than at -O1.
     for name in sorted(files, reverse=True):
         source = DRIVER if name == DRIVER.name else KERNELS / "csrc" / name
-        for build, extra in builds.items():
-            special = {"unit_scalar.cpp": ["-O1"], "runtime.cpp": ["-Dscratch=library_scratch"]}.get(name, [])
-            jobs.append((*files[name], *extra, *special, "-c", source, "-o", folder / f"{build}_{source.stem}.o"))
+        special = {"unit_scalar.cpp": ["-O1"], "runtime.cpp": ["-Dscratch=library_scratch"]}.get(name, [])
+        jobs.append((*files[name], *common, *special, "-c", source, "-o", folder / f"{source.stem}.o"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda arguments: compile_(*arguments), jobs))
-    for build, extra in builds.items():
-        compile_(*extra, *sorted(folder.glob(f"{build}_*.o")), "-pthread", "-o", folder / build)
-    return {build: folder / build for build in builds}
+    compile_(*common, *sorted(folder.glob("*.o")), "-pthread", "-o", folder / "program")
+    return folder / "program"
 
 
 def check(command: Sequence[str | Path], units: Sequence[str]) -> None:
@@ -103,18 +101,22 @@ def check(command: Sequence[str | Path], units: Sequence[str]) -> None:
         assert unit != "scalar" or "right" in result.stdout
 
 
-def test_sanitizers_find_nothing(programs: dict[str, Path]) -> None:
-    if "sanitized" not in programs:
+@pytest.mark.long
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.cpp").write_text("int main() {}\n")
+    assert COMPILER is not None
+    if run([COMPILER, *SANITIZERS, tmp_path / "empty.cpp", "-o", tmp_path / "empty"]).returncode:
         pytest.skip("g++ has no AddressSanitizer or UndefinedBehaviorSanitizer here")
-    check([programs["sanitized"]], UNITS)
+    check([build(tmp_path, "-O1", *SANITIZERS)], UNITS)
 
 
-def test_nothing_behind_a_buffer_is_touched(programs: dict[str, Path]) -> None:
-    check([programs["plain"], "--guard"], UNITS)
+def test_nothing_behind_a_buffer_is_touched(plain: Path) -> None:
+    check([plain, "--guard"], UNITS)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(VALGRIND is None, reason="valgrind is not installed")
-def test_valgrind_finds_nothing(programs: dict[str, Path]) -> None:
+def test_valgrind_finds_nothing(plain: Path) -> None:
     assert VALGRIND is not None
     valgrind = [VALGRIND, "-q", "--error-exitcode=9", "--leak-check=full"]
-    check([*valgrind, programs["plain"], "--thin"], ["avx2", "scalar"])  # valgrind 3.19 has no AVX-512
+    check([*valgrind, plain, "--thin"], ["avx2", "scalar"])  # valgrind 3.19 has no AVX-512

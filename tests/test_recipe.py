@@ -29,7 +29,7 @@ from recipes.run_files import read_lines
 from recipes.wmt_en_de import card_name, describe, keep_settings, load_model, load_tokenizer, run
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14
-from tests.recipe_runs import PAIRS, launch, tiny, write_corpus
+from tests.recipe_runs import PAIRS, launch, run_recipe, tiny, write_corpus
 from tests.tiny import bart, hf, t5, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -114,10 +114,9 @@ def test_whole_runs(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     config = str(ROOT / "recipes" / "configs" / "demo.yaml")
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
-    one = "one_process.yaml"
-    launch(one, config, *tiny(corpus, dense, sparse_method="dense", sparse_decay=0))
+    run_recipe(config, *tiny(corpus, dense, sparse_method="dense", sparse_decay=0, max_steps=100))
     arguments = [config, *tiny(corpus, sparse, standalone=True), "--baseline", str(dense)]
-    printed = launch(one, *arguments)
+    printed = run_recipe(*arguments)
 
     evaluation = Evaluation.read(sparse / "evaluation.json")
     references = [json.loads(line)["translation"]["de"] for line in (corpus / "test.jsonl").read_text().splitlines()]
@@ -166,7 +165,7 @@ def test_whole_runs(tmp_path: Path) -> None:
     assert evaluation.bleu > 20
 
     weights = (sparse / "packed" / "model.safetensors").read_bytes()
-    launch(one, *arguments)
+    run_recipe(*arguments)
     assert (sparse / "packed" / "model.safetensors").read_bytes() == weights
     assert Evaluation.read(sparse / "evaluation.json").bleu == evaluation.bleu
     # The time of the training is what its last step logged; the second run adds none.
@@ -180,10 +179,10 @@ def test_a_dense_tail_ends_in_a_dense_model(tmp_path: Path) -> None:
     corpus, more = write_corpus(tmp_path / "corpus"), write_corpus(tmp_path / "more")
     config = str(ROOT / "recipes" / "configs" / "demo.yaml")
     settings = {"max_steps": 4, "save_steps": 2, "average": 2, "sparse_dense_tail": 0.5}
-    printed = launch("one_process.yaml", config, *tiny(corpus, tmp_path / "run", **settings), "--more_train", str(more))
+    printed = run_recipe(config, *tiny(corpus, tmp_path / "run", **settings), "--more_train", str(more))
     evaluation = Evaluation.read(tmp_path / "run" / "evaluation.json")
     assert evaluation.corpus == "corpus + more"
-    one = launch("one_process.yaml", config, *tiny(corpus, tmp_path / "one", **settings))
+    one = run_recipe(config, *tiny(corpus, tmp_path / "one", **settings))
     batches = [int(re.findall(r"(\d+) batches an epoch", text)[0]) for text in (one, printed)]
     assert 1.5 * batches[0] < batches[1] <= 2 * batches[0]  # sentences of like length fill batches better
     assert (evaluation.pattern, evaluation.packed_bytes) == (None, None)
@@ -199,7 +198,7 @@ def test_a_streamed_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     def run(name: str, steps: int) -> dict[int, float]:
         config = str(ROOT / "recipes" / "configs" / "demo.yaml")
         schedule = {"max_steps": steps, "lr_scheduler_type": "constant"}
-        launch("one_process.yaml", config, *tiny(corpus, tmp_path / name, **settings, **schedule))
+        run_recipe(config, *tiny(corpus, tmp_path / name, **settings, **schedule))
         return {row["step"]: row["loss"] for row in read_curve(tmp_path / name / "curve.json") if "loss" in row}
 
     through = run("through", 6)
@@ -225,10 +224,10 @@ def test_a_multilingual_checkpoint(tmp_path: Path) -> None:
         str(ROOT / "recipes" / "configs" / "demo.yaml"),
         *tiny(write_corpus(tmp_path / "corpus"), tmp_path / "run", model=checkpoint, max_steps=2, average=1),
     ]
-    refused = launch("one_process.yaml", *arguments, fails=True)
+    refused = run_recipe(*arguments, fails=True)
     assert "wmt_en_de: translate: this model translates into several languages; name one with tgt_lang" in refused
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    launch("one_process.yaml", *arguments, "--source_code", "eng_Latn", "--target_code", "deu_Latn")
+    run_recipe(*arguments, "--source_code", "eng_Latn", "--target_code", "deu_Latn")
     assert len(read_lines(tmp_path / "run" / "test.hypotheses.txt")) == 12
     assert 'src_lang="eng_Latn"' in (tmp_path / "run" / "packed" / "README.md").read_text(encoding="utf-8")
 
@@ -239,7 +238,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     config = str(ROOT / "recipes" / "configs" / "demo.yaml")
     # An epoch has more than the 40 batches that 20 steps take, so that no step is short of one.
     common = {"max_steps": 20, "average": 2, "tokens_per_batch": 80, "save_steps": 10}
-    launch("one_process.yaml", config, *tiny(corpus, tmp_path / "one", gradient_accumulation_steps=2, **common))
+    run_recipe(config, *tiny(corpus, tmp_path / "one", gradient_accumulation_steps=2, **common))
     launch("two_cpu_processes.yaml", config, *tiny(corpus, tmp_path / "two", **common))
     launch("fsdp2.yaml", config, *tiny(corpus, tmp_path / "sharded", **common))
     one, *others = (
@@ -346,9 +345,9 @@ def test_the_first_command_from_the_hub_and_back(hub: LocalHub, tmp_path: Path) 
 
 
 def test_opus_mt_from_the_hub_and_back(hub: LocalHub, tmp_path: Path) -> None:
-    """What is pushed keeps the original's settings and tokenizer, and translates as what was scored."""
+    """What is pushed keeps the original's settings and tokenizer, and translates as what was scored; no launcher."""
     config = str(ROOT / "recipes" / "configs" / "opus_mt_en_de_2of4.yaml")
-    on_the_hub(hub, tmp_path, "-m", "accelerate.commands.launch", SCRIPT, config, *SMALL)
+    on_the_hub(hub, tmp_path, SCRIPT, config, *SMALL)
     original, pushed = hub.repos["Helsinki-NLP/opus-mt-en-de"], hub.repos["user/pushed"]
     for name in ("source.spm", "target.spm"):
         assert pushed[name] == original[name]

@@ -176,6 +176,7 @@ def test_unknown_runs_and_a_second_runner_are_refused(tmp_path: Path, capsys: py
     assert "another process runs the study" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_study_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense, then two runs that need its model. The runner is killed without a chance, then told to stop."""
     corpus = write_corpus(tmp_path / "corpus")
