@@ -13,7 +13,7 @@ demo: .venv/installed  ## train, pack, reload, score and show a small 2:4 model:
 	    recipes/wmt_en_de.py recipes/configs/demo.yaml
 	$(BIN)/python recipes/show_run.py outputs/demo
 
-test: .venv/installed lint  ## the test suite but for what takes minutes, in two processes: about 8 minutes on 2 cores
+test: .venv/installed lint  ## the test suite but for what takes minutes, in two processes
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal
 
 # Kills of whole studies, sanitizers over all units, damaged files by the ten thousand: before a release.

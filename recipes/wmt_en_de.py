@@ -54,7 +54,8 @@ from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
 from hf_nmsparse.packed_files import check_folder, read_object
-from hf_nmsparse.packing import VALUE_DTYPES, PackedFormatError
+from hf_nmsparse.packed_format import PackedFormatError
+from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
