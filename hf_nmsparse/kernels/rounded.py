@@ -11,56 +11,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hf_nmsparse.kernels import cpu, native
+from hf_nmsparse.kernels.watched import WatchedParameter, state_of
 from hf_nmsparse.packing import quantize_rows
 
 __all__ = ["RoundedParameter", "linear", "rounded"]
 
 
-class RoundedParameter(nn.Parameter):
-    """A parameter that keeps its rows in int8 beside itself: an ``nn.Parameter`` whose class is changed in place.
+class RoundedParameter(WatchedParameter):
+    """A parameter that keeps its rows in int8 beside itself: an ``nn.Parameter`` whose class is changed in place."""
 
-    torch counts what happens to a tensor in place, but not what happens through ``data``: whoever asks for that may
-    write to it, so asking counts as a change. Nor does it count what fused optimizers do, so that each step of an
-    optimizer counts as one. What nobody can count are later writes through memory that was handed out before: through
-    ``data`` kept from an earlier call, NumPy or DLPack. Ask for ``data`` once more after these.
-    """
-
-    _changes = 0
     _kept: tuple[Any, Tensor] | None = None
-
-    @property
-    def data(self) -> Tensor:
-        """As torch's."""
-        self._changes += 1
-        return super().data
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self._changes += 1
-        nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
-
-    def __getstate__(self) -> None:
-        """Nothing: other processes round for themselves."""
-
-    def may_change(self) -> None:
-        """To be called around changes that torch does not count."""
-        self._changes += 1
 
     def rounded(self) -> Tensor:
         """Its rows as they are now, as `native.repack` lays out ``"dense_int8"``."""
-        state = self._changes, self._version, self.data_ptr()
+        state = state_of(self)
         if self._kept is None or self._kept[0] != state:
             self._kept = state, _round(self)
         return self._kept[1]
-
-    def to_parameter(self) -> None:
-        """Turns it back into an ``nn.Parameter``."""
-        self.__dict__.pop("_kept", None)
-        self.__dict__.pop("_changes", None)
-        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def rounded(weight: Tensor) -> Tensor:
@@ -71,7 +40,7 @@ def rounded(weight: Tensor) -> Tensor:
     """
     if not weight.is_cpu:
         raise ValueError(f"kernels: the head lies on {weight.device}, not on the CPU; choose head='dense'")
-    if type(weight) is nn.Parameter and not weight.is_inference():
+    if type(weight) in (nn.Parameter, WatchedParameter) and not weight.is_inference():
         weight.__class__ = RoundedParameter
     return weight.rounded() if isinstance(weight, RoundedParameter) else _round(weight)
 
@@ -125,14 +94,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _multiply(x, weight, bias)
     result: Tensor = torch.ops.nmsparse.rounded_linear(x, weight, bias)
     return result
-
-
-def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Counts the step of an optimizer as a change of every parameter that it holds."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if isinstance(parameter, RoundedParameter):
-                parameter.may_change()
-
-
-register_optimizer_step_post_hook(_count_step)
