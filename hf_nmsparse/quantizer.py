@@ -23,6 +23,7 @@ from transformers.utils import logging
 from hf_nmsparse.checkpoint_fit import check_complete, check_number_types, model_layer, names_in_model
 from hf_nmsparse.compute import computing_packed, kernel_layer, loaded_with, set_compute, set_head
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.generation import attach
 from hf_nmsparse.kernels import cpu
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.packed_files import CODES, SCALE, check_layer, check_numbers, check_places, read_files
@@ -184,6 +185,7 @@ class NMSparseQuantizer(HfQuantizer):
             if not any(isinstance(operation, _Unpack) for operation in getattr(entry, "operations", ()))
         ]
         model.num_parameters = partial(_num_parameters, model)  # type: ignore[method-assign]
+        attach(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -205,7 +207,8 @@ class NMSparseQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Makes a model that `from_pretrained` took for quantized an ordinary one."""
         super().remove_quantization_config(model)
-        model.__dict__.pop("num_parameters", None)
+        for ours in ("num_parameters", "generate"):
+            model.__dict__.pop(ours, None)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)

@@ -354,7 +354,7 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
         for name, module in list(twin.named_modules()):
             if unwrapped(module) is not module:
                 twin.set_submodule(stock_name(name), unwrapped(module))
-    for loaded in ("hf_quantizer", "hf_device_map", "num_parameters"):
+    for loaded in ("hf_quantizer", "hf_device_map", "num_parameters", "generate"):
         twin.__dict__.pop(loaded, None)
     drop_reader(twin.config)
     return twin

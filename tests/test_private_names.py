@@ -28,6 +28,7 @@ from torch.nn.utils import prune
 from transformers import MarianMTModel, Pipeline
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
@@ -158,7 +159,7 @@ OVERRIDES = [
 
 # What Python itself puts into classes with a metaclass, and the texts in our code that look like names.
 _PYTHONS = {"_abc_impl", "_backward_cls"}
-_NO_NAMES = {"_indices", "_scale", "_to_"}
+_NO_NAMES = {"_indices", "_scale", "_to_", "_attention_heads", "_ffn_dim", "_layers"}
 
 USED: dict[str, tuple[Callable[[Any], None], str]] = {}
 """A check of each name that is read or called, and what breaks without it."""
@@ -225,6 +226,22 @@ def _(packed: Any) -> None:
     before = weight._version
     weight.add_(1)
     assert weight._version == before + 1
+
+
+@counts_on("_forward_hooks", "the engine runs models whose layers somebody watches or changes")
+@counts_on("_forward_pre_hooks", "the same")
+def _(packed: Any) -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(print)
+    layer.register_forward_pre_hook(print)
+    assert len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+
+
+@counts_on("_has_any_global_hook", "the engine runs where every module of torch is watched")
+def _(packed: Any) -> None:
+    assert not nn.modules.module._has_any_global_hook()
+    with nn.modules.module.register_module_forward_hook(print):
+        assert nn.modules.module._has_any_global_hook()
 
 
 @counts_on("_fingerprint", "a second run finds tokens of other text in datasets' cache, or none of its own")
@@ -314,6 +331,27 @@ def _(packed: Any) -> None:
     stock = getattr(AutoHfQuantizer.merge_quantization_configs, "stock", AutoHfQuantizer.merge_quantization_configs)
     assert parameters(stock) == ["quantization_config", "quantization_config_from_args"]
     assert "AutoHfQuantizer.merge_quantization_configs(" in source_of("transformers.quantizers.auto")
+
+
+@counts_on("custom_generate", "generate never asks the engine, or the encoder runs for nothing")
+def _(packed: Any) -> None:
+    taken: dict[str, Any] = {}
+
+    def capture(model: Any, input_ids: Any, generation_config: Any, **others: Any) -> str:
+        taken.update(others, ids=input_ids, settings=generation_config)
+        return "ours"
+
+    nothing = BaseModelOutput(last_hidden_state=torch.empty(1, 2, 0))
+    given = {"encoder_outputs": nothing, "custom_generate": capture, "num_beams": 3, "max_length": 9}
+    assert type(packed).generate(packed, torch.tensor([[5, 1]]), **given) == "ours"
+    assert {"logits_processor", "stopping_criteria", "encoder_outputs", "past_key_values"} <= taken.keys()
+    assert taken["encoder_outputs"].last_hidden_state.shape == (3, 2, 0)
+    assert (taken["ids"].shape, taken["settings"].max_length) == ((3, 1), 9)
+
+
+@counts_on("output_capturing", "after one question for attentions a model never runs on the engine again")
+def _(packed: Any) -> None:
+    assert import_module("transformers.utils.output_capturing").install_output_capuring_hook.__module__
 
 
 @counts_on("get_model_conversion_mapping", "names in files are not those in the model")

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -266,21 +265,6 @@ class UnknownTokenError(ValueError):
     """A hypothesis took the token that `SearchConfig.unknown_token` names, so that nothing is translated."""
 
 
-_POINTER, _SMALL, _LARGE, _TEXT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "nms_engine_new": (_POINTER, _POINTER),
-    "nms_engine_weight": (_POINTER, *4 * [_SMALL], _LARGE, _LARGE, _POINTER, _LARGE, _POINTER),
-    "nms_engine_table": (_POINTER, *4 * [_SMALL], _LARGE, _LARGE, _POINTER, _POINTER),
-    "nms_engine_ready": (_POINTER,),
-    "nms_engine_translate": (
-        *(_POINTER, _POINTER, _LARGE, *4 * [_POINTER]),
-        *(_POINTER, _SMALL, _POINTER, _LARGE, _POINTER, _SMALL),
-        *5 * [_POINTER],
-    ),
-    "nms_engine_score": (_POINTER, _SMALL, _LARGE, *5 * [_POINTER]),
-}
-
-
 def why_not() -> str | None:
     """Why there is no engine in this process, or None where there is one."""
     if library.status().library is None:
@@ -288,24 +272,13 @@ def why_not() -> str | None:
     return None if hasattr(library.library(), "nms_engine_new") else "the native library has no engine"
 
 
-@lru_cache(maxsize=1)
-def _functions() -> ctypes.CDLL:
-    """The library with the types of the engine's functions."""
+def _call(name: str, *arguments: Any) -> None:
+    """Calls a function that returns a code and writes a message."""
     reason = why_not()
     if reason is not None:
         raise ValueError(f"engine: {reason}; translate with transformers")
-    loaded = library.library()
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = ctypes.c_int32, (*arguments, _TEXT, _LARGE)
-    loaded.nms_engine_free.restype, loaded.nms_engine_free.argtypes = None, (_POINTER,)
-    return loaded
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Calls a function that returns a code and writes a message."""
     message = ctypes.create_string_buffer(_ROOM)
-    code = getattr(_functions(), name)(*arguments, message, _ROOM)
+    code = getattr(library.library(), name)(*arguments, message, _ROOM)
     if code:
         kind = UnknownTokenError if code == _UNKNOWN_TOKEN else ValueError
         raise kind(f"engine: {message.value.decode(errors='replace')}")
@@ -328,7 +301,7 @@ class Engine:
         handle = ctypes.c_void_p()
         _call("nms_engine_new", ctypes.byref(config), ctypes.byref(handle))
         self._handle = handle
-        weakref.finalize(self, _functions().nms_engine_free, handle)
+        weakref.finalize(self, library.library().nms_engine_free, handle)
         for weight in weights:
             self._set_weight(weight)
         for table in tables:
