@@ -10,6 +10,7 @@ import pickle
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ from tests.test_engine_spec import tiny_model
 from tests.tiny import hf, marian, t5
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers warns of some settings
-NO_ENGINE = pytest.mark.skipif(engine.why_not() is not None, reason="the C++ engine is not here yet")
+NEEDS_ENGINE = pytest.mark.skipif(engine.why_not() is not None, reason="the native library is not used")
 WORDS, LONGEST = range(5, 40), 8
 EOS = {family: 1 if family.endswith("t5") else 2 for family in FAMILIES}
 
 
-@pytest.fixture(params=["reference", pytest.param("native", marks=NO_ENGINE)])
+@pytest.fixture(params=["reference", pytest.param("native", marks=NEEDS_ENGINE)])
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An engine, by the door's own means or in torch."""
     if request.param == "reference":
@@ -48,6 +49,12 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(native, "repack", repack)
         monkeypatch.setattr(generation, "Engine", ReferenceEngine)
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine of an earlier test is kept, which may be one of the other kind."""
+    monkeypatch.setattr(generation, "_ENGINES", WeakKeyDictionary())
 
 
 def sentences(count: int, seed: int, eos: int, longest: int = LONGEST) -> list[list[int]]:
@@ -213,6 +220,21 @@ def test_a_sentence_does_not_depend_on_its_batch(runner: str) -> None:
     for row, found in zip(rows, together, strict=True):
         alone = generate(model, **batch_of([row]), num_beams=4, max_new_tokens=10)[0]
         assert torch.equal(found[: len(alone)], alone)
+
+
+@NEEDS_ENGINE
+@pytest.mark.parametrize("family", ["marian", "t5"])
+@torch.no_grad()
+def test_scores_are_the_log_probabilities_of_transformers(family: str) -> None:
+    model, rows = trained(family), sentences(5, 11, EOS[family])
+    start = model.config.decoder_start_token_id
+    targets = [[start, *row] for row in rows]
+    found = engine_for(model).score(rows, targets, threads=1)
+    for row, target, scores in zip(rows, targets, found, strict=True):
+        inputs = {"input_ids": torch.tensor([row]), "decoder_input_ids": torch.tensor([target])}
+        expected = model(**inputs).logits[0].log_softmax(-1)
+        assert scores[0] == 0
+        assert scores[1:] == pytest.approx(expected[range(len(row)), row].tolist(), abs=1e-4)
 
 
 ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {

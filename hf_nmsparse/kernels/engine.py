@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from hf_nmsparse.kernels import library
 
 __all__ = [
-    "FORMATS",
     "NUMBERS",
     "Activation",
     "EarlyStopping",
@@ -38,9 +37,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-
-FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
-"""How a packed weight lies in memory; the first three are 2:4."""
 
 NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.int8): 2, np.dtype(np.float16): 3}
 """Number types of tables; numpy has no bf16, so its bits stand in uint16."""
@@ -210,7 +206,7 @@ class Packed:
         side: Where it belongs; the decoder for the head.
         layer: Its layer, `NO_LAYER` for the head.
         slot: Which product.
-        format: A key of `FORMATS`.
+        format: A key of `library.FORMATS`.
         out_features: Rows.
         in_features: Columns.
         data: uint8, the bytes that the library's ``nms_repack`` has made; borrowed.
@@ -267,9 +263,8 @@ class UnknownTokenError(ValueError):
 
 def why_not() -> str | None:
     """Why there is no engine in this process, or None where there is one."""
-    if library.status().library is None:
-        return f"the native library is not used: {library.status().reason}"
-    return None if hasattr(library.library(), "nms_engine_new") else "the native library has no engine"
+    status = library.status()
+    return None if status.library is not None else f"the native library is not used: {status.reason}"
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -317,7 +312,7 @@ class Engine:
             weight.side,
             weight.layer,
             weight.slot,
-            FORMATS[weight.format],
+            library.FORMATS[weight.format],
             weight.out_features,
             weight.in_features,
             data,

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import hf_nmsparse.kernels
 
-__all__ = ["UNITS", "Status", "library", "status"]
+__all__ = ["FORMATS", "UNITS", "Status", "library", "status"]
+
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
+"""How a packed weight lies in memory, by the names of the modes of computing; the last three are dense weights'."""
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
@@ -36,6 +39,13 @@ _SIGNATURES = {
     "nms_decay": ("i", "pppfl"),
     "nms_apply": ("i", "pppfl"),
     "nms_soften": ("i", "pppli"),
+    "nms_engine_new": ("i", "pppl"),
+    "nms_engine_free": (None, "p"),
+    "nms_engine_weight": ("i", "piiiillplppl"),
+    "nms_engine_table": ("i", "piiiillpppl"),
+    "nms_engine_ready": ("i", "ppl"),
+    "nms_engine_translate": ("i", "pplpppppiplpippppppl"),
+    "nms_engine_score": ("i", "pilppppppl"),
 }
 _TYPES = {
     "i": ctypes.c_int32,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_nmsparse.kernels.library import library, status
+from hf_nmsparse.kernels.library import FORMATS, library, status
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -29,9 +29,6 @@ __all__ = [
     "restore",
     "soft_threshold",
 ]
-
-FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
-"""How a packed weight lies in memory, by the names of the modes of computing; the last three are dense weights'."""
 
 _HEADER = struct.Struct("=4siiiqq32x")  # what a packed weight begins with: `Header` in csrc/common.h
 _MAGIC, _ORDER = b"NMSW", 1
