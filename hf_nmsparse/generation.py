@@ -164,7 +164,7 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         request = _request_or_reason(model, spec, args, kwargs)
         if isinstance(request, _Request):
             try:
-                return _translate(engine_for(model), spec, request)
+                return _translate(_engine(model, spec), spec, request)
             except UnknownTokenError:
                 pass  # it counts for positions in a way that the engine does not know
     return stock(model, *args, **kwargs)
@@ -182,7 +182,6 @@ def why_not(model: PreTrainedModel, *args: Any, **kwargs: Any) -> str | None:
     return request if isinstance(request, str) else None
 
 
-@torch.no_grad()
 def engine_for(model: PreTrainedModel) -> Engine:
     """The engine of ``model`` as it is now: the last one, or a new one if anything has changed since.
 
@@ -194,6 +193,11 @@ def engine_for(model: PreTrainedModel) -> Engine:
     spec = _spec_or_reason(model)
     if isinstance(spec, str):
         raise ValueError(f"engine: {spec}")
+    return _engine(model, spec)
+
+
+@torch.no_grad()
+def _engine(model: PreTrainedModel, spec: Spec) -> Engine:
     kinds = [type(module) for module in model.modules()]
     tensors = list(chain(model.parameters(), model.buffers()))
     for tensor in tensors:

@@ -440,11 +440,11 @@ class TestChanges:
             assert why_not(model, **arguments) is None
             expected = type(model).generate(model, **arguments)
             assert torch.equal(generate(model, **arguments), expected)
-        monkeypatch.setattr(generation, "engine_for", refuse)
+        monkeypatch.setattr(generation, "_engine", refuse)
         assert torch.equal(generate(model, **arguments), expected)
 
 
-def refuse(model: Any) -> Any:
+def refuse(model: Any, spec: Any) -> Any:
     raise UnknownTokenError("engine: refused")
 
 
