@@ -33,9 +33,9 @@ from transformers.utils import logging
 from benchmarks import tables, timing
 from benchmarks.methods import pairs, transformer
 from hf_nmsparse import NMSparseConfig, SparseTrainer, SparseTrainingArguments, save_packed, sparsify
+from hf_nmsparse.checkpoints import last_complete_checkpoint
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.tokenizer import train_tokenizer
-from hf_nmsparse.trainer import last_whole_checkpoint
 
 STEPS, VOCABULARY = 12, 300
 MOMENTS = ("training", "checkpoint", "packing")
@@ -85,7 +85,7 @@ def train(folder: Path, data: Dataset, tokenizer: Any, tell: Tell) -> None:
         callbacks=[_Steps(tell)],
     )
     trainer.tell = tell
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     tell("packing")
     save_packed(model, folder / "packed", values="bf16")
     tell("end")
@@ -183,7 +183,7 @@ def main() -> None:
             packed = folder / "packed"
             if (packed / "config.json").exists():
                 check_folder(packed)
-            left = last_whole_checkpoint(folder)
+            left = last_complete_checkpoint(folder)
             run(folder, data, tokenizer)
             row = {
                 "moment": moment,

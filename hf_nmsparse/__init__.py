@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hf_nmsparse.quantizer import prepare_for_training
     from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
     from hf_nmsparse.sparse_model import finalize, report, sparsify
-    from hf_nmsparse.trainer import SparseTrainer, SparseTrainingArguments
+    from hf_nmsparse.trainer import SparseTrainer
+    from hf_nmsparse.training_arguments import SparseTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,7 @@ _HOMES = {
     "PackedFormatError": "packed_format",
     "SparseStep": "optimizer",
     "SparseTrainer": "trainer",
-    "SparseTrainingArguments": "trainer",
+    "SparseTrainingArguments": "training_arguments",
     "export_dense": "saving",
     "finalize": "sparse_model",
     "prepare_for_training": "quantizer",

@@ -8,13 +8,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["average_checkpoints", "checkpoints", "last_checkpoints"]
+from hf_nmsparse.checkpoints import checkpoints
 
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders ``checkpoint-STEP`` in ``output_dir``, in the order of their steps."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+__all__ = ["average_checkpoints", "last_checkpoints"]
 
 
 def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
-__all__ = ["TokenBatchSampler", "TokenBatchStream", "pair_length"]
+__all__ = ["TokenBatchSampler", "TokenBatchStream", "is_stream", "is_table", "pair_length", "pair_lengths"]
 
 Pair = Mapping[str, Any]
 
@@ -177,3 +177,43 @@ def _numbers(lengths: np.ndarray, at_a_time: int = 65_536) -> Iterator[int]:
     """The elements as numbers of Python: single elements of an array take several times as long."""
     for start in range(0, len(lengths), at_a_time):
         yield from lengths[start : start + at_a_time].tolist()
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset is read from its beginning to its end, and not by the number of a row."""
+    by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return isinstance(dataset, IterableDataset) or not by_number
+
+
+def is_table(dataset: Any) -> bool:
+    """Whether it is a ``datasets.Dataset``; that package need not be installed."""
+    return hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
+
+
+def pair_lengths(dataset: Any) -> tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]:
+    """Tokens of the source and target sentences of a tokenised dataset, from its length columns if it has them.
+
+    Args:
+        dataset: A `datasets.Dataset`, a list of mappings, or what else has a length and gives rows by their number.
+
+    Raises:
+        ValueError: The rows have neither the length columns nor ``input_ids`` and ``labels``, or no numbers.
+    """
+    first = _row(dataset, 0) if len(dataset) else None
+    known = isinstance(first, Mapping) and {"source_length", "target_length"} <= first.keys()
+    if known and is_table(dataset):  # millions of numbers, which row by row would take minutes
+        read = dataset.select_columns(["source_length", "target_length"]).with_format("numpy")[:]
+        return read["source_length"], read["target_length"]
+    rows = (_row(dataset, number) for number in range(len(dataset)))  # not all datasets of torch end an iteration
+    pairs = [(int(row["source_length"]), int(row["target_length"])) if known else pair_length(row) for row in rows]
+    return [source for source, _ in pairs], [target for _, target in pairs]
+
+
+def _row(dataset: Any, number: int) -> Any:
+    try:
+        return dataset[number]
+    except KeyError as error:
+        raise ValueError(
+            f"tokens_per_batch: rows are read by their number, from 0, and this {type(dataset).__name__} has no row "
+            f"{number}; give a list of rows, or one split of a datasets.Dataset"
+        ) from error

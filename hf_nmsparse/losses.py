@@ -1,14 +1,15 @@
-"""What a translation model is trained on: the smoothed cross-entropy of the reference, and a teacher's words."""
+"""What a translation model is trained on: the reference and its smoothed cross-entropy, and a teacher's words."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["distillation_loss", "smoothed_cross_entropy", "token_loss"]
+__all__ = ["Shifts", "decoder_inputs", "distillation_loss", "smoothed_cross_entropy", "token_loss"]
 
 NO_TARGET = -100
 """The label where there is no target, as transformers writes it."""
@@ -155,3 +156,28 @@ def distillation_loss(
     real = labels.flatten() != NO_TARGET
     divergence: Tensor = _Divergence.apply(student, teacher, real, temperature)
     return divergence * temperature**2 / (real.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """The labels shifted right, as the model itself does it where it can.
+
+    M2M100 and NLLB have no method for it and follow BART's rule: the start token first, padding for -100.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        # A copy: FSMT writes padding over -100 in what it is given, and would count it as a target.
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels.clone())
+        return shifted
+    shifted = labels.roll(1, dims=-1)
+    shifted[..., 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
+
+
+@dataclass
+class Shifts:
+    """Stands for a model in a collator, which asks it for `decoder_inputs` and nothing else."""
+
+    model: Any
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """As `decoder_inputs`."""
+        return decoder_inputs(self.model, labels)

@@ -46,8 +46,9 @@ from hf_nmsparse import (
     sparsify,
 )
 from hf_nmsparse.allocator import keep_freed_memory
-from hf_nmsparse.averaging import average_checkpoints, checkpoints, last_checkpoints
+from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
+from hf_nmsparse.checkpoints import checkpoints, last_complete_checkpoint
 from hf_nmsparse.corpus import Rows, load_corpus
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
@@ -57,9 +58,9 @@ from hf_nmsparse.packed_files import check_folder, read_object
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pipeline import translate
+from hf_nmsparse.preemption import Preempted
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
-from hf_nmsparse.trainer import Preempted, last_whole_checkpoint
 from recipes.arguments import RecipeArguments, parse
 from recipes.homeassistant import homeassistant_corpus
 from recipes.run_files import hypotheses_file, one_line, read_lines, reference_file, source_file, write_lines
@@ -146,7 +147,7 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
     masters = trainer.gathered()
     if not trainer.is_world_process_zero():
         return

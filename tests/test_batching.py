@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from hf_nmsparse.batching import Pair, TokenBatchSampler, TokenBatchStream
+from hf_nmsparse.batching import Pair, TokenBatchSampler, TokenBatchStream, pair_lengths
+from tests.tiny import token_pairs
 
 
 def batches_of(sampler: TokenBatchSampler, epoch: int = 0) -> list[list[int]]:
@@ -199,3 +200,26 @@ def test_streams_that_are_refused() -> None:
     pairs = of_lengths([(2, 2), (3, 3), (9, 9)])
     with pytest.raises(ValueError, match="batches: pair 2 alone has 18 tokens, over the budget of 10; raise tokens"):
         list(islice(TokenBatchStream(pairs, 10, window=2), 3))
+
+
+def test_lengths_come_from_their_columns_or_the_tokens() -> None:
+    rows = [{"input_ids": [5, 1], "labels": [6, 7, 1], "source_length": 2, "target_length": 3}] * 2
+    with_lengths = Dataset.from_list(rows)
+    tokens_alone = with_lengths.remove_columns(["source_length", "target_length"])
+    for dataset in (with_lengths, with_lengths.select([1, 0]), tokens_alone, rows):
+        assert [list(side) for side in pair_lengths(dataset)] == [[2, 2], [3, 3]]
+    with pytest.raises(ValueError, match=r"needs the columns input_ids and labels, lists of tokens, got \['labels'\]"):
+        pair_lengths(tokens_alone.remove_columns(["input_ids"]))
+
+
+@pytest.mark.parametrize("kind", ["columns", "frame", "series", "splits"])
+def test_what_has_no_rows_by_number_is_one_line(kind: str) -> None:
+    pairs = token_pairs(4)
+    dataset: Any = {
+        "columns": pairs.to_dict(),
+        "frame": pairs.to_pandas(),
+        "series": pairs.to_pandas().apply(dict, axis=1).set_axis([0, 2, 4, 6]),
+        "splits": DatasetDict({"train": pairs}),
+    }[kind]
+    with pytest.raises(ValueError, match=r"^tokens_per_batch: rows are read by their number, from 0, and this "):
+        pair_lengths(dataset)

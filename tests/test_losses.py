@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration, M2M100Config, M2M100ForConditionalGeneration
 
 from hf_nmsparse import losses
-from hf_nmsparse.losses import distillation_loss, smoothed_cross_entropy, token_loss
+from hf_nmsparse.losses import decoder_inputs, distillation_loss, smoothed_cross_entropy, token_loss
 
 
 def torchs(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -129,3 +130,27 @@ def test_the_gradient_of_the_distillation_is_that_of_the_loss() -> None:
         return distillation_loss({"logits": given[None]}, teacher[None], labels[None], 3, 2.0)
 
     assert torch.autograd.gradcheck(of, logits)
+
+
+def test_decoder_inputs_are_the_models_own() -> None:
+    settings: dict[str, Any] = {
+        "vocab_size": 30,
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+    }
+    labels = torch.tensor([[5, 6, 2], [7, 2, -100]])
+    expected = torch.tensor([[2, 5, 6], [2, 7, 2]])
+    m2m = M2M100ForConditionalGeneration(M2M100Config(**settings))
+    assert not hasattr(m2m, "prepare_decoder_input_ids_from_labels")
+    for model in (m2m, BartForConditionalGeneration(BartConfig(**settings))):
+        assert torch.equal(decoder_inputs(model, labels), expected)
+        model.eval()
+        with torch.no_grad():
+            by_model = model(input_ids=labels.clamp(min=1), labels=labels).logits
+            by_us = model(input_ids=labels.clamp(min=1), decoder_input_ids=decoder_inputs(model, labels)).logits
+        assert torch.equal(by_model, by_us)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -31,7 +28,6 @@ from transformers import (
     BatchEncoding,
     DataCollatorForSeq2Seq,
     GenerationConfig,
-    M2M100Config,
     M2M100ForConditionalGeneration,
     MarianMTModel,
     PreTrainedTokenizerFast,
@@ -40,7 +36,7 @@ from transformers import (
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.losses import token_loss
+from hf_nmsparse.losses import decoder_inputs, token_loss
 from hf_nmsparse.masks import magnitude_mask
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
@@ -48,14 +44,8 @@ from hf_nmsparse.run_logs import layer_rows
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS
-from hf_nmsparse.trainer import (
-    Preempted,
-    SparseTrainer,
-    SparseTrainingArguments,
-    decoder_inputs,
-    last_whole_checkpoint,
-    pair_lengths,
-)
+from hf_nmsparse.trainer import SparseTrainer
+from hf_nmsparse.training_arguments import SparseTrainingArguments
 from tests.tiny import bart, collator, hf, kept, marian, t5, token_pairs, tokenizer
 
 
@@ -231,200 +221,6 @@ def test_tensorboard_gets_them(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"tokens_per_batch": 80},
-        {"train_sampling_strategy": "random"},
-        {"sparse_interval": 4, "sparse_ramp": 0.5, "sparse_dense_head": 0.3, "sparse_log_groups": True},
-        {"sparse_method": "decaying-mask", "sparse_decay": None},
-        {"sparse_method": "masked-decay"},
-        {"sparse_method": "s-ste", "sparse_decay": None},
-        {"sparse_method": "random", "sparse_decay": None},
-        {"distill_from": "teacher"},
-    ],
-)
-def test_resume_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None:
-    common = {
-        "optim": "adamw_torch_fused",
-        "learning_rate": 0.01,
-        "max_steps": 12,  # more than an epoch
-        "save_strategy": "steps",
-        "save_steps": 5,
-        "lr_scheduler_type": "inverse_sqrt",
-        "warmup_steps": 3,
-        **settings,
-    }
-
-    def model() -> Any:
-        with_dropout = marian(dropout=0.1)
-        sparsify(with_dropout, NMSparseConfig("2:4", soft=settings.get("sparse_method") == "s-ste"))
-        return with_dropout
-
-    if "distill_from" in settings:
-        marian(seed=1).save_pretrained(tmp_path / "teacher")
-        common["distill_from"] = str(tmp_path / "teacher")
-
-    through = train(tmp_path / "through", model=model(), **common)
-    first = train(tmp_path / "stopped", model=model(), **common)
-    last = first.state.global_step
-    for step in range(6, last + 1):  # what a kill after the checkpoint of step 5 leaves
-        folder = tmp_path / "stopped" / f"checkpoint-{step}"
-        if folder.is_dir():
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-    resumed = train(tmp_path / "stopped", resume=True, model=model(), **common)
-    assert largest_difference(weights(through), weights(resumed)) == 0
-    logs = [{k: v for k, v in e.items() if k != "train_seconds"} for e in through.state.log_history if "loss" in e]
-    again = [{k: v for k, v in e.items() if k != "train_seconds"} for e in resumed.state.log_history if "loss" in e]
-    assert logs == again
-    seconds = [entry["train_seconds"] for entry in resumed.state.log_history if "loss" in entry]
-    assert seconds == sorted(seconds)
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5}
-
-    def model() -> Any:
-        with_dropout = marian(dropout=0.1)
-        sparsify(with_dropout, NMSparseConfig("2:4"))
-        return with_dropout
-
-    through = train(tmp_path / "through", model=model(), **common)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    class Terminated(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:  # in the third step
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    stopped = tmp_path / "stopped"
-    with pytest.raises(Preempted, match=r"stopped by SIGTERM, saved at step 3; the same command goes on") as raised:
-        train(stopped, model=model(), callbacks=[Terminated()], **common)
-    assert raised.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert last_whole_checkpoint(stopped) == str(stopped / "checkpoint-3")
-    resumed = train(stopped, resume=True, model=model(), **common)
-    assert resumed.state.global_step == 6
-    assert largest_difference(weights(through), weights(resumed)) == 0
-
-
-def test_sigterm_in_the_last_step_ends_nothing(tmp_path: Path) -> None:
-    class Terminated(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    assert train(tmp_path, max_steps=2, callbacks=[Terminated()]).state.global_step == 2
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) -> None:
-    class Spoiled(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                model.final_logits_bias.fill_(math.nan)
-
-    last = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match=rf"training: the loss of step 4 is nan; the last checkpoint is {last}; lower"):
-        train(tmp_path, callbacks=[Spoiled()], save_strategy="steps", save_steps=2)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are a matter of Unix")
-@pytest.mark.parametrize("bytes_left", [1_000, 60_000, 300_000])
-def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path, bytes_left: int) -> None:
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    class Full(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
-
-    try:
-        with pytest.raises(
-            ValueError, match=r"checkpoint-4 could not be written: .*; the last checkpoint is .*-2; free"
-        ):
-            train(
-                tmp_path,
-                callbacks=[Full()],
-                optim="adamw_torch_fused",
-                save_strategy="steps",
-                save_steps=2,
-                max_steps=4,
-            )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert not (tmp_path / "checkpoint-4").exists()
-
-
-def test_a_failure_after_the_writing_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**kwargs: Any) -> None:
-        raise OSError("an old checkpoint is busy")
-
-    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", fail)
-    with pytest.raises(OSError, match="an old checkpoint is busy"):
-        train(tmp_path, save_strategy="steps", save_steps=2)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-
-
-def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="deepspeed: its engine steps inside of backward, where the rule of 'sr-ste'"):
-        arguments(tmp_path, deepspeed="zero2.json")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"the gradients; train under DDP or FSDP2$"):
-        arguments(tmp_path)
-
-
-def test_transformers_own_way_with_sigterm_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="enable_jit_checkpoint: SparseTrainer saves on SIGTERM by itself; leave it"):
-        arguments(tmp_path, enable_jit_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sparse_values": "int4"}, "sparse_values is one of 'fp32', 'fp16', 'bf16', 'int8', got 'int4'"),
-        ({"sparse_method": "dense", "sparse_values": "bf16"}, "leave sparse_values and sparse_standalone out"),
-        ({"sparse_method": "dense", "sparse_standalone": True}, "leave sparse_values and sparse_standalone out"),
-    ],
-)
-def test_what_a_push_could_not_send_is_refused_before_the_training(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    if settings.get("sparse_method") == "dense":
-        settings = {"sparse_decay": None, **settings}
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **settings)
-
-
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
-    assert last_whole_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match="holds no whole checkpoint to resume from"):
-        train(tmp_path, resume=True)
-    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    through = train(tmp_path, **common)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-    state = tmp_path / "checkpoint-6" / "trainer_state.json"
-    state.write_text(state.read_text()[:-20])
-    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    resumed = train(tmp_path, resume=True, **common)
-    assert largest_difference(weights(through), weights(resumed)) == 0
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-
-
-def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
-    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6, "pairs": 80}
-    finished = train(tmp_path, **common)
-    again = train(tmp_path, resume=True, **common)
-    assert largest_difference(weights(finished), weights(again)) == 0
-    assert again.state.global_step == 6
-    assert losses(again) == losses(finished)
-
-
 def test_checkpoints_hold_the_dense_masters(tmp_path: Path) -> None:
     trainer = train(tmp_path, save_strategy="steps", save_steps=4)
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
@@ -593,26 +389,6 @@ def test_the_best_model_has_the_masks_that_it_was_scored_with(tmp_path: Path) ->
     assert isinstance(trainer.model, MarianMTModel)
     layers = [layer for layer in trainer.model.modules() if isinstance(layer, NMLinear)]
     assert any(not torch.equal(layer.current_mask(), magnitude_mask(layer.weight, layer.pattern)) for layer in layers)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"push_to_hub": True},
-            "^push_to_hub: sparse_dense_tail ends with a model that is dense, which cannot be packed",
-        ),
-        (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-            "^load_best_model_at_end: sparse_dense_tail ends with a model that is dense, which is that of the last",
-        ),
-    ],
-)
-def test_a_dense_tail_and_what_needs_a_sparse_end_are_refused(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, sparse_dense_tail=0.25, **settings)
 
 
 def test_training_twice_adds_the_decay_once(tmp_path: Path) -> None:
@@ -788,16 +564,6 @@ def test_eval_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_lengths_come_from_their_columns_or_the_tokens() -> None:
-    rows = [{"input_ids": [5, 1], "labels": [6, 7, 1], "source_length": 2, "target_length": 3}] * 2
-    with_lengths = Dataset.from_list(rows)
-    tokens_alone = with_lengths.remove_columns(["source_length", "target_length"])
-    for dataset in (with_lengths, with_lengths.select([1, 0]), tokens_alone, rows):
-        assert [list(side) for side in pair_lengths(dataset)] == [[2, 2], [3, 3]]
-    with pytest.raises(ValueError, match=r"needs the columns input_ids and labels, lists of tokens, got \['labels'\]"):
-        pair_lengths(tokens_alone.remove_columns(["input_ids"]))
-
-
 class Rows(torch.utils.data.Dataset[Any]):
     """A dataset of torch by number, which knows no end of an iteration."""
 
@@ -906,19 +672,6 @@ def test_a_tokenizer_alone_pads_both_sides(tmp_path: Path) -> None:
     assert largest_difference(weights(trainer), weights(train(tmp_path))) == 0
 
 
-@pytest.mark.parametrize("kind", ["columns", "frame", "series", "splits"])
-def test_what_has_no_rows_by_number_is_one_line(kind: str) -> None:
-    pairs = token_pairs(4)
-    dataset: Any = {
-        "columns": pairs.to_dict(),
-        "frame": pairs.to_pandas(),
-        "series": pairs.to_pandas().apply(dict, axis=1).set_axis([0, 2, 4, 6]),
-        "splits": DatasetDict({"train": pairs}),
-    }[kind]
-    with pytest.raises(ValueError, match=r"^tokens_per_batch: rows are read by their number, from 0, and this "):
-        pair_lengths(dataset)
-
-
 def test_a_list_resumes_exactly(tmp_path: Path) -> None:
     def run(folder: Path, steps: int, resume: bool = False) -> SparseTrainer:
         model = marian(dropout=0.1)
@@ -977,30 +730,6 @@ def test_a_stream_trains_by_tokens_and_resumes_in_its_second_pass(tmp_path: Path
         run("readers", 16, dataloader_num_workers=2)
 
 
-def test_decoder_inputs_are_the_models_own() -> None:
-    settings: dict[str, Any] = {
-        "vocab_size": 30,
-        "d_model": 8,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 8,
-        "decoder_ffn_dim": 8,
-    }
-    labels = torch.tensor([[5, 6, 2], [7, 2, -100]])
-    expected = torch.tensor([[2, 5, 6], [2, 7, 2]])
-    m2m = M2M100ForConditionalGeneration(M2M100Config(**settings))
-    assert not hasattr(m2m, "prepare_decoder_input_ids_from_labels")
-    for model in (m2m, BartForConditionalGeneration(BartConfig(**settings))):
-        assert torch.equal(decoder_inputs(model, labels), expected)
-        model.eval()
-        with torch.no_grad():
-            by_model = model(input_ids=labels.clamp(min=1), labels=labels).logits
-            by_us = model(input_ids=labels.clamp(min=1), decoder_input_ids=decoder_inputs(model, labels)).logits
-        assert torch.equal(by_model, by_us)
-
-
 FAMILIES: dict[str, Callable[[], Any]] = {
     "marian": marian,
     "m2m_100": lambda: M2M100ForConditionalGeneration(hf.M2M100Config(**bart(300, 32, 1))),
@@ -1040,31 +769,6 @@ def test_no_padding_counts_as_a_target(tmp_path: Path, family: str, collates: bo
     with torch.no_grad():
         inputs = next(iter(trainer.get_train_dataloader()))
         assert float(trainer.compute_loss(model, inputs)) == pytest.approx(by_hand.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sparse_method": "srste"}, "sparse_method: got 'srste'; the methods are ste, sr-ste"),
-        ({"sparse_decay": -1.0}, "sparse_decay: needs a finite number >= 0, got -1.0"),
-        ({"sparse_method": "ste", "sparse_decay": 0.1}, "'ste' has no decay"),
-        ({"sparse_method": "dense", "sparse_decay": 0.1}, "the dense method has no decay"),
-        ({"tokens_per_batch": 0}, "tokens_per_batch: needs at least 1, a whole number of tokens, got 0"),
-        ({"tokens_per_batch": "a"}, "tokens_per_batch: needs at least 1, a whole number of tokens, got 'a'"),
-        ({"tokens_per_batch": 10.5}, "tokens_per_batch: needs at least 1, a whole number of tokens, got 10.5"),
-        ({"sparse_decay": "a"}, "sparse_decay: needs a finite number >= 0, got 'a'"),
-        ({"distill_weight": "x"}, "distill_weight: is above 0 and at most 1, got 'x'"),
-        ({"distill_temperature": "x"}, "distill_temperature: needs a finite number above 0, got 'x'"),
-        ({"sparse_ramp": 2.0}, "schedule: ramp is a fraction of the run from 0 to 1, got 2.0"),
-        ({"sparse_method": "asp", "sparse_decay": None, "sparse_interval": 2}, "'asp' has no schedule of masks"),
-        ({"sparse_method": "dense", "sparse_decay": None, "sparse_fade": 0.1}, "'dense' has no schedule; leave"),
-        ({"distill_weight": 0.0}, "distill_weight: is above 0 and at most 1, got 0.0"),
-        ({"distill_temperature": -1.0}, "distill_temperature: needs a finite number above 0, got -1.0"),
-    ],
-)
-def test_arguments_are_checked(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **settings)
 
 
 def test_model_and_method_must_fit(tmp_path: Path) -> None:
@@ -1133,102 +837,6 @@ def test_adapters_train_over_sparse_layers(tmp_path: Path) -> None:
     assert all(weight.any() for name, weight in after.items() if "lora_B" in name)
 
 
-def test_defaults_of_the_methods(tmp_path: Path) -> None:
-    decays = {
-        method: arguments(tmp_path, sparse_method=method, sparse_decay=None).sparse_decay
-        for method in ("sr-ste", "sr-ste-decoupled", "ste", "asp", "dense")
-    }
-    assert decays == {"sr-ste": 2e-4, "sr-ste-decoupled": 0.4, "ste": 0.0, "asp": 0.0, "dense": 0.0}
-
-
-def test_options_are_what_differs(tmp_path: Path) -> None:
-    assert arguments(tmp_path).sparse_options() == {}
-    assert arguments(tmp_path, sparse_ramp=0.25, sparse_interval=40).sparse_options() == {
-        "sparse_ramp": 0.25,
-        "sparse_interval": 40,
-    }
-    assert arguments(tmp_path, sparse_method="decaying-mask", sparse_decay=None).sparse_options() == {
-        "sparse_fade": 0.5
-    }
-    assert arguments(tmp_path, distill_from="a/b").sparse_options() == {
-        "distill_from": "a/b",
-        "distill_weight": 0.5,
-        "distill_temperature": 1.0,
-    }
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of Unix")
-@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # with threads, which Python 3.12 tells of
-@pytest.mark.parametrize("settings", [{}, {"tokens_per_batch": 80}])
-def test_a_killed_reader_of_the_data_is_one_line(tmp_path: Path, settings: dict[str, Any]) -> None:
-    class Killed(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                [reader] = multiprocessing.active_children()
-                assert reader.pid is not None
-                os.kill(reader.pid, signal.SIGKILL)
-
-    # Batches that were read ahead are still trained on, so that the end comes some steps later.
-    common: dict[str, Any] = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2, "pairs": 400, **settings}
-    last = rf"{tmp_path / 'stopped'}/checkpoint-[2468]"
-    with pytest.raises(
-        ValueError,
-        match=rf"^training: after step \d a process that reads the data is gone \(DataLoader worker \(pid.*\); "
-        rf"the last checkpoint is {last}; see what ended it, .*, and run again$",
-    ):
-        train(tmp_path / "stopped", callbacks=[Killed()], dataloader_num_workers=1, **common)
-    resumed = train(tmp_path / "stopped", resume=True, dataloader_num_workers=1, **common)
-    assert largest_difference(weights(train(tmp_path / "through", **common)), weights(resumed)) == 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of timers are a matter of Unix")
-def test_a_reader_may_reset_its_pipe_before_torch_hears_of_its_end(tmp_path: Path) -> None:
-    class Reset(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            raise ConnectionResetError(104, "Connection reset by peer")
-
-    def handler(*args: Any) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        with pytest.raises(ConnectionResetError):  # of something else
-            train(tmp_path / "else", callbacks=[Reset()])
-
-        class ResetAndSignal(TrainerCallback):
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                signal.setitimer(signal.ITIMER_REAL, 0.1)
-                raise ConnectionResetError(104, "Connection reset by peer")
-
-        with pytest.raises(ValueError, match=r"a process that reads the data is gone \(DataLoader worker \(pid 7\) is"):
-            train(tmp_path / "reader", callbacks=[ResetAndSignal()])
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
-        (
-            torch.distributed.DistBackendError("NCCL error in: watchdog, remote process gone\nLast error: ..."),
-            ValueError,
-            r"^training: after step 1 another training process does not answer \(NCCL error in: watchdog, remote "
-            r"process gone\); there is no checkpoint yet; see what ended it",
-        ),
-        (RuntimeError("not enough memory"), RuntimeError, "^not enough memory$"),
-    ],
-)
-def test_an_error_between_processes_is_told_from_others(
-    tmp_path: Path, error: RuntimeError, kind: type[Exception], message: str
-) -> None:
-    class Raised(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            raise error
-
-    with pytest.raises(kind, match=message):
-        train(tmp_path, callbacks=[Raised()])
-
-
 TWO_PROCESSES = """
 import json, sys, torch
 from tests.test_trainer import losses, train, weights
@@ -1280,58 +888,3 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert not two["weights"]["model.shared.weight"][0].any()  # the padding
         assert losses(one) == pytest.approx(two["losses"], abs=1e-5)
         assert largest_difference(weights(one), two["weights"]) < 5 * SAME  # five times as many steps as above
-
-
-ONE_OF_TWO_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from hf_nmsparse import NMSparseConfig, sparsify
-from hf_nmsparse.trainer import SparseTrainer, last_whole_checkpoint
-from tests.test_trainer import TrainerCallback, largest_difference, train, weights
-from tests.tiny import marian
-
-moment, folder = sys.argv[1], Path(sys.argv[2])
-save = SparseTrainer._save_optimizer_and_scheduler
-
-def kill(now, args):
-    if now == moment and args.process_index == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-class Killed(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            kill("in a step", args)
-
-def killed_save(self, output_dir):
-    save(self, output_dir)
-    if self.state.global_step == 8:
-        kill("in a checkpoint", self.args)  # before this process has written its share
-
-SparseTrainer._save_optimizer_and_scheduler = killed_save
-
-def run(folder):
-    model = marian(dropout=0.1)  # drawn apart by the two processes
-    sparsify(model, NMSparseConfig("2:4"))
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=4, per_device_train_batch_size=4, pairs=96)
-    resume = last_whole_checkpoint(folder) is not None
-    return weights(train(folder, resume, model, callbacks=[Killed()], **settings))
-
-found = run(folder)
-assert largest_difference(run(folder.with_name("undisturbed")), found) == 0
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of Unix")
-def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    """Two kills one after the other, the second while a checkpoint has one process's share alone."""
-    folder = tmp_path / "run"
-    for moment, after in (("in a step", 6), ("in a checkpoint", 8)):
-        # Its limit of five minutes is what tells this from the thirty that gloo waits for a process that hangs.
-        done = launch_two(tmp_path, ONE_OF_TWO_KILLED, moment, str(folder))
-        assert done.returncode != 0
-        line = f"training: after step {after} another training process does not answer (["
-        assert line in done.stderr, done.stderr[-3000:]
-        assert f"; the last checkpoint is {folder / 'checkpoint-4'}; see what ended it" in done.stderr
-        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")
-    done = launch_two(tmp_path, ONE_OF_TWO_KILLED, "never", str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
