@@ -21,7 +21,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_nmsparse import NMSparseQuantizationConfig, save_packed
 from hf_nmsparse.corpus import load_corpus
-from hf_nmsparse.metrics import compare, score, versions
+from hf_nmsparse.evaluation import versions
+from hf_nmsparse.metrics import compare, score
 from hf_nmsparse.pipeline import translate
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from hf_nmsparse.metrics import Evaluation
+from hf_nmsparse.evaluation import Evaluation
 
 __all__ = ["model_card", "write_card"]
 

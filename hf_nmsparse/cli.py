@@ -328,7 +328,8 @@ def _translate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hf_nmsparse.metrics import compare, score, versions
+    from hf_nmsparse.evaluation import versions
+    from hf_nmsparse.metrics import compare, score
 
     # Whatever can be wrong is found before the translation rather than after it.
     sources, references = _lines(args.source), _lines(args.reference)

@@ -1,41 +1,24 @@
-"""BLEU and chrF with their signatures, a paired test against the dense model, and the record of an evaluation."""
+"""BLEU and chrF with their signatures, and a paired test against the dense model."""
 
 from __future__ import annotations
 
 import json
-import math
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
 
-import evaluate
 import numpy as np
-import torch
-from datasets import Features, Value
-from datasets import Sequence as ListOf
 from sacrebleu.metrics import BLEU, CHRF
-
-import hf_nmsparse
-from hf_nmsparse.files import replaced
-from hf_nmsparse.kernels import library
-from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
     "Comparison",
-    "Evaluation",
     "Score",
     "SentenceStatistics",
-    "TranslationScore",
     "compare",
     "compare_statistics",
-    "evaluation_record",
+    "reference_streams",
     "score",
-    "versions",
 ]
 
 References = Sequence[str] | Sequence[Sequence[str]]
@@ -77,7 +60,7 @@ def score(hypotheses: Sequence[str], references: References, tokenize: str = "13
     Raises:
         ValueError: There are no sentences, the two lists are not aligned, or something is not a text.
     """
-    streams = _reference_streams(hypotheses, references)
+    streams = reference_streams(hypotheses, references)
     bleu, chrf = _bleu(tokenize), CHRF()
     return Score(
         bleu=float(bleu.corpus_score(list(hypotheses), streams).score),
@@ -112,7 +95,7 @@ class SentenceStatistics:
         Raises:
             ValueError: As in `score`.
         """
-        streams = _reference_streams(hypotheses, references)
+        streams = reference_streams(hypotheses, references)
         bleu = _bleu(tokenize)
         bleu.corpus_score(list(hypotheses), streams)  # the signature names the number of references
         # effective_order has no part in the counts; without it sacreBLEU advises against scores of sentences.
@@ -221,7 +204,7 @@ def compare(
         ValueError: As in `score`, or there are too few samples.
     """
     system = SentenceStatistics.of(hypotheses, references, tokenize)
-    _reference_streams(baseline, references, "baseline translations")
+    reference_streams(baseline, references, "baseline translations")
     return compare_statistics([system], [SentenceStatistics.of(baseline, references, tokenize)], samples, seed)
 
 
@@ -304,7 +287,7 @@ def _corpus_bleu(statistics: np.ndarray) -> float:
     return float(BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score)
 
 
-def _reference_streams(
+def reference_streams(
     hypotheses: Sequence[str], references: References, what: str = "translations"
 ) -> list[list[str | None]]:
     """The references as sacreBLEU takes them: the first of every sentence, the second of every sentence, and so on.
@@ -328,203 +311,3 @@ def _reference_streams(
         if not isinstance(row, Sequence) or not row or not all(isinstance(text, str) for text in row):
             raise ValueError(f"score: sentence {index} needs a text, or a list of texts, as reference, got {row!r}")
     return [list(stream) for stream in zip_longest(*rows)]
-
-
-class TranslationScore(evaluate.Metric):  # type: ignore[misc]
-    """`score` as a metric of the evaluate library, which needs no network.
-
-    ``TranslationScore().compute(predictions=[...], references=[...])`` returns a dictionary with ``bleu``, ``chrf``,
-    ``signature``, ``chrf_signature`` and ``sentences``; ``references`` holds a text, or a list of texts, for each
-    prediction. ``compute`` takes ``tokenize`` as `score` does.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = Value("string")
-        return evaluate.MetricInfo(
-            description="Corpus BLEU and chrF by sacreBLEU, each with its signature.",
-            citation="https://aclanthology.org/W18-6319",
-            inputs_description="predictions: texts; references: for each of them a text or a list of texts.",
-            features=[
-                Features({"predictions": text, "references": text}),
-                Features({"predictions": text, "references": ListOf(text)}),
-            ],
-        )
-
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Adds sentences, after the checks that `score` makes."""
-        if predictions is not None and references is not None:
-            _reference_streams(predictions, references, "predictions")
-        super().add_batch(predictions=predictions, references=references, **kwargs)
-
-    def _compute(self, predictions: list[str], references: list[Any], tokenize: str = "13a") -> dict[str, Any]:
-        return asdict(score(predictions, references, tokenize))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the vector unit of the kernels."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "sacrebleu")
-    return {
-        "python": platform.python_version(),
-        "hf_nmsparse": hf_nmsparse.__version__,
-        **{package: version(package) for package in packages},
-        "kernels": library.status().unit or "none",
-    }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The record of one evaluated run; as JSON it is the source of every number on a model card.
-
-    Attributes:
-        corpus: The corpus, as `load_corpus` takes it.
-        split: The part of the corpus that is scored.
-        model: A few words on the model, such as "Transformer base, 6+6 layers".
-        method: How it was trained: a name in `METHODS`, or "dense".
-        seed: Seed of the training.
-        steps: Optimizer steps of the training.
-        bleu: As in `Score`; so are the next four.
-        chrf: chrF2.
-        signature: Signature of BLEU.
-        chrf_signature: Signature of chrF.
-        sentences: Sentences scored.
-        dense_bytes: Size of the weights in a dense file of the same number type.
-        packed_bytes: Size of the weights in the packed file; None for a dense model.
-        pattern: N:M; None for a dense model.
-        targets: The rules that chose the sparse layers; None where every linear layer was taken.
-        decay: lambda of SR-STE; None where the method has none.
-        options: What the run has beside: schedule and distillation, by the names of `SparseTrainingArguments`.
-        values: Number type in the file: fp32, fp16, bf16 or int8.
-        base_model: The model it was trained from; None for training from scratch.
-        train_seconds: Wall time of the training.
-        flip_rate: Fraction of mask entries that a step changed at the end of the training.
-        validation_loss: Loss on the validation split at the end of the training, before checkpoints are averaged.
-        against_dense: ``bleu_dense``, ``difference``, ``interval``, ``p``, ``verdict``, ``samples`` and ``seed`` of
-            `compare`; None where nothing was compared.
-        threads: CPU threads of torch.
-        versions: See `versions`.
-    """
-
-    corpus: str
-    split: str
-    model: str
-    method: str
-    seed: int
-    steps: int
-    bleu: float
-    chrf: float
-    signature: str
-    chrf_signature: str
-    sentences: int
-    dense_bytes: int
-    packed_bytes: int | None = None
-    pattern: str | None = None
-    targets: list[str] | None = None
-    decay: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    values: str | None = None
-    base_model: str | None = None
-    train_seconds: float | None = None
-    flip_rate: float | None = None
-    validation_loss: float | None = None
-    against_dense: dict[str, Any] | None = None
-    threads: int = field(default_factory=torch.get_num_threads)
-    versions: dict[str, str] = field(default_factory=versions)
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), hint)
-        if self.pattern is not None:
-            NMPattern.parse(self.pattern)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any], where: str = "evaluation") -> Evaluation:
-        """Reads the record that `to_dict` writes.
-
-        Args:
-            record: The record, with every key.
-            where: How errors name it.
-
-        Raises:
-            ValueError: A key is unknown or missing, or a value is of the wrong type.
-        """
-        known = {entry.name for entry in fields(cls)}
-        for problem, keys in (("unknown", set(record) - known), ("missing", known - set(record))):
-            if keys:
-                raise ValueError(f"{where}: key {min(keys)!r} is {problem}; write the file with Evaluation.write")
-        try:
-            return cls(**record)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
-        return asdict(self)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Evaluation:
-        """Reads a file that `write` wrote.
-
-        Raises:
-            ValueError: It is no such file; the message names it.
-        """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: an evaluation is one JSON object, got {type(record).__name__}")
-        return cls.from_dict(record, str(path))
-
-    def write(self, path: str | Path) -> None:
-        """Writes the record as JSON with sorted keys, one a line; folders are made as needed."""
-        with replaced(path) as file:
-            file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-
-
-def evaluation_record(result: Score, against_dense: Comparison | None = None, **run: Any) -> Evaluation:
-    """The record of a run from its scores and the facts about it.
-
-    Args:
-        result: The scores of the files that are published.
-        against_dense: The comparison with the dense model.
-        **run: The other fields of `Evaluation`; those with a default may be left out.
-
-    Raises:
-        ValueError: A field is unknown or missing, or the comparison scored something else.
-    """
-    known = {entry.name: entry for entry in fields(Evaluation) if entry.name not in {*asdict(result), "against_dense"}}
-    required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
-    for problem, keys in (("unknown", set(run) - set(known)), ("missing", required - set(run))):
-        if keys:
-            raise ValueError(f"evaluation_record: {min(keys)!r} is {problem}; the fields are {', '.join(known)}")
-    test = None
-    if against_dense is not None:
-        if (against_dense.bleu, against_dense.sentences) != (result.bleu, result.sentences):
-            raise ValueError(
-                f"evaluation_record: the comparison is of BLEU {against_dense.bleu:.2f} on {against_dense.sentences} "
-                f"sentences, the score of {result.bleu:.2f} on {result.sentences}; compare the same translations"
-            )
-        test = {
-            "bleu_dense": against_dense.bleu_baseline,
-            "difference": against_dense.difference,
-            "interval": list(against_dense.interval),
-            "p": against_dense.p,
-            "verdict": against_dense.verdict,
-            "samples": against_dense.samples,
-            "seed": against_dense.seed,
-        }
-    return Evaluation(**asdict(result), against_dense=test, **run)
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    allowed = tuple(get_origin(option) or option for option in get_args(hint) if NoneType in get_args(hint))
-    allowed = allowed or (get_origin(hint) or hint,)
-    if float in allowed:
-        allowed += (int,)
-    if (
-        not isinstance(value, allowed)
-        or isinstance(value, bool)
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
-        expected = " or ".join("null" if option is NoneType else option.__name__ for option in allowed)
-        raise ValueError(f"{name} is {expected}, got {value!r}")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_nmsparse.metrics import Evaluation
+from hf_nmsparse.evaluation import Evaluation
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.run_logs import read_curve, read_layers
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
 from benchmarks import tables
-from hf_nmsparse.metrics import Comparison, Evaluation, SentenceStatistics, compare_statistics
+from hf_nmsparse.evaluation import Evaluation
+from hf_nmsparse.metrics import Comparison, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 
 ROOT = Path(__file__).parents[1]

@@ -50,10 +50,11 @@ from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.checkpoints import checkpoints, last_complete_checkpoint
 from hf_nmsparse.corpus import Rows, load_corpus
+from hf_nmsparse.evaluation import Evaluation, evaluation_record
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
-from hf_nmsparse.metrics import Evaluation, SentenceStatistics, compare, evaluation_record, score
+from hf_nmsparse.metrics import SentenceStatistics, compare, score
 from hf_nmsparse.packed_files import check_folder, read_object
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packing import VALUE_DTYPES

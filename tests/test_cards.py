@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData, RepoUrl
 from hf_nmsparse import cards, saving
 from hf_nmsparse.cards import model_card, write_card
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.metrics import Comparison, Evaluation, Score, evaluation_record
+from hf_nmsparse.evaluation import Evaluation, evaluation_record
+from hf_nmsparse.metrics import Comparison, Score
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS

@@ -41,6 +41,8 @@ BANDS = (
         "standalone",
         "tokenizer",
         "metrics",
+        "evaluation",
+        "evaluate_metric",
         "pipeline",
         "engine_spec",
         "generation",

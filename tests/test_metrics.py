@@ -5,7 +5,6 @@ import logging
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,18 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from hf_nmsparse.metrics import (
-    Comparison,
-    Evaluation,
-    Score,
-    SentenceStatistics,
-    TranslationScore,
-    compare,
-    compare_statistics,
-    evaluation_record,
-    score,
-    versions,
-)
+from hf_nmsparse.metrics import SentenceStatistics, compare, compare_statistics, score
 
 REFERENCES = [
     "The cat sat on the mat today .",
@@ -234,137 +222,6 @@ def test_the_interval_agrees_with_the_p_value(texts: list[str]) -> None:
     result = compare(texts, references, references, samples=1000)
     assert 0 < result.p <= 1
     assert (result.p < 0.05) == (not result.interval[0] <= 0 <= result.interval[1])
-
-
-def test_the_metric_of_evaluate_works_offline() -> None:
-    texts = drop_words(0.1, seed=0)
-    expected = score(texts, REFERENCES)
-    result = TranslationScore().compute(predictions=texts, references=REFERENCES)
-    assert result == {
-        "bleu": expected.bleu,
-        "chrf": expected.chrf,
-        "signature": expected.signature,
-        "chrf_signature": expected.chrf_signature,
-        "sentences": 4,
-    }
-    assert TranslationScore().compute(predictions=texts, references=[[r] for r in REFERENCES]) == result
-
-
-def test_the_metric_of_evaluate_takes_batches_and_a_tokenizer() -> None:
-    metric = TranslationScore()
-    for text in REFERENCES:
-        metric.add(prediction=text, reference=text)
-    metric.add_batch(predictions=REFERENCES, references=REFERENCES)
-    result = metric.compute(tokenize="char")
-    assert result["sentences"] == 8
-    assert "tok:char" in result["signature"]
-
-
-@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"]), ([1], ["a"]), ("a", "a")])
-def test_the_metric_of_evaluate_checks_its_input(predictions: Any, references: Any) -> None:
-    with pytest.raises(ValueError, match=r"^score: .*predictions"):
-        TranslationScore().compute(predictions=predictions, references=references)
-
-
-RUN: dict[str, Any] = {
-    "corpus": "multi30k",
-    "split": "test",
-    "model": "tiny Transformer",
-    "method": "sr-ste",
-    "seed": 1,
-    "steps": 100,
-    "dense_bytes": 1000,
-}
-
-
-def record(**changes: Any) -> Evaluation:
-    """A record of a made-up run."""
-    return evaluation_record(Score(30.123, 50.5, "sig|b", "sig|c", 1000), **{**RUN, **changes})
-
-
-def test_a_record_survives_its_file(tmp_path: Path) -> None:
-    comparison = Comparison(30.123, 31.0, (-2.0, 0.25), 0.12, 1000, 12345, "sig|b", 1000)
-    written = evaluation_record(Score(30.123, 50.5, "sig|b", "sig|c", 1000), comparison, **RUN)
-    path = tmp_path / "new" / "run.json"
-    written.write(path)
-    assert Evaluation.read(path) == written
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    assert list(stored) == sorted(stored)
-    assert stored["against_dense"] == {
-        "bleu_dense": 31.0,
-        "difference": 30.123 - 31.0,
-        "interval": [-2.0, 0.25],
-        "p": 0.12,
-        "samples": 1000,
-        "seed": 12345,
-        "verdict": "no difference shown",
-    }
-    assert stored["bleu"] == 30.123
-    assert stored["versions"] == versions()
-    assert stored["threads"] >= 1
-    assert stored["packed_bytes"] is None
-
-
-def test_versions_name_all_that_counts() -> None:
-    names = {"python", "torch", "transformers", "accelerate", "datasets", "sacrebleu", "hf_nmsparse", "kernels"}
-    assert set(versions()) == names
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"blue": 3}, "key 'blue' is unknown"),
-        ({"bleu": "30"}, "bleu is float or int, got '30'"),
-        ({"seed": 1.5}, "seed is int, got 1.5"),
-        ({"seed": True}, "seed is int, got True"),
-        ({"decay": "x"}, "decay is float or null or int, got 'x'"),
-        ({"chrf": float("nan")}, "chrf is float or int, got nan"),
-        ({"versions": None}, "versions is dict, got None"),
-        ({"pattern": "4:2"}, "N:M needs 1 <= N < M"),
-    ],
-)
-def test_a_bad_record_names_file_and_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({**record().to_dict(), **change}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"run\.json: ") as raised:
-        Evaluation.read(path)
-    assert message in str(raised.value)
-
-
-def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    values = record(decay=1).to_dict()
-    del values["signature"]
-    path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"run\.json: key 'signature' is missing"):
-        Evaluation.read(path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
-def test_a_file_that_is_no_record(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "run.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"run\.json: "):
-        Evaluation.read(path)
-    with pytest.raises(ValueError, match=r"none\.json: cannot be read"):
-        Evaluation.read(tmp_path / "none.json")
-
-
-def test_a_record_wants_its_facts() -> None:
-    with pytest.raises(ValueError, match="'method' is missing"):
-        evaluation_record(score(["a"], ["a"]), corpus="c", split="s", model="m", seed=1, steps=1, dense_bytes=1)
-    with pytest.raises(ValueError, match="'patern' is unknown"):
-        record(patern="2:4")
-
-
-def test_the_comparison_must_be_of_the_same_translations() -> None:
-    comparison = Comparison(29.0, 31.0, (-2.0, 0.25), 0.12, 1000, 12345, "sig|b", 1000)
-    with pytest.raises(ValueError, match="compare the same translations"):
-        evaluation_record(Score(30.0, 50.5, "b", "c", 1000), comparison, **RUN)
-
-
-def test_a_record_is_frozen_and_can_be_replaced() -> None:
-    assert replace(record(), seed=2).seed == 2
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hf_nmsparse.metrics import Score, evaluation_record
+from hf_nmsparse.evaluation import evaluation_record
+from hf_nmsparse.metrics import Score
 from hf_nmsparse.plots import LoggedRun, _differing, _lambda, _of_shared_seeds, _pattern, plot_runs, read_run, read_runs
 from hf_nmsparse.run_logs import write_curve, write_layers
 

@@ -21,7 +21,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from transformers import NllbTokenizer
 
-from hf_nmsparse.metrics import Evaluation, SentenceStatistics, score
+from hf_nmsparse.evaluation import Evaluation
+from hf_nmsparse.metrics import SentenceStatistics, score
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.run_logs import read_curve, read_layers
 from recipes.arguments import DEFAULT, parse

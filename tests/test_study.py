@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from hf_nmsparse.metrics import Evaluation, SentenceStatistics
+from hf_nmsparse.evaluation import Evaluation
+from hf_nmsparse.metrics import SentenceStatistics
 from recipes import results_table
 from recipes.arguments import parse
 from recipes.study import Runner, Study, main, only_one
