@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_nmsparse import registration
+from hf_nmsparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hf_nmsparse.compute import set_compute
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from hf_nmsparse.sparse_model import finalize, report, sparsify
     from hf_nmsparse.trainer import SparseTrainer
     from hf_nmsparse.training_arguments import SparseTrainingArguments
-
-__version__ = "0.1.0"
 
 __all__ = [
     "NMPattern",

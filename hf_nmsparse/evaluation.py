@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 
-import hf_nmsparse
 from hf_nmsparse.files import replaced
 from hf_nmsparse.kernels import library
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.version import __version__
 
 if TYPE_CHECKING:
     from hf_nmsparse.metrics import Comparison, Score
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     packages = ("torch", "transformers", "accelerate", "datasets", "sacrebleu")
     return {
         "python": platform.python_version(),
-        "hf_nmsparse": hf_nmsparse.__version__,
+        "hf_nmsparse": __version__,
         **{package: version(package) for package in packages},
         "kernels": library.status().unit or "none",
     }

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import cpu, native, reference, rounded, semi_structured
+from hf_nmsparse.kernels import cpu, native, rounded, semi_structured
 from hf_nmsparse.packed_format import check_weight, packed_shapes
-from hf_nmsparse.packing import pack, quantize_rows, stored, unpack
+from hf_nmsparse.packing import pack, stored, unpack
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.rounding import quantize_rows
 
 __all__ = ["Int8Head", "KernelLinear", "PackedLinear", "SemiStructuredLinear"]
 
@@ -100,10 +101,13 @@ class PackedLinear(nn.Module):
         return tensors if self.weight_scale is None else tensors | {"weight_scale": self.weight_scale}
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
+        """The product in plain torch, slow, and right by construction: what the kernels are checked against.
+
+        ``input`` is ``[..., in_features]``; returns ``[..., out_features]``. Float values get their gradient.
+        """
         if self.weight_scale is not None:
             return F.linear(input, self.dense_weight(), self.bias)
-        return reference.linear(input, self.weight, self.weight_indices, self.bias, self.pattern)
+        return F.linear(input, unpack(self.weight, self.weight_indices, self.pattern), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.weight_scale

@@ -19,7 +19,6 @@ from torch import Tensor
 from hf_nmsparse.masks import count_violations, magnitude_mask, unpack_bits
 from hf_nmsparse.packed_format import (
     CODES_IN_PERIOD,
-    INT8_LARGEST,
     VALUE_TYPES,
     StoredTensor,
     bytes_of,
@@ -30,7 +29,7 @@ from hf_nmsparse.packed_format import (
 )
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["VALUE_DTYPES", "decode", "encode", "pack", "quantize_rows", "stored", "unpack"]
+__all__ = ["VALUE_DTYPES", "decode", "encode", "pack", "stored", "unpack"]
 
 VALUE_DTYPES = MappingProxyType(
     {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -38,7 +37,6 @@ VALUE_DTYPES = MappingProxyType(
 """The number types that values have in a file, by the name that the file uses; int8 comes with a scale for each row."""
 
 _SPELLED = {torch.uint8: "U8", torch.float64: "F64"} | {VALUE_DTYPES[name]: VALUE_TYPES[name] for name in VALUE_TYPES}
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a row's largest magnitude
 
 _LARGEST_TABLE = 1 << 16
 
@@ -89,38 +87,6 @@ def pack(weight: Tensor, pattern: NMPattern, name: str = "weight") -> dict[str, 
     kept = unpack_bits(magnitude_mask(claim.to(torch.float32), pattern), weight.shape)
     values = weight.masked_select(kept).reshape(shape)
     return {"weight": values, "weight_indices": encode(kept, pattern)}
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row to int8 with one scale, which is the one of a few whose squared error is least.
-
-    Scales have 16 significant bits, so that ``values * scale`` is exact in fp32, and quantizing it again gives the same
-    values and scale.
-
-    Args:
-        weight: ``[rows, columns]``, floating point and finite.
-
-    Returns:
-        int8 ``[rows, columns]`` within -127 to 127, and the scales, fp32 ``[rows]``; a row of zeros has the scale 1.
-    """
-    weight = weight.detach().to(torch.float32)
-    largest = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
-    scale = torch.ones_like(largest)
-    error = torch.full_like(largest, torch.inf)
-    for clip in _CLIPS:
-        bits = (largest * clip / INT8_LARGEST).view(torch.int32)
-        short = ((bits + 0x80) & ~0xFF).view(torch.float32)
-        short = torch.where(torch.isfinite(short * INT8_LARGEST), short, (bits & ~0xFF).view(torch.float32))
-        short = torch.where(short > torch.finfo(torch.float32).tiny, short, 1.0)
-        rounded = _round_rows(weight, short)
-        # In units of the largest magnitude, so that no square overflows.
-        new = (rounded.mul_(short[:, None]) - weight).div_(largest[:, None]).square_().sum(dim=1)
-        scale, error = torch.where(new < error, short, scale), torch.minimum(new, error)
-    return _round_rows(weight, scale).to(torch.int8), scale
-
-
-def _round_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight / scale[:, None]).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
 
 
 def unpack(values: Tensor, codes: Tensor, pattern: NMPattern) -> Tensor:

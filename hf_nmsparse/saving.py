@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-import hf_nmsparse
 from hf_nmsparse import standalone as reader
 from hf_nmsparse.checkpoint_fit import refuse_missing, ties
 from hf_nmsparse.files import model_folder
@@ -27,11 +26,13 @@ from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
-from hf_nmsparse.packing import VALUE_DTYPES, pack, quantize_rows, unpack
+from hf_nmsparse.packing import VALUE_DTYPES, pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, record_of
+from hf_nmsparse.rounding import quantize_rows
 from hf_nmsparse.sharding import is_sharded, local
 from hf_nmsparse.sparsity_record import one_of
+from hf_nmsparse.version import __version__
 from hf_nmsparse.wrappers import has_adapters, stock_name, unwrapped
 
 __all__ = [
@@ -103,7 +104,7 @@ def save_packed(
         embeddings="int8" if values == "int8" and embeddings != "float" else None,
         targets=record.targets,
         ignore=record.ignore,
-        producer=record.producer or f"hf-nmsparse {hf_nmsparse.__version__}",
+        producer=record.producer or f"hf-nmsparse {__version__}",
     )
     if standalone:
         twin.config.auto_map = {**(getattr(twin.config, "auto_map", None) or {}), **_auto_map(twin)}

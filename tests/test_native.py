@@ -26,8 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from hf_nmsparse.kernels import cpu, library, native
 from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
-from hf_nmsparse.packing import pack, quantize_rows, unpack
+from hf_nmsparse.packing import pack, unpack
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.rounding import quantize_rows
 from hf_nmsparse.srste import soft_threshold
 
 pytestmark = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)

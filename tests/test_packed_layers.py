@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import library, reference
+from hf_nmsparse.kernels import library
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
-from hf_nmsparse.packing import pack, quantize_rows, unpack
+from hf_nmsparse.packing import pack, unpack
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.rounding import quantize_rows
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(3, 5), NMPattern(16, 32)]
 
@@ -36,10 +37,10 @@ def inputs(linear: nn.Linear) -> Tensor:
 
 
 def test_product_by_hand() -> None:
-    weight = torch.tensor([[0.0, 5.0, 0.0, -2.0], [1.0, 0.0, 0.0, 3.0]])
-    packed = pack(weight, NMPattern(2, 4))
-    x, bias = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([10.0, 20.0])
-    out = reference.linear(x, packed["weight"], packed["weight_indices"], bias, NMPattern(2, 4))
+    linear = nn.Linear(4, 2)
+    linear.weight = nn.Parameter(torch.tensor([[0.0, 5.0, 0.0, -2.0], [1.0, 0.0, 0.0, 3.0]]))
+    linear.bias = nn.Parameter(torch.tensor([10.0, 20.0]))
+    out = PackedLinear.from_linear(linear, NMPattern(2, 4))(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     assert out.tolist() == [[10.0 + 5 * 2 - 2 * 4, 20.0 + 1 + 3 * 4]]
 
 

@@ -117,6 +117,7 @@ def test_every_public_name_has_its_home() -> None:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hf_nmsparse.")
         for alias in node.names
     }
+    assert written.pop("__version__") == "hf_nmsparse.version"
     assert written == {name: f"hf_nmsparse.{home}" for name, home in hf_nmsparse._HOMES.items()}
     for name in hf_nmsparse.__all__:
         value = getattr(hf_nmsparse, name)

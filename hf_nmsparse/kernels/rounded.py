@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_nmsparse.kernels import cpu, native
 from hf_nmsparse.kernels.watched import WatchedParameter, state_of
-from hf_nmsparse.packing import quantize_rows
+from hf_nmsparse.rounding import quantize_rows
 
 __all__ = ["RoundedParameter", "linear", "rounded"]
 
