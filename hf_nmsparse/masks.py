@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from hf_nmsparse.kernels import cuda, native
+from hf_nmsparse.kernels.choice import kernels_for
+from hf_nmsparse.kernels.native import nan_error
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -47,16 +48,16 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         ValueError: The row does not divide into groups, or a weight is NaN.
     """
     pattern.groups(weight.shape[-1])
-    if native.can_rank(weight) or cuda.can_rank(weight):
+    if kernels_for(weight) is not None:
         mask = torch.zeros(-(-weight.numel() // 8), dtype=torch.uint8, device=weight.device)
         if math.isnan(update_mask(mask, weight, pattern)):
-            raise native.nan_error(weight)
+            raise nan_error(weight)
         return mask
     magnitude = weight.detach().abs()
     # Magnitudes cannot cancel, so that their sum is NaN only where one of them is. A compiled graph cannot branch on
     # it: there the next ranking outside of the graph, in SparseStep or finalize, finds the NaN.
     if not torch.compiler.is_compiling() and torch.isnan(magnitude.sum()):
-        raise native.nan_error(weight)
+        raise nan_error(weight)
     magnitude = magnitude.reshape(-1, pattern.m).t()  # [M, groups], a view
     if pattern.m > 8:
         # A column of wide groups touches a cache line per weight, M times over; one copy costs less.
@@ -75,10 +76,10 @@ def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor | in
     Raises:
         ValueError: As `magnitude_mask`, but for a NaN on a GPU.
     """
-    if native.can_rank(weight):
-        return native.rank(weight, mask, pattern)
-    if cuda.can_rank(weight):
-        return cuda.rank(weight, mask, pattern)
+    kernels = kernels_for(weight)
+    if kernels is not None:
+        changed: Tensor | int = kernels.rank(weight, mask, pattern)
+        return changed
     new = magnitude_mask(weight, pattern)
     flips = count_flips(mask, new)
     mask.copy_(new)
@@ -133,17 +134,16 @@ def apply_mask(
         transient: The caller is done with the result before this thread asks for the next one, and it may lie in
             memory that is used again.
     """
-    if native.can_rank(weight):
-        kept = native.masked(weight, mask, pruned_scale, transient)
-    elif cuda.can_rank(weight):
-        return cuda.masked(weight, mask, dtype, pruned_scale)
-    else:
-        keeps, bits = unpack_bits(mask, weight.shape), _BITS.get(weight.dtype)
-        if pruned_scale or bits is None or weight.device.type != "cpu":
-            pruned = weight * pruned_scale if pruned_scale else weight.new_zeros(())
-            kept = torch.where(keeps, weight, pruned)
-        else:  # on CPUs a select takes several times as long as an "and" with all ones or none
-            kept = (weight.view(bits) & keeps.to(bits).neg_()).view(weight.dtype)
+    kernels = kernels_for(weight)
+    if kernels is not None:
+        made: Tensor = kernels.masked(weight, mask, dtype, pruned_scale, transient)
+        return made
+    keeps, bits = unpack_bits(mask, weight.shape), _BITS.get(weight.dtype)
+    if pruned_scale or bits is None or weight.device.type != "cpu":
+        pruned = weight * pruned_scale if pruned_scale else weight.new_zeros(())
+        kept = torch.where(keeps, weight, pruned)
+    else:  # on CPUs a select takes several times as long as an "and" with all ones or none
+        kept = (weight.view(bits) & keeps.to(bits).neg_()).view(weight.dtype)
     return kept if dtype in (None, kept.dtype) else kept.to(dtype)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nmsparse.kernels import cpu, native, rounded, semi_structured
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_format import check_weight, packed_shapes
 from hf_nmsparse.packing import pack, stored, unpack
 from hf_nmsparse.pattern import NMPattern
@@ -177,7 +178,7 @@ class KernelLinear(nn.Linear):
             if scale is None:
                 values, scale = quantize_rows(values)
         else:
-            values = (values if scale is None else values * scale[:, None]).to(_FORMAT_DTYPES[self.format])
+            values = (values if scale is None else values * scale[:, None]).to(VALUE_DTYPES[self.format])
             scale = None
         return native.repack(self.format, self.in_features, values, codes, scale)
 
@@ -316,8 +317,6 @@ _QUESTIONS = {
     Tensor.__hash__,
     Tensor.__repr__,
 }
-
-_FORMAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _describe(layer: PackedLinear | KernelLinear, more: str) -> str:

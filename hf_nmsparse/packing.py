@@ -8,15 +8,16 @@ starts on a byte and the bits left over at its end are 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from math import comb
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_nmsparse.masks import count_violations, magnitude_mask, unpack_bits
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_format import (
     CODES_IN_PERIOD,
     VALUE_TYPES,
@@ -29,12 +30,7 @@ from hf_nmsparse.packed_format import (
 )
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["VALUE_DTYPES", "decode", "encode", "pack", "stored", "unpack"]
-
-VALUE_DTYPES = MappingProxyType(
-    {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-)
-"""The number types that values have in a file, by the name that the file uses; int8 comes with a scale for each row."""
+__all__ = ["decode", "encode", "pack", "stored", "unpack"]
 
 _SPELLED = {torch.uint8: "U8", torch.float64: "F64"} | {VALUE_DTYPES[name]: VALUE_TYPES[name] for name in VALUE_TYPES}
 
@@ -226,6 +222,6 @@ def _finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(weight).all())
 
 
-def _either(names: MappingProxyType[str, torch.dtype]) -> str:
+def _either(names: Mapping[str, torch.dtype]) -> str:
     *first, last = names
     return f"{', '.join(first)} or {last}"

@@ -24,9 +24,10 @@ from hf_nmsparse.checkpoint_fit import refuse_missing, ties
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
-from hf_nmsparse.packing import VALUE_DTYPES, pack, unpack
+from hf_nmsparse.packing import pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, record_of
 from hf_nmsparse.rounding import quantize_rows

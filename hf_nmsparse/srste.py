@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nmsparse.kernels import cuda, native
+from hf_nmsparse.kernels.choice import kernels_for
 from hf_nmsparse.masks import apply_mask
 from hf_nmsparse.pattern import NMPattern
 
@@ -163,10 +163,10 @@ def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern, transient: 
         pattern: The N:M pattern.
         transient: As in `apply_mask`.
     """
-    if native.can_rank(weight):
-        return native.soft_threshold(weight, mask, pattern, transient)
-    if cuda.can_rank(weight):
-        return cuda.soft_threshold(weight, mask, pattern)
+    kernels = kernels_for(weight)
+    if kernels is not None:
+        soft: Tensor = kernels.soft_threshold(weight, mask, pattern, transient)
+        return soft
     pruned = apply_mask(weight, ~mask, transient=True).abs_().reshape(-1, pattern.m)
     threshold = pruned[:, 0]
     for member in range(1, pattern.m):  # columns: a reduction over rows of M has no room for a vector unit
@@ -224,10 +224,9 @@ def add_to_gradient(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContex
     Where the optimizer goes up the gradient the term has the other sign, so that the weight shrinks there as well.
     """
     decay = -step.decay if step.maximize else step.decay
-    if native.can_rank(weight) and native.can_rank(grad):
-        native.decay_pruned(weight, mask, grad, decay)
-    elif cuda.can_rank(weight) and cuda.can_rank(grad):
-        cuda.decay_pruned(weight, mask, grad, decay)
+    kernels = kernels_for(weight, grad)
+    if kernels is not None:
+        kernels.decay_pruned(weight, mask, grad, decay)
     else:
         grad.add_(apply_mask(weight, ~mask, transient=True), alpha=decay)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.optimizer import check_method
-from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.srste import METHODS

@@ -55,9 +55,9 @@ from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.metrics import SentenceStatistics, compare, score
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import check_folder, read_object
 from hf_nmsparse.packed_format import PackedFormatError
-from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.preemption import Preempted
 from hf_nmsparse.srste import METHODS

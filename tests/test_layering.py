@@ -11,7 +11,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
 BANDS = (
-    {"pattern", "masks", "srste", "schedule", "packed_format", "packing", "rounding", "version", "kernels"},
+    {
+        "pattern",
+        "masks",
+        "srste",
+        "schedule",
+        "packed_format",
+        "packing",
+        "rounding",
+        "number_types",
+        "version",
+        "kernels",
+    },
     {"config", "layers", "packed_layers", "sharding", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
     {
         "quantizer",

@@ -148,7 +148,7 @@ def check_masks() -> None:
         assert flips == int(count_flips(mask, before))
         for scale in (0.0, 0.3):
             expected = apply_mask(weight.double(), mask, torch.float32, pruned_scale=scale)
-            torch.testing.assert_close(native.masked(weight, mask, scale), expected, rtol=2e-7, atol=0)
+            torch.testing.assert_close(native.masked(weight, mask, pruned_scale=scale), expected, rtol=2e-7, atol=0)
         soft = native.soft_threshold(weight, mask, pattern)
         assert torch.equal(soft, soft_threshold(weight.double(), mask, pattern).float())
         assert not soft.signbit()[~unpack_bits(mask, weight.shape)].any()

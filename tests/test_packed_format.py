@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import read_files
 from hf_nmsparse.packed_format import VALUE_TYPES, PackedFormatError, code_bits, is_finite, packed_bytes
-from hf_nmsparse.packing import VALUE_DTYPES, pack, stored, unpack
+from hf_nmsparse.packing import pack, stored, unpack
 from hf_nmsparse.pattern import NMPattern
 from tests.packed_models import check_int8_tensors, check_tensors
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_nmsparse.masks import apply_mask, magnitude_mask, pack_bits
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_format import VALUE_TYPES, code_bits, packed_bytes, packed_shapes
-from hf_nmsparse.packing import VALUE_DTYPES, decode, encode, pack, unpack
+from hf_nmsparse.packing import decode, encode, pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from tests.packed_models import check_tensors
 

@@ -23,11 +23,11 @@ from hf_nmsparse.compute import set_compute
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import NMLinear, sparse_layers
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
-from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.quantizer import prepare_for_training

@@ -24,9 +24,10 @@ from hf_nmsparse import cli, saving, standalone
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.packed_format import PackedFormatError
-from hf_nmsparse.packing import VALUE_DTYPES, pack, unpack
+from hf_nmsparse.packing import pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantizer import prepare_for_training
 from hf_nmsparse.saving import export_dense, push_to_hub, save_packed

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels import native
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = ["WIDEST_INT8", "fits", "linear", "needs_dispatch", "preferred_format"]
@@ -94,7 +95,8 @@ def fits(pattern: NMPattern, in_features: int) -> bool:
     return pattern.within_2_of_4 and in_features <= WIDEST_INT8
 
 
-_FASTEST = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp32", torch.float32: "fp32"}
+# There is no format for fp16: its values are kept as they are in fp32.
+_FASTEST = {dtype: name for name, dtype in VALUE_DTYPES.items()} | {torch.float16: "fp32"}
 
 
 def preferred_format(values: torch.dtype) -> str:

@@ -78,8 +78,14 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
             _kernels().decay_pruned[_blocks(weight)](weight.detach(), mask, gradient, decay, weight.numel(), _BLOCK)
 
 
-def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None, pruned_scale: float = 0.0) -> Tensor:
-    """``weight`` where ``mask`` keeps it and ``pruned_scale`` times it elsewhere, or +0.0 where that is 0."""
+def masked(
+    weight: Tensor,
+    mask: Tensor,
+    dtype: torch.dtype | None = None,
+    pruned_scale: float = 0.0,
+    transient: bool = False,
+) -> Tensor:
+    """As `native.masked`; torch's allocator keeps freed memory of GPUs, so that ``transient`` changes nothing."""
     check_mask(weight, mask)
     kept = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if weight.numel():
@@ -88,8 +94,8 @@ def masked(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None, prune
     return kept
 
 
-def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
-    """What ``mask`` keeps of ``weight``, nearer to zero by the largest magnitude that it prunes in the group."""
+def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern, transient: bool = False) -> Tensor:
+    """As `native.soft_threshold`; ``transient`` changes nothing here."""
     check_mask(weight, mask)
     soft = torch.empty_like(weight, requires_grad=False)
     if weight.numel():

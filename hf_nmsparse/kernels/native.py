@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels.library import FORMATS, library, status
+from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
@@ -35,10 +36,7 @@ _MAGIC, _ORDER = b"NMSW", 1
 _UNITS_OF = {8: "avx2 and scalar", 16: "avx512 and avx512_bf16"}  # by their lanes
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
-_VALUES = {
-    name: {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name.removeprefix("dense_")]
-    for name in FORMATS
-}
+_VALUES = {name: VALUE_DTYPES[name.removeprefix("dense_")] for name in FORMATS}
 
 
 def _done(outcome: int) -> int:
@@ -233,12 +231,19 @@ def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -
 _LENT = threading.local()
 
 
-def masked(weight: Tensor, mask: Tensor, pruned_scale: float = 0.0, transient: bool = False) -> Tensor:
+def masked(
+    weight: Tensor,
+    mask: Tensor,
+    dtype: torch.dtype | None = None,
+    pruned_scale: float = 0.0,
+    transient: bool = False,
+) -> Tensor:
     """``weight`` where ``mask`` keeps it, ``pruned_scale`` times it elsewhere, or +0.0 where that is 0.
 
     Args:
         weight: What `can_rank` takes.
         mask: Its mask.
+        dtype: Number type of the result; None is the weight's.
         pruned_scale: As said.
         transient: Whether the caller is done with the result before this thread asks for the next one. It lies in
             memory that is used again then: fresh memory for each product would leave gaps between what stays.
@@ -246,7 +251,7 @@ def masked(weight: Tensor, mask: Tensor, pruned_scale: float = 0.0, transient: b
     check_mask(weight, mask)
     kept = _room(weight, transient)
     _done(_library().nms_apply(weight.data_ptr(), mask.data_ptr(), kept.data_ptr(), pruned_scale, weight.numel()))
-    return kept
+    return kept if dtype in (None, kept.dtype) else kept.to(dtype)
 
 
 def soft_threshold(weight: Tensor, mask: Tensor, pattern: NMPattern, transient: bool = False) -> Tensor:

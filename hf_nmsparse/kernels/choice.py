@@ -1,0 +1,23 @@
+"""Which kernels take a weight of a training: those of the native library, those of Triton, or none."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from hf_nmsparse.kernels import cuda, native
+
+__all__ = ["kernels_for"]
+
+
+def kernels_for(*weights: Tensor) -> ModuleType | None:
+    """The module with ``rank``, ``masked``, ``soft_threshold`` and ``decay_pruned`` for tensors like these.
+
+    Returns:
+        `native` for fp32 on the CPU, `cuda` on GPUs, each where it is there; None where plain torch computes.
+    """
+    for kernels in (native, cuda):
+        if all(map(kernels.can_rank, weights)):
+            return kernels
+    return None
