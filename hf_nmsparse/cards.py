@@ -14,20 +14,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_nmsparse.evaluation import Evaluation
+from hf_nmsparse.srste import METHODS
 
-__all__ = ["model_card", "write_card"]
-
-_METHODS = {
-    "dense": "without sparsity, as the baseline of sparse models",
-    "ste": "STE: the forward pass uses the masked weights, and every weight gets the gradient",
-    "sr-ste": "SR-STE (Zhou et al., ICLR 2021): straight-through gradients, and pruned weights decay",
-    "sr-ste-decoupled": "decoupled SR-STE: straight-through gradients, and pruned weights decay beside the optimizer",
-    "masked-decay": "masked decay: straight-through gradients, and pruned weights decay in Adam's numerator",
-    "s-ste": "S-STE (NeurIPS 2024): a soft threshold in every group, and straight-through gradients",
-    "decaying-mask": "decaying mask: pruned weights fade out of the forward pass, and their gradients with them",
-    "asp": "ASP: the mask is taken once and kept",
-    "random": "a random mask that is kept, as a control",
-}
+__all__ = ["method_in_words", "model_card", "write_card"]
 
 
 def model_card(
@@ -94,7 +83,7 @@ def model_card(
         test=evaluation.against_dense,
         description=_description(evaluation, languages),
         pattern="dense" if evaluation.pattern is None else f"{evaluation.pattern}, {_in_words(evaluation.pattern)}",
-        method=_METHODS.get(evaluation.method, evaluation.method),
+        method=method_in_words(evaluation.method),
         weights=_weights(evaluation),
         source_lang=source_lang,
         target_lang=target_lang,
@@ -104,6 +93,13 @@ def model_card(
         standalone=standalone,
     )
     return str(card)
+
+
+def method_in_words(method: str) -> str:
+    """One line on how a model was trained; the name itself of a method that this version does not know."""
+    if method == "dense":
+        return "without sparsity, as the baseline of sparse models"
+    return METHODS[method].description if method in METHODS else method
 
 
 def write_card(folder: str | Path, evaluation: Evaluation, repo_id: str, **details: Any) -> Path:

@@ -271,6 +271,7 @@ class Method:
     """How masked weights are trained.
 
     Attributes:
+        description: One line for readers of model cards and README files.
         rule: Runs on every sparse weight right before the optimizer steps.
         fixed_mask: Masks are taken once, pruned weights set to zero, and never changed. Otherwise masks follow the
             weights after optimizer steps.
@@ -281,6 +282,7 @@ class Method:
         soft: The forward takes the soft threshold, which is a matter of `NMSparseConfig` too.
     """
 
+    description: str
     rule: Rule
     fixed_mask: bool = False
     random_mask: bool = False
@@ -292,14 +294,37 @@ class Method:
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "ste": Method(no_decay),
-        "sr-ste": Method(add_to_gradient, default_decay=2e-4),
-        "sr-ste-decoupled": Method(shrink_weight, default_decay=0.4),
-        "masked-decay": Method(decay_in_numerator, default_decay=2e-4, needs_adam=True),
-        "s-ste": Method(no_decay, soft=True),
-        "decaying-mask": Method(fade_gradient, default_fade=0.5),
-        "asp": Method(mask_gradient, fixed_mask=True),
-        "random": Method(mask_gradient, fixed_mask=True, random_mask=True),
+        "ste": Method("STE: the forward pass uses the masked weights, and every weight gets the gradient", no_decay),
+        "sr-ste": Method(
+            "SR-STE (Zhou et al., ICLR 2021): straight-through gradients, and pruned weights decay",
+            add_to_gradient,
+            default_decay=2e-4,
+        ),
+        "sr-ste-decoupled": Method(
+            "decoupled SR-STE: straight-through gradients, and pruned weights decay beside the optimizer",
+            shrink_weight,
+            default_decay=0.4,
+        ),
+        "masked-decay": Method(
+            "masked decay (Huang et al., AAAI 2025): straight-through gradients, and pruned weights decay in Adam's "
+            "numerator",
+            decay_in_numerator,
+            default_decay=2e-4,
+            needs_adam=True,
+        ),
+        "s-ste": Method(
+            "S-STE (Hu et al., NeurIPS 2024): a soft threshold in every group, and straight-through gradients",
+            no_decay,
+            soft=True,
+        ),
+        "decaying-mask": Method(
+            "decaying mask (Kao et al., 2022): pruned weights fade out of the forward pass, and their gradients with "
+            "them",
+            fade_gradient,
+            default_fade=0.5,
+        ),
+        "asp": Method("ASP (NVIDIA): the mask is taken once and kept", mask_gradient, fixed_mask=True),
+        "random": Method("a random mask that is kept, as a control", mask_gradient, fixed_mask=True, random_mask=True),
     }
 )
 """The training methods by the name that ``SparseTrainingArguments.sparse_method`` takes.

@@ -16,12 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
 from benchmarks import tables
+from hf_nmsparse.cards import method_in_words
 from hf_nmsparse.evaluation import Evaluation
 from hf_nmsparse.metrics import Comparison, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
+from hf_nmsparse.srste import METHODS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
+
+
+def methods_table() -> str:
+    """The training methods, each with the line that stands on its models' cards."""
+    rows = [f"| `{name}` | {method_in_words(name)} |" for name in ("dense", *METHODS)]
+    return "\n".join(["| `sparse_method` | how masked weights are trained |", "|---|---|", *rows])
 
 
 def table() -> str:
@@ -150,7 +158,15 @@ def notes(runs: list[Evaluation]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": table,
+<<<<<<< HEAD
     **tables.TABLES,
+=======
+    "methods": methods_table,
+    "masks": masks_table,
+    "kernels": kernels_table,
+    "quality": quality_table,
+    **{name: partial(measured_table, name) for name in OF},
+>>>>>>> aecaea4 (A method carries the line that describes it: cards and the table of the README read it there)
     **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
 
@@ -159,7 +175,7 @@ def home(name: str) -> Path:
     """The file that shows a table."""
     if name == "summary":
         return ROOT / "README.md"
-    of_the_recipe = name in ("results", "faults") or name.startswith("study ")
+    of_the_recipe = name in ("results", "faults", "methods") or name.startswith("study ")
     return ROOT / ("recipes" if of_the_recipe else "benchmarks") / "README.md"
 
 
