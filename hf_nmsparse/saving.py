@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +26,9 @@ from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
+from hf_nmsparse.packed_format import check_weight
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
-from hf_nmsparse.packing import pack, unpack
+from hf_nmsparse.packing import pack, stored, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, record_of
 from hf_nmsparse.rounding import quantize_rows
@@ -134,7 +135,7 @@ def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> Non
     twin = _empty_twin(model, None)
     if hasattr(twin.config, "quantization_config"):
         del twin.config.quantization_config
-    tensors = dict(_dense_tensors(model, state_dict))
+    tensors = _dense_tensors(model, state_dict)
     _check_whole(twin, tensors, "export_dense")
     for key, tensor in tensors.items():
         _finite(tensor, key)
@@ -368,28 +369,46 @@ def retied(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tens
     return {key: state_dict.get(tied.get(key, key), tensor) for key, tensor in state_dict.items()}
 
 
-def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
-    layers = {stock_name(name): model.get_submodule(name) for name in sparse_layers(model)}
+def _stock_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` under its stock names, with one tensor a sparse weight: layers that are packed have the rest."""
+    layers, tensors = _sparse_modules(model), {}
     for key, tensor in retied(model, {stock_name(key): tensor for key, tensor in state_dict.items()}).items():
         prefix, _, leaf = key.rpartition(".")
-        layer = layers.get(prefix)
         if tensor.is_meta:
             raise ValueError(f"save: {key} is offloaded; load the model without offloading to save it")
-        if layer is None or leaf == "bias":
-            yield key, tensor
-        elif leaf == "weight":
-            if isinstance(layer, PackedLinear | KernelLinear):
-                tensor = layer.dense_weight()
-            elif isinstance(layer, NMLinear):
-                layer.check_sparse()
-                _finite(tensor, key)  # which has no rank
-                mask = layer.mask
-                # The mask is that of the layer's own weight, in whatever number type, and of no other.
-                if mask is None or not torch.equal(tensor, local(layer.weight).detach().to(tensor)):
-                    mask = magnitude_mask(tensor, layer.pattern)
-                tensor = layer.masked(tensor, mask.to(tensor.device))
-            yield key, tensor
+        if prefix not in layers or leaf in ("weight", "bias"):
+            tensors[key] = tensor
+    return tensors
+
+
+def _sparse_modules(model: nn.Module) -> dict[str, Any]:
+    """The sparse layers by their stock names."""
+    return {stock_name(name): model.get_submodule(name) for name in sparse_layers(model)}
+
+
+def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
+    tensors = _stock_tensors(model, state_dict)
+    for name, layer in _sparse_modules(model).items():
+        key = f"{name}.weight"
+        if key in tensors:  # what is missing is told of later
+            tensors[key] = _dense_weight(layer, tensors[key], key)
+    return tensors
+
+
+def _dense_weight(layer: nn.Module, tensor: Tensor, key: str) -> Tensor:
+    """The weight of a sparse layer, dense and masked; ``tensor`` is what the state dict has of it."""
+    if isinstance(layer, PackedLinear | KernelLinear):
+        return layer.dense_weight()
+    if not isinstance(layer, NMLinear):
+        return tensor
+    layer.check_sparse()
+    _finite(tensor, key)  # which has no rank
+    mask = layer.mask
+    # The mask is that of the layer's own weight, in whatever number type, and of no other.
+    if mask is None or not torch.equal(tensor, local(layer.weight).detach().to(tensor)):
+        mask = magnitude_mask(tensor, layer.pattern)
+    return layer.masked(tensor, mask.to(tensor.device))
 
 
 def packed_state_dict(
@@ -399,10 +418,10 @@ def packed_state_dict(
     assert record.values is not None
     int8 = record.values == "int8"
     dtype = model.dtype if int8 else VALUE_DTYPES[record.values]
-    layers = {stock_name(name): model.get_submodule(name) for name in sparse_layers(model)}
+    layers = _sparse_modules(model)
     cast: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied, so that one of them is written
     packed: dict[str, Tensor] = {}
-    tensors = dict(_dense_tensors(model, state_dict))
+    tensors = _stock_tensors(model, state_dict)
     rounded: set[str] = set()
     if record.embeddings == "int8":  # of tied tensors one is written, and only that one gets a scale
         places = {tensors[key].data_ptr() for key in _embedding_keys(model) & tensors.keys()}
@@ -411,15 +430,8 @@ def packed_state_dict(
     for key, tensor in tensors.items():
         prefix, _, leaf = key.rpartition(".")
         if prefix in layers and leaf == "weight":
-            layer = layers[prefix]
-            pattern: Any = layer.pattern
-            if int8 and isinstance(layer, PackedLinear | KernelLinear) and holds_int8(layer):
-                both = layer.packed_tensors()
-            elif int8:
-                both = _pack_int8(_cast(tensor, torch.float32, key), pattern, key)
-            else:
-                both = pack(_cast(tensor, dtype, key), pattern, key)
-            packed |= {f"{prefix}.{part}": part_tensor for part, part_tensor in both.items()}
+            parts = _packed_weight(layers[prefix], tensor, key, None if int8 else dtype)
+            packed |= {f"{prefix}.{part}": part_tensor for part, part_tensor in parts.items()}
         elif key in rounded:
             packed[key], packed[prefix + SCALE] = quantize_rows(_finite(tensor, key))
         elif tensor.is_floating_point():
@@ -432,11 +444,45 @@ def packed_state_dict(
     return dict(sorted(packed.items(), key=lambda item: dot_natural_key(item[0])))
 
 
-def _pack_int8(weight: Tensor, pattern: NMPattern, key: str) -> dict[str, Tensor]:
-    """The packed form of ``weight`` with int8 values; the places of what rounds to zero are those that `pack` gives."""
-    both = pack(weight, pattern, key)
-    values, scale = quantize_rows(both["weight"])
-    return pack(unpack(values, both["weight_indices"], pattern), pattern, key) | {"weight_scale": scale}
+def _packed_weight(layer: Any, tensor: Tensor, key: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What the file holds of a sparse weight, by the last part of its keys; ``dtype`` is None for int8 values.
+
+    What is packed stays packed: where no kept value is zero its codes are the only ones. Where one is, `pack` says
+    which of the zeros are kept, so that the file does not depend on where the model came from.
+    """
+    pattern: NMPattern = layer.pattern
+    if not isinstance(layer, PackedLinear | KernelLinear):
+        dense = _cast(_dense_weight(layer, tensor, key), dtype or torch.float32, key)
+        parts = pack(dense, pattern, key)
+        return _rounded(parts, pattern, key) if dtype is None else parts
+    parts = layer.packed_tensors()
+    values, codes, scale = parts["weight"], parts["weight_indices"], parts.get("weight_scale")
+    _finite(values, key)
+    held = {part: stored(tensor, "save_packed") for part, tensor in parts.items()}
+    check_weight(
+        held["weight"],
+        held["weight_indices"],
+        pattern,
+        held["weight"].dtype,
+        (layer.out_features, layer.in_features),
+        key.removesuffix(".weight"),
+        held.get("weight_scale"),
+    )
+    if scale is not None:
+        if dtype is None:
+            return parts
+        values = (values * scale[:, None]).to(layer.dtype)
+    kept = _cast(values, dtype or torch.float32, key)
+    parts = {"weight": kept, "weight_indices": codes}
+    if dtype is None:
+        return _rounded(parts, pattern, key)
+    return parts if kept.all() else pack(unpack(kept, codes, pattern), pattern, key)
+
+
+def _rounded(parts: dict[str, Tensor], pattern: NMPattern, key: str) -> dict[str, Tensor]:
+    """A packed weight with int8 values; the places of what rounds to zero are those that `pack` gives."""
+    values, scale = quantize_rows(parts["weight"])
+    return pack(unpack(values, parts["weight_indices"], pattern), pattern, key) | {"weight_scale": scale}
 
 
 def _embedding_keys(model: PreTrainedModel) -> set[str]:

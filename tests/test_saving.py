@@ -26,15 +26,22 @@ from hf_nmsparse import (
     prepare_for_training,
     push_to_hub,
     save_packed,
+    saving,
     set_compute,
     sparsify,
 )
+from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
-from hf_nmsparse.masks import count_violations
+from hf_nmsparse.masks import count_violations, magnitude_mask, unpack_bits
+from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
+from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.saving import retied
 from tests.tiny import hf, marian
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
+
+
+PATTERN = NMPattern(2, 4)
 
 
 def sparse(**overrides: Any) -> Any:
@@ -108,6 +115,95 @@ class TestWrappers:
         assert {type(module) for module in sparse_modules(wrapped)} == {nn.Linear}
         prepare_for_training(wrapped)
         assert {type(module).__name__ for module in sparse_modules(wrapped)} == {"NMLinear"}
+
+
+class TestPackedLayers:
+    """What is packed stays packed, and the file is the one that packing the dense weights gives."""
+
+    def both_ways(self, model: Any, folder: Path, values: str | None) -> None:
+        """Saves a model with packed layers, and with dense ones that hold the same numbers."""
+        twin = copy.deepcopy(model)
+        for name in sparse_layers(twin):
+            layer = twin.get_submodule(name)
+            twin.set_submodule(name, layer if type(layer) is nn.Linear else layer.to_linear())
+        save_packed(model, folder / "packed again", values)
+        save_packed(twin, folder / "dense again", values)
+        assert same_files(folder / "packed again", folder / "dense again")
+
+    @pytest.mark.parametrize("values", ["fp32", "fp16", "bf16", "int8"])
+    @pytest.mark.parametrize("stored", ["fp32", "fp16", "bf16"])
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_of_a_loaded_model(self, tied: bool, stored: str, values: str, tmp_path: Path) -> None:
+        save_packed(sparse(tie_word_embeddings=tied), tmp_path / "packed", stored)
+        self.both_ways(load(tmp_path / "packed", "reference"), tmp_path, values)
+
+    @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+    def test_of_a_model_made_by_hand(self, values: str, tmp_path: Path) -> None:
+        model = marian()
+        for name in ("model.encoder.layers.0.fc1", "model.decoder.layers.1.fc2"):
+            layer: Any = model.get_submodule(name)
+            mask = unpack_bits(magnitude_mask(layer.weight, PATTERN), layer.weight.shape)
+            layer.weight = nn.Parameter(layer.weight.detach() * mask)
+            model.set_submodule(name, PackedLinear.from_linear(layer, PATTERN))
+        self.both_ways(model, tmp_path, values)
+
+    @pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
+    @pytest.mark.parametrize("values", [None, "fp32", "fp16", "int8"])
+    @pytest.mark.parametrize("compute", ["fp32", "bf16", "int8"])
+    @pytest.mark.parametrize("head", ["dense", "int8"])
+    def test_in_the_order_of_a_kernel(self, head: str, compute: str, values: str | None, tmp_path: Path) -> None:
+        save_packed(sparse(), tmp_path / "packed")
+        config = NMSparseQuantizationConfig(compute=compute, head=head)
+        model = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "packed", quantization_config=config)
+        assert {type(layer) for layer in sparse_modules(model)} == {KernelLinear}
+        if compute == "int8" and values in (None, "int8"):  # dense layers would be rounded once more
+            twin = copy.deepcopy(model)
+            set_compute(twin, "reference")
+            save_packed(model, tmp_path / "again", values)
+            save_packed(twin, tmp_path / "unpacked", values)
+            assert same_files(tmp_path / "again", tmp_path / "unpacked")
+        else:
+            for name in sparse_layers(model):
+                model.set_submodule(name, model.get_submodule(name).to_packed())
+            self.both_ways(model, tmp_path, values)
+
+    def test_nothing_is_packed_once_more(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        save_packed(sparse(), tmp_path / "packed")
+        model = load(tmp_path / "packed", "reference")
+
+        def never(*args: Any) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr(saving, "pack", never)
+        monkeypatch.setattr(PackedLinear, "dense_weight", never)
+        save_packed(model, tmp_path / "again")
+        assert same_files(tmp_path / "packed", tmp_path / "again")
+
+    def test_values_that_become_zero_are_packed_as_zeros_are(self, tmp_path: Path) -> None:
+        """In a narrower type, or because they were trained."""
+        save_packed(sparse(), tmp_path / "packed")
+        model = load(tmp_path / "packed", "reference")
+        layer = model.get_submodule("model.encoder.layers.0.fc1")
+        with torch.no_grad():
+            layer.weight[:, 1] = 1e-12
+            layer.weight[:, 3] = -1e-12
+            layer.weight[:, 4] = 0.0
+        self.both_ways(model, tmp_path, "fp16")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda layer: layer.weight_indices.fill_(255), r"weight_indices: codes of 2:4 are 0 to 5, got 7"),
+            (lambda layer: layer.weight.data.fill_(float("nan")), r"weight holds NaN or infinity"),
+        ],
+    )
+    def test_damage_is_told(self, change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
+        save_packed(sparse(), tmp_path / "packed")
+        model = load(tmp_path / "packed", "reference")
+        change(model.get_submodule("model.encoder.layers.0.fc1"))
+        with pytest.raises(ValueError, match=rf"^save\S* \S*layers.0.fc1.{message}"):
+            save_packed(model, tmp_path / "again")
+        assert not (tmp_path / "again").exists()
 
 
 def sparse_modules(model: nn.Module) -> list[nn.Module]:
