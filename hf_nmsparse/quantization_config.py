@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
     AutoQuantizationConfig,
     register_quantization_config,
@@ -81,16 +80,6 @@ def record_of(model: PreTrainedModel) -> NMSparseQuantizationConfig:
     if isinstance(record, NMSparseQuantizationConfig):
         return record
     return NMSparseQuantizationConfig.from_dict(record) if record else NMSparseQuantizationConfig()
-
-
-def _quantizer(*args: Any, **kwargs: Any) -> Any:
-    """The loader, which takes part of transformers' models along and is imported with the first of them."""
-    from hf_nmsparse.quantizer import NMSparseQuantizer
-
-    return NMSparseQuantizer(*args, **kwargs)
-
-
-AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _quantizer)  # type: ignore[arg-type]  # called as a class is
 
 
 def _merge_with_compute(merge: Any) -> Any:

@@ -41,7 +41,7 @@ __all__ = ["NMSparseQuantizer", "prepare_for_training"]
 
 logger = logging.get_logger(__name__)
 
-# In place of what `quantization_config` has put there for it.
+# In place of what `registration` has put there for it.
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
 

@@ -40,7 +40,18 @@ def _register_operators() -> None:
 
 
 def _register_format() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
     import hf_nmsparse.quantization_config  # noqa: F401  # registers itself
+
+    AUTO_QUANTIZER_MAPPING.setdefault("nmsparse", _quantizer)  # type: ignore[arg-type]  # called as a class is
+
+
+def _quantizer(*args: Any, **kwargs: Any) -> Any:
+    """The loader, which takes part of transformers' models along and is imported with the first of them."""
+    from hf_nmsparse.quantizer import NMSparseQuantizer
+
+    return NMSparseQuantizer(*args, **kwargs)
 
 
 def _register_pipeline() -> None:

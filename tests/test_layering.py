@@ -1,74 +1,58 @@
-"""Imports go down through three bands, and some things are kept out of the package or in one file of it."""
+"""Imports go down through the bands without a loop, and some things stay out of the package or in one file of it."""
 
 from __future__ import annotations
 
 import ast
 import re
 import sys
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_nmsparse"
-BANDS = (
-    {
-        "pattern",
-        "masks",
-        "srste",
-        "schedule",
-        "packed_format",
-        "packing",
-        "rounding",
-        "number_types",
-        "version",
-        "kernels",
+CSRC = PACKAGE / "kernels" / "csrc"
+# From the ground up: a module imports modules of its own band and of those before it. A folder counts as one module.
+BANDS = {
+    "ground": {"version", "pattern", "number_types", "packed_format", "rounding"},
+    "kernels": {"kernels"},
+    "idea": {"masks", "srste", "schedule", "packing"},
+    "model": {
+        *("config", "sharding", "layers", "packed_layers", "sparse_model", "optimizer", "padding", "losses"),
+        "wrappers",
     },
-    {"config", "layers", "packed_layers", "sharding", "losses", "padding", "sparse_model", "optimizer", "wrappers"},
-    {
-        "quantizer",
-        "compute",
-        "quantization_config",
-        "registration",
-        "sparsity_record",
-        "packed_files",
-        "checkpoint_fit",
-        "saving",
-        "trainer",
-        "training_arguments",
-        "resuming",
-        "checkpoints",
-        "faults",
-        "preemption",
-        "console",
-        "allocator",
-        "batching",
+    "files": {
+        *("files", "sparsity_record", "quantization_config", "packed_files", "checkpoint_fit", "saving", "standalone"),
         "compressed_tensors",
-        "averaging",
-        "corpus",
-        "pairs",
-        "settings",
-        "files",
-        "loading",
-        "standalone",
-        "tokenizer",
-        "metrics",
-        "evaluation",
-        "evaluate_metric",
-        "pipeline",
-        "engine_spec",
-        "generation",
-        "cards",
-        "texts",
-        "run_logs",
-        "plots",
-        "cli",
-        "__init__",
-        "__main__",
     },
-)
-# What the lower bands import beside the standard library; Triton comes with torch's builds for GPUs.
-ALLOWED = {"kernels": {"torch", "triton", "numpy"}, "packed_format": {"numpy"}}
+    "loading": {"compute", "quantizer", "loading"},
+    "trainer": {
+        *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
+        *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
+    },
+    "translation": {"texts", "engine_spec", "pipeline"},
+    "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards", "cli", "__main__"},
+    "package": {"registration", "__init__"},  # which no module imports
+}
+TORCH_ALONE = ("ground", "kernels", "idea", "model")
+"""The bands that import torch and the standard library alone."""
+
+# And what some of these import beside them. Triton comes with torch's builds for GPUs.
+ALLOWED = {"kernels": {"triton", "numpy"}, "packed_format": {"numpy"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Of the native library likewise: what a file includes stands in its own band or in one before it.
+CSRC_BANDS = {
+    "common": ("common.h",),
+    "units": ("unit.h", "simd_*.h"),
+    "kernels": ("layout.h", "masks.h", "rows.h", "attend.h", "linear*.h", "pairs.h"),  # once for all units
+    "library": ("unit_*.h", "unit_*.cpp", "runtime.*"),
+    "engine": ("engine/*",),
+    "interface": ("nmsparse.cpp",),
+}
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
 
 
 def module_of(path: Path) -> str:
@@ -77,7 +61,7 @@ def module_of(path: Path) -> str:
 
 
 def band_of(module: str) -> int:
-    (band,) = [number for number, modules in enumerate(BANDS) if module in modules]
+    (band,) = [number for number, modules in enumerate(BANDS.values()) if module in modules]
     return band
 
 
@@ -96,27 +80,87 @@ def imports(tree: ast.AST) -> list[str]:
 def broken_rules(module: str, source: str) -> list[str]:
     """The imports of ``source`` that a file of ``module`` may not have."""
     band, broken = band_of(module), []
+    torch_alone = list(BANDS)[band] in TORCH_ALONE
     for name in imports(ast.parse(source)):
         root, *rest = name.split(".")
         if root == "hf_nmsparse":
             # `from hf_nmsparse import x` may name a module or something that __init__ defines.
-            imported = rest[0] if rest and any(rest[0] in modules for modules in BANDS) else "__init__"
+            imported = rest[0] if rest and any(rest[0] in modules for modules in BANDS.values()) else "__init__"
             if band_of(imported) > band:
                 broken.append(name)
-        elif band < 2 and root not in sys.stdlib_module_names | ALLOWED.get(module, {"torch"}):
+        elif torch_alone and root not in sys.stdlib_module_names | {"torch"} | ALLOWED.get(module, set()):
             broken.append(name)
     return broken
 
 
+def loop_in(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """Names that lead back to the first of them; empty where there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
 def test_every_file_is_in_a_band() -> None:
     modules = {module_of(path) for path in FILES}
-    assert modules - set().union(*BANDS) == set()
-    assert {"pattern", "layers", "trainer", "kernels", "__init__"} <= modules
+    assert modules == set().union(*BANDS.values())
+    assert sum(map(len, BANDS.values())) == len(modules)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_point_down(path: Path) -> None:
     assert broken_rules(module_of(path), path.read_text(encoding="utf-8")) == []
+
+
+def test_no_import_leads_back() -> None:
+    """Within a band neither, nor inside of kernels/."""
+    names = {".".join(("hf_nmsparse", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        found = imports(ast.parse(path.read_text(encoding="utf-8")))
+        graph[name] = {known for one in found for known in (one, one.rpartition(".")[0]) if known in names}
+    assert graph["hf_nmsparse.masks"] == {
+        "hf_nmsparse.kernels.choice",
+        "hf_nmsparse.kernels.native",
+        "hf_nmsparse.pattern",
+    }
+    assert loop_in(graph) == []
+
+
+def csrc_band_of(name: str) -> int:
+    (band,) = [
+        number for number, patterns in enumerate(CSRC_BANDS.values()) if any(fnmatch(name, one) for one in patterns)
+    ]
+    return band
+
+
+def included(path: Path, source: str) -> list[str]:
+    """The files of csrc that a file of it includes, by their paths there."""
+    names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', source, re.MULTILINE)
+    return [(path.parent / name).resolve().relative_to(CSRC.resolve()).as_posix() for name in names]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_includes_point_down(path: Path) -> None:
+    band = csrc_band_of(path.relative_to(CSRC).as_posix())
+    names = included(path, path.read_text(encoding="utf-8"))
+    assert [name for name in names if csrc_band_of(name) > band or not name.endswith(".h")] == []
+
+
+def test_no_include_leads_back() -> None:
+    graph = {path.relative_to(CSRC).as_posix(): included(path, path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert "common.h" in graph["layout.h"]
+    assert loop_in(graph) == []
+
+
+def test_the_walk_finds_includes_and_loops() -> None:
+    source = '#include <cmath>\n#include "../common.h"\n  # include "api.h"\n// #include "search.h"\n'
+    assert included(CSRC / "engine" / "model.h", source) == ["common.h", "engine/api.h"]
+    assert csrc_band_of("linear_int8.h") < csrc_band_of("unit_avx2.cpp") < csrc_band_of("engine/model.h")
+    assert set(loop_in({"a": ["b"], "b": ["c"], "c": ["a"], "d": ["a"]})) == {"a", "b", "c"}
+    assert loop_in({"a": ["b", "c"], "b": ["c"]}) == []
 
 
 @pytest.mark.parametrize(
@@ -130,7 +174,10 @@ def test_imports_point_down(path: Path) -> None:
         ("layers", "from hf_nmsparse.masks import magnitude_mask", []),
         ("layers", "import torch_scatter", ["torch_scatter"]),
         ("sparse_model", "from transformers import PreTrainedModel", ["transformers.PreTrainedModel"]),
-        ("trainer", "import transformers\nimport hf_nmsparse\nfrom hf_nmsparse.masks import apply_mask", []),
+        ("trainer", "import transformers\nfrom hf_nmsparse.masks import apply_mask", []),
+        ("trainer", "import hf_nmsparse", ["hf_nmsparse"]),
+        ("saving", "from hf_nmsparse.loading import load_seq2seq", ["hf_nmsparse.loading.load_seq2seq"]),
+        ("loading", "from hf_nmsparse.quantizer import NMSparseQuantizer", []),
     ],
 )
 def test_the_walk_finds_what_points_up(module: str, source: str, broken: list[str]) -> None:
