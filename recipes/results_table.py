@@ -158,15 +158,8 @@ def notes(runs: list[Evaluation]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": table,
-<<<<<<< HEAD
-    **tables.TABLES,
-=======
     "methods": methods_table,
-    "masks": masks_table,
-    "kernels": kernels_table,
-    "quality": quality_table,
-    **{name: partial(measured_table, name) for name in OF},
->>>>>>> aecaea4 (A method carries the line that describes it: cards and the table of the README read it there)
+    **tables.TABLES,
     **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
 
