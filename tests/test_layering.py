@@ -27,12 +27,12 @@ BANDS = {
         *("files", "sparsity_record", "quantization_config", "packed_files", "checkpoint_fit", "saving", "standalone"),
         "compressed_tensors",
     },
-    "loading": {"compute", "quantizer", "loading"},
+    "loading": {"compute", "engine_spec", "generation", "quantizer", "loading"},
     "trainer": {
         *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
-    "translation": {"texts", "engine_spec", "pipeline"},
+    "translation": {"texts", "pipeline"},
     "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
 }
