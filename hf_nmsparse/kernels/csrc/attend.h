@@ -96,21 +96,27 @@ struct Attention {
         const float* query = a.query + first * a.query_stride;
         for (int64_t p = 0; p < a.count; p += 2 * lanes) {
             const int both = p + lanes < a.width ? 2 : 1;
-            F sums[Q][2];
-            for (int i = 0; i < Q; i++) sums[i][0] = sums[i][1] = V::set(0.0f);
-            for (int64_t c = 0; c < a.head_dim; c++) {
-                const float* key = a.keys + c * a.width + p;
-                const F one = V::load(key), two = both == 2 ? V::load(key + lanes) : one;
-                NMS_UNROLL for (int i = 0; i < Q; i++) {
-                    const F x = V::set(query[i * a.query_stride + c]);
-                    sums[i][0] = V::fma(x, one, sums[i][0]);
-                    sums[i][1] = V::fma(x, two, sums[i][1]);
+            constexpr int split = Q == 1 ? 4 : 1;  // enough sums in flight to hide the latency of one
+            F sums[Q][2][split];
+            for (int i = 0; i < Q; i++)
+                for (int s = 0; s < split; s++) sums[i][0][s] = sums[i][1][s] = V::set(0.0f);
+            for (int64_t c = 0; c < a.head_dim; c += split)
+                NMS_UNROLL for (int s = 0; s < split; s++) {
+                    if (split > 1 && c + s >= a.head_dim) break;
+                    const float* key = a.keys + (c + s) * a.width + p;
+                    const F one = V::load(key), two = both == 2 ? V::load(key + lanes) : one;
+                    NMS_UNROLL for (int i = 0; i < Q; i++) {
+                        const F x = V::set(query[i * a.query_stride + c + s]);
+                        sums[i][0][s] = V::fma(x, one, sums[i][0][s]);
+                        sums[i][1][s] = V::fma(x, two, sums[i][1][s]);
+                    }
                 }
-            }
             for (int i = 0; i < Q; i++)
                 for (int v = 0; v < both; v++) {
                     const int64_t at = p + v * lanes;
-                    F scores = V::mul(sums[i][v], V::set(a.scale));
+                    F total = sums[i][v][0];
+                    for (int s = 1; s < split; s++) total = V::add(total, sums[i][v][s]);
+                    F scores = V::mul(total, V::set(a.scale));
                     if (a.bias && at < a.count)
                         scores = V::add(scores, Row::load_some(a.bias - first - i + at, a.count - at));
                     V::store(a.scores + i * a.width + at, scores);

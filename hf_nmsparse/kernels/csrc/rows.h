@@ -81,29 +81,45 @@ struct Finishing {
     static constexpr int64_t lanes = V::lanes, block_rows = 2 * lanes;
 
     // sums is [count][block_rows], of rows from `row` on and columns from `column` on.
-    static NMS_NOINLINE void finish(const Projection& p, int64_t row, int count, int64_t column, const float* sums) {
+    static NMS_INLINE void finish(const Projection& p, int64_t row, int count, int64_t column, const float* sums) {
+        p.bf16 ? finish_in<true>(p, row, count, column, sums) : finish_in<false>(p, row, count, column, sums);
+    }
+    template <bool bf16>
+    static NMS_INLINE void finish_in(const Projection& p, int64_t row, int count, int64_t column, const float* sums) {
+        switch (p.finish) {
+            case store_sums: return finish_as<store_sums, bf16>(p, row, count, column, sums);
+            case add_residual: return finish_as<add_residual, bf16>(p, row, count, column, sums);
+            case store_active: return finish_as<store_active, bf16>(p, row, count, column, sums);
+            case gate: return finish_as<gate, bf16>(p, row, count, column, sums);
+            case keep_best: return finish_as<keep_best, bf16>(p, row, count, column, sums);
+            case keep_best_only: return finish_as<keep_best_only, bf16>(p, row, count, column, sums);
+        }
+    }
+    template <Finish kind, bool bf16>
+    static NMS_NOINLINE void finish_as(const Projection& p, int64_t row, int count, int64_t column, const float* sums) {
         F bias[2] = {V::set(0.0f), V::set(0.0f)};
         if (p.bias)
             for (int r = 0; r < 2; r++) bias[r] = V::load(p.bias + column + r * lanes);
         for (int b = 0; b < count; b++, sums += block_rows) {
             F sum[2];
-            for (int r = 0; r < 2; r++) sum[r] = M::as(p.bf16, V::add(V::load(sums + r * lanes), bias[r]));
-            if (p.finish >= keep_best) {
-                best_of(p, p.best[row + b], column, sum);
-                continue;
-            }
-            float* y = p.y + (row + b) * p.y_stride + column;
-            for (int r = 0; r < 2; r++, y += lanes) {
-                F value = sum[r];
-                if (p.finish == add_residual) value = M::as(p.bf16, V::add(V::load(y), value));
-                if (p.finish == store_active || p.finish == gate)
-                    value = M::as(p.bf16, M::activate(p.activation, value));
-                if (p.finish == gate) value = M::as(p.bf16, V::mul(V::load(y), value));
-                V::store(y, value);
+            for (int r = 0; r < 2; r++) sum[r] = M::as(bf16, V::add(V::load(sums + r * lanes), bias[r]));
+            if constexpr (kind == keep_best || kind == keep_best_only) {
+                best_of<kind>(p, p.best[row + b], column, sum);
+            } else {
+                float* y = p.y + (row + b) * p.y_stride + column;
+                NMS_UNROLL for (int r = 0; r < 2; r++, y += lanes) {
+                    F value = sum[r];
+                    if constexpr (kind == add_residual) value = M::as(bf16, V::add(V::load(y), value));
+                    if constexpr (kind == store_active || kind == gate)
+                        value = M::as(bf16, M::activate(p.activation, value));
+                    if constexpr (kind == gate) value = M::as(bf16, V::mul(V::load(y), value));
+                    V::store(y, value);
+                }
             }
         }
     }
 
+    template <Finish kind>
     static NMS_INLINE void best_of(const Projection& p, Best& best, int64_t column, F (&sum)[2]) {
         if (column + block_rows > p.out)  // rows that fill the last block
             for (int r = 0; r < 2; r++) {
@@ -116,7 +132,7 @@ struct Finishing {
         const F least = V::set(best.least);
         for (int r = 0; r < 2; r++)
             if (const uint32_t hits = V::above(sum[r], least)) take(p, best, column + r * lanes, sum[r], hits);
-        if (p.finish == keep_best_only) return;
+        if constexpr (kind == keep_best_only) return;
         const F top = V::max(sum[0], sum[1]);
         if (V::above(top, V::set(best.reference + 30.0f))) {
             const float now = V::highest(top);

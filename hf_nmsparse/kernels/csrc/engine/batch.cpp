@@ -27,14 +27,14 @@ void Batch::reserve(int64_t sentences, int64_t tokens) {
     const int64_t byte_stride = larger(hidden_stride_, wide_stride_);
     const int64_t head_dim = larger(model_.encoder().config.head_dim, model_.decoder().config.head_dim);
     const int64_t room = padded(larger(longest_, positions_), 16) + 64;
-    int64_t keys = 0;
-    for (int64_t s = 0; s < sentences; s++) keys += Arena::room<float>(inner * width_[static_cast<size_t>(s)]);
+    int64_t source = 0;
+    for (int64_t s = 0; s < sentences; s++) source += Arena::room<float>(2 * inner * width_[static_cast<size_t>(s)]);
     int64_t bytes = 0;
     bytes += 2 * Arena::room<float>(row_count_ * hidden_stride_);
     bytes += Arena::room<float>(row_count_ * wide_stride_) + Arena::room<float>(row_count_ * inner_stride_);
     bytes += Arena::room<uint8_t>(row_count_ * byte_stride) + 2 * Arena::room<float>(row_count_);
     bytes += Arena::room<float>(head_dim * padded(longest_, 16)) + Arena::room<float>(4 * room);
-    bytes += layers * (keys + Arena::room<float>(tokens * inner_stride_ + 64));
+    bytes += layers * source;
     arena_.reserve(bytes);
 
     x_ = arena_.take<float>(row_count_ * hidden_stride_);
@@ -46,14 +46,9 @@ void Batch::reserve(int64_t sentences, int64_t tokens) {
     zero_ = arena_.take<int32_t>(row_count_);
     turned_ = arena_.take<float>(head_dim * padded(longest_, 16));
     scores_ = arena_.take<float>(4 * room);
-    cross_keys_.resize(static_cast<size_t>(layers * sentences));
-    cross_values_.resize(static_cast<size_t>(layers));
-    for (int64_t l = 0; l < layers; l++) {
-        cross_values_[static_cast<size_t>(l)] = arena_.take<float>(tokens * inner_stride_ + 64);
-        for (int64_t s = 0; s < sentences; s++)
-            cross_keys_[static_cast<size_t>(l * sentences + s)] =
-                arena_.take<float>(inner * width_[static_cast<size_t>(s)]);
-    }
+    cross_.resize(static_cast<size_t>(layers * sentences));
+    for (int64_t i = 0; i < layers * sentences; i++)
+        cross_[static_cast<size_t>(i)] = arena_.take<float>(2 * inner * width_[static_cast<size_t>(i % sentences)]);
     // Padding behind the numbers of a row is zero, and stays so.
     std::memset(x_, 0, static_cast<size_t>(4 * row_count_ * hidden_stride_));
     std::memset(normed_, 0, static_cast<size_t>(4 * row_count_ * hidden_stride_));
@@ -204,14 +199,20 @@ void Batch::encode(int64_t sentences, const int32_t* lengths, const int32_t* tok
             break;
         }
     const int64_t head_dim = decoder.config.head_dim;
+    const int64_t inner = decoder.inner();
     for (size_t l = 0; l < decoder.layers.size(); l++) {
         project(decoder.layers[l].weights[cross_k], state, rows, store_sums, wide_, wide_stride_);
-        project(decoder.layers[l].weights[cross_v], state, rows, store_sums, cross_values_[l], inner_stride_);
-        for (size_t s = 0; s < static_cast<size_t>(sentences); s++)
-            for (int64_t head = 0; head < decoder.config.heads; head++)
-                unit_.turn(wide_ + offset_[s] * wide_stride_ + head * head_dim, wide_stride_, length_[s], head_dim,
-                           cross_keys_[l * static_cast<size_t>(sentences) + s] + head * head_dim * width_[s],
-                           width_[s]);
+        project(decoder.layers[l].weights[cross_v], state, rows, store_sums, wide_ + inner, wide_stride_);
+        for (size_t s = 0; s < static_cast<size_t>(sentences); s++) {
+            float* to = cross_[l * static_cast<size_t>(sentences) + s];
+            for (int64_t head = 0; head < decoder.config.heads; head++, to += 2 * head_dim * width_[s]) {
+                const float* from = wide_ + offset_[s] * wide_stride_ + head * head_dim;
+                unit_.turn(from, wide_stride_, length_[s], head_dim, to, width_[s]);
+                for (int64_t p = 0; p < length_[s]; p++)
+                    std::memcpy(to + head_dim * (width_[s] + p), from + inner + p * wide_stride_,
+                                static_cast<size_t>(4 * head_dim));
+            }
+        }
     }
     // The decoder's rows begin with clean padding, too; its widths may differ from the encoder's.
     std::memset(context_, 0, static_cast<size_t>(4 * sentences * beams_ * inner_stride_));
@@ -318,6 +319,8 @@ void Batch::self_attention(int64_t layer, const std::vector<DecoderRow>& rows) {
         std::memcpy(own, query + inner, static_cast<size_t>(8 * inner));
         for (int64_t p = 0; p < row.position; p++) places_[static_cast<size_t>(p)] = cell(p, row.ancestors[p]);
         places_[static_cast<size_t>(row.position)] = own;
+        for (int64_t p = 0; p < row.position; p++)  // all at once, before the first is waited for
+            for (int64_t at = 0; at < 2 * inner; at += 16) __builtin_prefetch(places_[static_cast<size_t>(p)] + at, 0, 2);
         CellAttention a{};
         a.query = query;
         a.cells = places_.data();
@@ -351,10 +354,10 @@ void Batch::cross_attention(int64_t layer, const std::vector<DecoderRow>& rows) 
             a.query = wide_ + at * wide_stride_ + head * head_dim;
             a.query_stride = wide_stride_;
             a.queries = static_cast<int64_t>(last - first);
-            a.keys = cross_keys_[static_cast<size_t>(layer * sentences_) + s] + head * head_dim * width_[s];
+            a.keys = cross_[static_cast<size_t>(layer * sentences_) + s] + 2 * head * head_dim * width_[s];
             a.width = width_[s];
-            a.values = cross_values_[static_cast<size_t>(layer)] + offset_[s] * inner_stride_ + head * head_dim;
-            a.value_stride = inner_stride_;
+            a.values = a.keys + head_dim * width_[s];
+            a.value_stride = head_dim;
             a.count = length_[s];
             a.head_dim = head_dim;
             a.scale = side.config.attention_scale;

@@ -83,9 +83,10 @@ class Batch {
     // Of the sentences: where each begins, how long it is, how wide its turned keys are.
     int64_t sentences_ = 0, longest_ = 0, positions_ = 0, step_rows_ = 0;
     std::vector<int64_t> offset_, length_, width_;
-    std::vector<float*> cross_keys_;    // [layer][sentence]: [heads][head_dim][width]
-    std::vector<float*> cross_values_;  // [layer]: [tokens][inner_stride]
-    std::vector<std::vector<float*>> cells_;    // [sentence]: blocks
+    // [layer][sentence], in the order in which a step reads it: of each head the keys, [head_dim][width], and the values,
+    // [width][head_dim].
+    std::vector<float*> cross_;
+    std::vector<std::vector<float*>> cells_;  // [sentence]: blocks
     std::vector<const float*> places_;  // cells of a row
     std::vector<std::vector<float>> self_bias_;  // [layer or 1]
 
