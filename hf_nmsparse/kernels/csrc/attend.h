@@ -29,12 +29,12 @@ struct Attention {
     }
 
     // vectors: how many make a head, or 0 for heads of any width.
-    template <int vectors>
-    static NMS_INLINE F match(const float* query, const float* key, int64_t head_dim) {
+    template <int vectors, class C>
+    static NMS_INLINE F match(const float* query, const C* key, int64_t head_dim) {
         if constexpr (vectors > 0) {
-            F sum = V::mul(V::load(query), V::load(key));
+            F sum = V::mul(V::load(query), Row::load(key));
             NMS_UNROLL for (int j = 1; j < vectors; j++)
-                sum = V::fma(V::load(query + j * lanes), V::load(key + j * lanes), sum);
+                sum = V::fma(V::load(query + j * lanes), Row::load(key + j * lanes), sum);
             return sum;
         } else {
             F sum = V::set(0.0f);
@@ -44,8 +44,9 @@ struct Attention {
         }
     }
 
-    template <int vectors>
+    template <int vectors, class C>
     static void in_cells(const CellAttention& a) {
+        const C* const* cells = reinterpret_cast<const C* const*>(a.cells);
         for (int64_t head = 0; head < a.heads; head++) {
             const int64_t at = head * a.head_dim;
             const float* bias = a.bias ? a.bias + head * a.bias_stride : nullptr;
@@ -53,7 +54,7 @@ struct Attention {
                 F sums[lanes];
                 const int64_t n = smaller(lanes, a.count - p);
                 for (int64_t i = 0; i < n; i++)
-                    sums[i] = match<vectors>(a.query + at, a.cells[p + i] + at, a.head_dim);
+                    sums[i] = match<vectors>(a.query + at, cells[p + i] + at, a.head_dim);
                 for (int64_t i = n; i < lanes; i++) sums[i] = V::set(0.0f);
                 F scores = V::mul(V::totals(sums), V::set(a.scale));
                 if (bias) scores = V::add(scores, Row::load_some(bias + p, n));
@@ -65,11 +66,11 @@ struct Attention {
                 F sum[wide];
                 for (int v = 0; v < wide; v++) sum[v] = V::set(0.0f);
                 for (int64_t p = 0; p < a.count; p++) {
-                    const float* value = a.cells[p] + a.value_at + at + j;
+                    const C* value = cells[p] + a.value_at + at + j;
                     const F weight = V::set(a.scores[p]);
                     if constexpr (vectors > 0)
                         NMS_UNROLL for (int v = 0; v < wide; v++)
-                            sum[v] = V::fma(weight, V::load(value + v * lanes), sum[v]);
+                            sum[v] = V::fma(weight, Row::load(value + v * lanes), sum[v]);
                     else
                         sum[0] = V::fma(weight, Row::load_some(value, a.head_dim - j), sum[0]);
                 }
@@ -79,19 +80,21 @@ struct Attention {
             }
         }
     }
-    static void cells(const CellAttention& a) {
+    template <class C>
+    static void cells_of(const CellAttention& a) {
         if (a.head_dim == 4 * lanes)
-            in_cells<4>(a);
+            in_cells<4, C>(a);
         else if (a.head_dim == 2 * lanes)
-            in_cells<2>(a);
+            in_cells<2, C>(a);
         else if (a.head_dim == 8 * lanes)
-            in_cells<8>(a);
+            in_cells<8, C>(a);
         else
-            in_cells<0>(a);
+            in_cells<0, C>(a);
     }
+    static void cells(const CellAttention& a) { a.half ? cells_of<uint16_t>(a) : cells_of<float>(a); }
 
     // Q queries from number `first` on share the loads of keys and values.
-    template <int Q>
+    template <int Q, class C>
     static NMS_NOINLINE void queries(const TurnedAttention& a, int64_t first) {
         const float* query = a.query + first * a.query_stride;
         for (int64_t p = 0; p < a.count; p += 2 * lanes) {
@@ -103,8 +106,8 @@ struct Attention {
             for (int64_t c = 0; c < a.head_dim; c += split)
                 NMS_UNROLL for (int s = 0; s < split; s++) {
                     if (split > 1 && c + s >= a.head_dim) break;
-                    const float* key = a.keys + (c + s) * a.width + p;
-                    const F one = V::load(key), two = both == 2 ? V::load(key + lanes) : one;
+                    const C* key = static_cast<const C*>(a.keys) + (c + s) * a.width + p;
+                    const F one = Row::load(key), two = both == 2 ? Row::load(key + lanes) : one;
                     NMS_UNROLL for (int i = 0; i < Q; i++) {
                         const F x = V::set(query[i * a.query_stride + c + s]);
                         sums[i][0][s] = V::fma(x, one, sums[i][0][s]);
@@ -125,14 +128,14 @@ struct Attention {
         float inverse[Q];
         for (int i = 0; i < Q; i++) inverse[i] = soften(a.scores + i * a.width, a.count, a.bf16);
         int64_t j = 0;
-        for (; j + 4 * lanes <= a.head_dim; j += 4 * lanes) values<Q, 4>(a, first, j, inverse);
-        for (; j < a.head_dim; j += lanes) values<Q, 1>(a, first, j, inverse);
+        for (; j + 4 * lanes <= a.head_dim; j += 4 * lanes) values<Q, 4, C>(a, first, j, inverse);
+        for (; j < a.head_dim; j += lanes) values<Q, 1, C>(a, first, j, inverse);
         if (!a.weights) return;
         for (int i = 0; i < Q; i++)
             for (int64_t p = 0; p < a.count; p++)
                 a.weights[(first + i) * a.weights_stride + p] += a.scores[i * a.width + p] * inverse[i];
     }
-    template <int Q, int vectors>
+    template <int Q, int vectors, class C>
     static NMS_INLINE void values(const TurnedAttention& a, int64_t first, int64_t j, const float (&inverse)[Q]) {
         const int64_t rest = a.head_dim - j;
         F sum[Q][vectors];
@@ -141,8 +144,8 @@ struct Attention {
         for (int64_t p = 0; p < a.count; p++) {
             F value[vectors];
             NMS_UNROLL for (int v = 0; v < vectors; v++) {
-                const float* from = a.values + p * a.value_stride + j + v * lanes;
-                value[v] = vectors > 1 ? V::load(from) : Row::load_some(from, rest);
+                const C* from = static_cast<const C*>(a.values) + p * a.value_stride + j + v * lanes;
+                value[v] = vectors > 1 ? Row::load(from) : Row::load_some(from, rest);
             }
             NMS_UNROLL for (int i = 0; i < Q; i++) {
                 const F weight = V::set(a.scores[i * a.width + p]);
@@ -154,11 +157,13 @@ struct Attention {
                 Row::store_some(a.out + (first + i) * a.out_stride + j + v * lanes,
                                 M::as(a.bf16, V::mul(sum[i][v], V::set(inverse[i]))), rest - v * lanes);
     }
-    static void turned(const TurnedAttention& a) {
+    template <class C>
+    static void turned_of(const TurnedAttention& a) {
         int64_t i = 0;
-        for (; i + 4 <= a.queries; i += 4) queries<4>(a, i);
-        for (; i < a.queries; i++) queries<1>(a, i);
+        for (; i + 4 <= a.queries; i += 4) queries<4, C>(a, i);
+        for (; i < a.queries; i++) queries<1, C>(a, i);
     }
+    static void turned(const TurnedAttention& a) { a.half ? turned_of<uint16_t>(a) : turned_of<float>(a); }
 
     // Keys [count], a row every `stride`, to [head_dim][width], zeros behind the last.
     static void turn(const float* keys, int64_t stride, int64_t count, int64_t head_dim, float* turned, int64_t width) {

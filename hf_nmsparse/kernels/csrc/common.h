@@ -50,6 +50,23 @@ static NMS_INLINE float half_to_float(uint16_t bits) {
     return value;
 }
 
+// To the nearest, ties to even, of numbers within the range of fp16.
+static NMS_INLINE uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+    if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves units of 2^-24 in the lowest bits
+        float shifted;
+        std::memcpy(&shifted, &magnitude, 4);
+        shifted += 0.5f;
+        std::memcpy(&bits, &shifted, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+    }
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+}
+
 // To the nearest, ties to even; NaN stays NaN.
 static NMS_INLINE uint16_t float_to_bf16(float value) {
     uint32_t bits;

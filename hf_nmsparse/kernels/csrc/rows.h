@@ -220,6 +220,28 @@ struct RowsOf {
         }
     }
 
+    static void narrow(const float* x, int64_t count, uint16_t* to) {
+        const F most = V::set(65504.0f), least = V::set(-65504.0f);
+        for (int64_t i = 0; i < count; i += lanes) {
+            const F value = V::max(V::min(load_some(x + i, count - i), most), least);
+            if (count - i >= lanes) {
+                V::store_half(to + i, value);
+                continue;
+            }
+            uint16_t all[lanes];
+            V::store_half(all, value);
+            std::memcpy(to + i, all, static_cast<size_t>(2 * (count - i)));
+        }
+    }
+    static NMS_INLINE F load_some(const uint16_t* p, int64_t count) {
+        if (count >= lanes) return V::load_half(p);
+        uint16_t all[lanes] = {};
+        std::memcpy(all, p, static_cast<size_t>(2 * count));
+        return V::load_half(all);
+    }
+    static NMS_INLINE F load(const float* p) { return V::load(p); }
+    static NMS_INLINE F load(const uint16_t* p) { return V::load_half(p); }
+
     // log(sum(exp(logits)))
     static float log_sum(const float* logits, int64_t count) {
         F top = V::set(-3e38f);

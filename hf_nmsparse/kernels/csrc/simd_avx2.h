@@ -74,6 +74,12 @@ struct Avx2 {
         }
         return add(_mm256_permute2f128_ps(half[0], half[1], 0x20), _mm256_permute2f128_ps(half[0], half[1], 0x31));
     }
+    static NMS_INLINE Float load_half(const uint16_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static NMS_INLINE void store_half(uint16_t* p, Float a) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
     static NMS_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
     static NMS_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
     static NMS_INLINE uint32_t above(Float a, Float b) {

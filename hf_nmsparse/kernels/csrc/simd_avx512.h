@@ -45,6 +45,12 @@ struct Avx512 {
         const Float b = add(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
         return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
+    static NMS_INLINE Float load_half(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static NMS_INLINE void store_half(uint16_t* p, Float a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
     static NMS_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
     static NMS_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
     static NMS_INLINE uint32_t above(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }

@@ -81,6 +81,14 @@ struct Scalar {
         for (int i = 0; i < lanes; i++) r.lane[i] = total(v[i]);
         return r;
     }
+    static NMS_INLINE Float load_half(const uint16_t* p) {
+        Float r;
+        for (int i = 0; i < lanes; i++) r.lane[i] = half_to_float(p[i]);
+        return r;
+    }
+    static NMS_INLINE void store_half(uint16_t* p, Float a) {
+        for (int i = 0; i < lanes; i++) p[i] = float_to_half(a.lane[i]);
+    }
     static NMS_INLINE Float sub(Float a, Float b) {
         for (int i = 0; i < lanes; i++) a.lane[i] -= b.lane[i];
         return a;

@@ -78,7 +78,8 @@ struct Norm {
 // Attention of rows to keys that lie in cells: of each position one address, under which a head's key and value lie.
 struct CellAttention {
     const float* query;        // [heads * head_dim]
-    const float* const* cells; // [count]: keys [heads * head_dim], then `value_at` floats on the values
+    const uint8_t* const* cells; // [count]: keys [heads * head_dim], then `value_at` numbers on the values
+    bool half;                 // keys and values are fp16, not fp32
     int64_t value_at, count, heads, head_dim;
     float scale;
     const float* bias;         // [heads][bias_stride], for position 0 on, or null
@@ -92,9 +93,10 @@ struct CellAttention {
 struct TurnedAttention {
     const float* query;        // a row every query_stride
     int64_t query_stride, queries;
-    const float* keys;
+    const void* keys;
     int64_t width;             // a multiple of 16
-    const float* values;       // [count], a row every value_stride
+    const void* values;        // [count], a row every value_stride
+    bool half;                 // keys and values are fp16, not fp32
     int64_t value_stride, count, head_dim;
     float scale;
     const float* bias;         // of query 0 and position 0; query i begins i floats earlier; or null
@@ -123,6 +125,7 @@ struct Unit {
     void (*attend_cells)(const CellAttention& attention);
     void (*attend_turned)(const TurnedAttention& attention);
     void (*turn)(const float* keys, int64_t stride, int64_t count, int64_t head_dim, float* turned, int64_t width);
+    void (*narrow)(const float* x, int64_t count, uint16_t* to);  // to fp16, what is beyond its range to its largest
     float (*log_sum)(const float* logits, int64_t count);
 
     void (*rank)(const float* weight, uint8_t* mask, int64_t groups, int n, int m, int64_t* flips, int32_t* nan);

@@ -27,6 +27,7 @@ constexpr Unit unit_of(const char* name, void (*multiply_pairs)(const Product&) 
     unit.attend_cells = Attention<V>::cells;
     unit.attend_turned = Attention<V>::turned;
     unit.turn = Attention<V>::turn;
+    unit.narrow = RowsOf<V>::narrow;
     unit.rank = Masks<V>::rank;
     unit.decay = Masks<V>::decay;
     unit.apply = Masks<V>::apply;

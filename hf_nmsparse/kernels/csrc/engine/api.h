@@ -28,6 +28,7 @@ struct EngineConfig {
     int32_t embedding_norm;    // a norm on the embedding
     int32_t final_norm;        // a norm at the end of each side
     int32_t bf16_activations;  // results are rounded to bf16 wherever a bf16 model of transformers rounds them
+    int32_t half_cache;        // the decoder keeps keys and values in fp16
     int32_t target_vocabulary; // rows of the head
     float norm_epsilon;
     float head_scale;          // of the decoder's last state

@@ -6,17 +6,21 @@
 
 namespace nms {
 
-Batch::Batch(const Model& model, int64_t beams) : model_(model), unit_(model.unit), beams_(beams) {
+Batch::Batch(const Model& model, int64_t beams)
+    : model_(model),
+      unit_(model.unit),
+      beams_(beams),
+      half_(model.config.half_cache != 0),
+      cache_bytes_(half_ ? 2 : 4) {
     const int64_t inner = model.decoder().inner(), widest = larger(inner, model.encoder().inner());
     hidden_stride_ = padded(model.config.hidden, 64);
     inner_stride_ = padded(widest, 64);
     wide_stride_ = padded(larger(3 * widest + 64, larger(model.encoder().config.feed_forward,
                                                          model.decoder().config.feed_forward)), 64);
     // An odd number of cache lines a cell, so that cells spread over all sets of a cache.
-    cell_values_at_ = inner;
-    cell_floats_ = (padded(2 * inner, 16) / 16 | 1) * 16;
+    cell_bytes_ = (blocks_of(2 * inner * cache_bytes_, 64) | 1) * 64;
     const int64_t layers = model.decoder().config.layers;
-    pool_.resize(layers * block_positions * beams * cell_floats_ * 4);
+    pool_.resize(layers * block_positions * beams * cell_bytes_);
 }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
@@ -28,7 +32,7 @@ void Batch::reserve(int64_t sentences, int64_t tokens) {
     const int64_t head_dim = larger(model_.encoder().config.head_dim, model_.decoder().config.head_dim);
     const int64_t room = padded(larger(longest_, positions_), 16) + 64;
     int64_t source = 0;
-    for (int64_t s = 0; s < sentences; s++) source += Arena::room<float>(2 * inner * width_[static_cast<size_t>(s)]);
+    for (int64_t s = 0; s < sentences; s++) source += Arena::room<uint8_t>(2 * inner * width_[static_cast<size_t>(s)] * cache_bytes_);
     int64_t bytes = 0;
     bytes += 2 * Arena::room<float>(row_count_ * hidden_stride_);
     bytes += Arena::room<float>(row_count_ * wide_stride_) + Arena::room<float>(row_count_ * inner_stride_);
@@ -48,7 +52,8 @@ void Batch::reserve(int64_t sentences, int64_t tokens) {
     scores_ = arena_.take<float>(4 * room);
     cross_.resize(static_cast<size_t>(layers * sentences));
     for (int64_t i = 0; i < layers * sentences; i++)
-        cross_[static_cast<size_t>(i)] = arena_.take<float>(2 * inner * width_[static_cast<size_t>(i % sentences)]);
+        cross_[static_cast<size_t>(i)] =
+            arena_.take<uint8_t>(2 * inner * width_[static_cast<size_t>(i % sentences)] * cache_bytes_);
     // Padding behind the numbers of a row is zero, and stays so.
     std::memset(x_, 0, static_cast<size_t>(4 * row_count_ * hidden_stride_));
     std::memset(normed_, 0, static_cast<size_t>(4 * row_count_ * hidden_stride_));
@@ -56,7 +61,7 @@ void Batch::reserve(int64_t sentences, int64_t tokens) {
 }
 
 void Batch::release(int64_t sentence) {
-    for (float* block : cells_[static_cast<size_t>(sentence)]) pool_.give_back(block);
+    for (uint8_t* block : cells_[static_cast<size_t>(sentence)]) pool_.give_back(block);
     cells_[static_cast<size_t>(sentence)].clear();
 }
 
@@ -113,6 +118,13 @@ void Batch::project(const Weight& weight, const Rows& rows, int64_t count, Finis
     p.y = y;
     p.y_stride = stride;
     unit_.project(p, rows, count, 0, blocks_of(weight.out, 2 * unit_.lanes));
+}
+
+void Batch::keep(const float* numbers, int64_t count, uint8_t* to) const {
+    if (half_)
+        unit_.narrow(numbers, count, reinterpret_cast<uint16_t*>(to));
+    else
+        std::memcpy(to, numbers, static_cast<size_t>(4 * count));
 }
 
 void Batch::feed_forward(const Layer& layer, int64_t rows) {
@@ -204,13 +216,14 @@ void Batch::encode(int64_t sentences, const int32_t* lengths, const int32_t* tok
         project(decoder.layers[l].weights[cross_k], state, rows, store_sums, wide_, wide_stride_);
         project(decoder.layers[l].weights[cross_v], state, rows, store_sums, wide_ + inner, wide_stride_);
         for (size_t s = 0; s < static_cast<size_t>(sentences); s++) {
-            float* to = cross_[l * static_cast<size_t>(sentences) + s];
-            for (int64_t head = 0; head < decoder.config.heads; head++, to += 2 * head_dim * width_[s]) {
+            uint8_t* to = cross_[l * static_cast<size_t>(sentences) + s];
+            const int64_t row = head_dim * cache_bytes_;
+            for (int64_t head = 0; head < decoder.config.heads; head++, to += 2 * row * width_[s]) {
                 const float* from = wide_ + offset_[s] * wide_stride_ + head * head_dim;
-                unit_.turn(from, wide_stride_, length_[s], head_dim, to, width_[s]);
+                unit_.turn(from, wide_stride_, length_[s], head_dim, turned_, width_[s]);
+                keep(turned_, head_dim * width_[s], to);
                 for (int64_t p = 0; p < length_[s]; p++)
-                    std::memcpy(to + head_dim * (width_[s] + p), from + inner + p * wide_stride_,
-                                static_cast<size_t>(4 * head_dim));
+                    keep(from + inner + p * wide_stride_, head_dim, to + row * (width_[s] + p));
             }
         }
     }
@@ -267,7 +280,7 @@ void Batch::step(const std::vector<DecoderRow>& rows) {
             throw EngineError(unable, "the target is longer than the model's " +
                                           std::to_string(side.config.positions) + " positions");
         embed(side, rows[i].token, rows[i].position, x_ + static_cast<int64_t>(i) * hidden_stride_);
-        std::vector<float*>& blocks = cells_[static_cast<size_t>(rows[i].sentence)];
+        std::vector<uint8_t*>& blocks = cells_[static_cast<size_t>(rows[i].sentence)];
         while (static_cast<int64_t>(blocks.size()) * block_positions <= rows[i].position) blocks.push_back(pool_.take());
     }
     const Rows context{context_, inner_stride_, bytes_, inner_stride_, scale_, zero_};
@@ -306,25 +319,26 @@ void Batch::step(const std::vector<DecoderRow>& rows) {
 void Batch::self_attention(int64_t layer, const std::vector<DecoderRow>& rows) {
     const Side& side = model_.decoder();
     const int64_t inner = side.inner();
-    const int64_t layer_floats = block_positions * beams_ * cell_floats_;
+    const int64_t layer_bytes = block_positions * beams_ * cell_bytes_;
     for (size_t i = 0; i < rows.size(); i++) {
         const DecoderRow& row = rows[i];
-        const std::vector<float*>& blocks = cells_[static_cast<size_t>(row.sentence)];
+        const std::vector<uint8_t*>& blocks = cells_[static_cast<size_t>(row.sentence)];
         const auto cell = [&](int64_t p, int64_t beam) {
-            return blocks[static_cast<size_t>(p / block_positions)] + layer * layer_floats +
-                   (p % block_positions * beams_ + beam) * cell_floats_;
+            return blocks[static_cast<size_t>(p / block_positions)] + layer * layer_bytes +
+                   (p % block_positions * beams_ + beam) * cell_bytes_;
         };
         const float* query = wide_ + static_cast<int64_t>(i) * wide_stride_;
-        float* own = cell(row.position, row.beam);
-        std::memcpy(own, query + inner, static_cast<size_t>(8 * inner));
+        uint8_t* own = cell(row.position, row.beam);
+        keep(query + inner, 2 * inner, own);
         for (int64_t p = 0; p < row.position; p++) places_[static_cast<size_t>(p)] = cell(p, row.ancestors[p]);
         places_[static_cast<size_t>(row.position)] = own;
         for (int64_t p = 0; p < row.position; p++)  // all at once, before the first is waited for
-            for (int64_t at = 0; at < 2 * inner; at += 16) __builtin_prefetch(places_[static_cast<size_t>(p)] + at, 0, 2);
+            for (int64_t at = 0; at < cell_bytes_; at += 64) __builtin_prefetch(places_[static_cast<size_t>(p)] + at, 0, 2);
         CellAttention a{};
         a.query = query;
         a.cells = places_.data();
-        a.value_at = cell_values_at_;
+        a.half = half_;
+        a.value_at = inner;
         a.count = row.position + 1;
         a.heads = side.config.heads;
         a.head_dim = side.config.head_dim;
@@ -354,9 +368,12 @@ void Batch::cross_attention(int64_t layer, const std::vector<DecoderRow>& rows) 
             a.query = wide_ + at * wide_stride_ + head * head_dim;
             a.query_stride = wide_stride_;
             a.queries = static_cast<int64_t>(last - first);
-            a.keys = cross_[static_cast<size_t>(layer * sentences_) + s] + 2 * head * head_dim * width_[s];
+            const uint8_t* keys = cross_[static_cast<size_t>(layer * sentences_) + s] +
+                                  2 * head * head_dim * width_[s] * cache_bytes_;
+            a.keys = keys;
             a.width = width_[s];
-            a.values = a.keys + head_dim * width_[s];
+            a.values = keys + head_dim * width_[s] * cache_bytes_;
+            a.half = half_;
             a.value_stride = head_dim;
             a.count = length_[s];
             a.head_dim = head_dim;

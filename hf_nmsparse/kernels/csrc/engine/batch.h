@@ -56,6 +56,7 @@ class Batch {
     void project(const Weight& weight, const Rows& rows, int64_t count, Finish finish, float* y, int64_t stride) const;
     // Where one of the weights that these rows meet takes bytes.
     void quantise(const Rows& rows, int64_t count, std::initializer_list<const Weight*> weights) const;
+    void keep(const float* numbers, int64_t count, uint8_t* to) const;  // in the caches' number type
     void feed_forward(const Layer& layer, int64_t rows);
     void encoder_attention(const std::vector<float>& bias);
     void self_attention(int64_t layer, const std::vector<DecoderRow>& rows);
@@ -66,7 +67,9 @@ class Batch {
     const Model& model_;
     const Unit& unit_;
     const int64_t beams_;
-    int64_t cell_floats_, cell_values_at_;
+    const bool half_;
+    const int64_t cache_bytes_;  // of a key's or value's number
+    int64_t cell_bytes_;
 
     Arena arena_;
     BlockPool pool_;
@@ -85,9 +88,9 @@ class Batch {
     std::vector<int64_t> offset_, length_, width_;
     // [layer][sentence], in the order in which a step reads it: of each head the keys, [head_dim][width], and the values,
     // [width][head_dim].
-    std::vector<float*> cross_;
-    std::vector<std::vector<float*>> cells_;  // [sentence]: blocks
-    std::vector<const float*> places_;  // cells of a row
+    std::vector<uint8_t*> cross_;
+    std::vector<std::vector<uint8_t*>> cells_;  // [sentence]: blocks
+    std::vector<const uint8_t*> places_;  // cells of a row
     std::vector<std::vector<float>> self_bias_;  // [layer or 1]
 
     bool watching_ = false;

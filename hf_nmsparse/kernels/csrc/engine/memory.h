@@ -79,7 +79,7 @@ class BlockPool {
         clear();
         bytes_ = bytes;
     }
-    float* take() {
+    uint8_t* take() {
         if (free_.empty()) {
             all_.reserve(all_.size() + 1);
             free_.reserve(all_.size() + 1);
@@ -88,10 +88,10 @@ class BlockPool {
         }
         uint8_t* block = free_.back();
         free_.pop_back();
-        return reinterpret_cast<float*>(block);
+        return block;
     }
     void give_back_all() { free_ = all_; }
-    void give_back(float* block) { free_.push_back(reinterpret_cast<uint8_t*>(block)); }
+    void give_back(uint8_t* block) { free_.push_back(block); }
 
   private:
     void clear() {
