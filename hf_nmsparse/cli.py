@@ -202,7 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=("png", "svg"), default="png", help="kind of the pictures")
     command.set_defaults(run=_plot)
 
-    command = commands.add_parser("doctor", help="print which kernels this machine runs, and why")
+    command = commands.add_parser("doctor", help="print which kernels this machine runs, and what translates a model")
+    command.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder of a model")
     command.set_defaults(run=_doctor)
     return parser
 
@@ -392,9 +393,22 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
+    from hf_nmsparse.engine_spec import read
+    from hf_nmsparse.kernels import engine
     from hf_nmsparse.kernels.__main__ import main as doctor
+    from hf_nmsparse.packed_files import read_object
 
+    for model in args.models:
+        if not (model / "config.json").is_file():
+            raise ValueError(f"doctor: {model} holds no config.json; name the folder of a model")
     doctor()
+    for model in args.models:
+        config, reason = read_object(model / "config.json"), engine.why_not()
+        try:
+            read(config)
+        except ValueError as error:
+            reason = reason or str(error).removeprefix("engine: ")
+        print(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
 
 
 def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:

@@ -7,8 +7,8 @@ where it knows all of it; else transformers answers. `why_not` decides, and says
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,7 +32,7 @@ from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.wrappers import is_hooked
 
-__all__ = ["attach", "engine_for", "generate", "why_not"]
+__all__ = ["attach", "engine_for", "generate", "while_unchanged", "why_not"]
 
 _DENSE = {torch.float32: "dense_fp32", torch.bfloat16: "dense_bf16"}
 _KNOWN_MODULES = ("transformers.models.", "transformers.activations", "torch.nn.modules.")
@@ -149,11 +149,35 @@ class _Kept:
 
 
 _ENGINES: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_UNCHANGED: WeakKeyDictionary[nn.Module, list[Engine]] = WeakKeyDictionary()  # none or one engine each
 
 
 def attach(model: PreTrainedModel) -> None:
     """Gives ``model`` the `generate` of this module."""
     model.generate = partial(generate, model)  # type: ignore[assignment]
+
+
+@contextmanager
+def while_unchanged(model: Any) -> Iterator[None]:
+    """Lets ``model.generate`` run on the engine within a block of code that does not change the model.
+
+    That nothing changes is the caller's promise, as an evaluation between steps of a training can give it: the engine
+    is made once for all calls, and for layers in training too, whose weights are copied. A model of another kind, or
+    one that is wrapped, is left as it is.
+    """
+    if not isinstance(model, PreTrainedModel) or model in _UNCHANGED:
+        yield
+        return
+    attached = "generate" in vars(model)
+    if not attached:
+        attach(model)
+    _UNCHANGED[model] = []
+    try:
+        yield
+    finally:
+        del _UNCHANGED[model]
+        if not attached:
+            del model.generate
 
 
 def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -196,8 +220,17 @@ def engine_for(model: PreTrainedModel) -> Engine:
     return _engine(model, spec)
 
 
-@torch.no_grad()
 def _engine(model: PreTrainedModel, spec: Spec) -> Engine:
+    unchanged = _UNCHANGED.get(model)
+    if unchanged is None:
+        return _engine_now(model, spec)
+    if not unchanged:
+        unchanged.append(_engine_now(model, spec))
+    return unchanged[0]
+
+
+@torch.no_grad()
+def _engine_now(model: PreTrainedModel, spec: Spec) -> Engine:
     kinds = [type(module) for module in model.modules()]
     tensors = list(chain(model.parameters(), model.buffers()))
     for tensor in tensors:
@@ -283,8 +316,6 @@ def _fp32(tensor: Tensor) -> engine.Array:
 
 def _spec_or_reason(model: PreTrainedModel) -> Spec | str:
     """What the engine has to know of the model, or why it does not run it."""
-    if os.environ.get("HF_NMSPARSE_ENGINE") == "0":
-        return "HF_NMSPARSE_ENGINE=0 turns it off"
     reason = engine.why_not()
     if reason is not None:
         return reason
@@ -368,6 +399,8 @@ def _request_or_reason(
     stock = _stock(model)
     bound = inspect.signature(stock).bind(model, *args, **kwargs).arguments
     given = {name for name, value in bound.items() if value is not None} - _ARGUMENTS - {"self"}
+    if bound.get("synced_gpus") is False:  # as Trainer says where no process waits for another
+        given.remove("synced_gpus")
     options: dict[str, Any] = bound.get("kwargs", {})
     names = ("encoder_outputs", "inputs_embeds", "past_key_values", "tokenizer", "assistant_tokenizer")
     given |= {name for name in names if options.get(name) is not None}

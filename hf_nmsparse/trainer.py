@@ -24,11 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_callback import TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput, seed_worker
 from transformers.utils.hub import PushInProgress, hf_api
 
 from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream, is_stream, is_table, pair_lengths
 from hf_nmsparse.console import show_totals
+from hf_nmsparse.generation import while_unchanged
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.losses import Shifts, decoder_inputs, distillation_loss, token_loss
@@ -290,6 +291,11 @@ class SparseTrainer(ResumableTrainer):
         finally:
             if self.sparse_step is not None:
                 self.sparse_step.release_masks()  # for a loop that trains the model on
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's; where ``predict_with_generate`` translates, the native engine does it if it can."""
+        with while_unchanged(self.model):
+            return super().evaluation_loop(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         """Loads the weights as Trainer does, and the masks that they were scored with."""

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from hf_nmsparse.cli import _copy_files_beside, _decoded, _device, _plain, main
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.kernels import engine
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.metrics import compare, score
 from hf_nmsparse.pattern import NMPattern
@@ -135,7 +136,7 @@ class TestArguments:
             (["evaluate", "--model", "m", "--source", "{tmp}", "--reference", "{tmp}/file"], "{tmp} is a folder"),
             (["plot", "{tmp}/file"], "{tmp}/file holds no evaluation.json"),
             (["plot", "{tmp}", "--format", "pdf"], "invalid choice: 'pdf'"),
-            (["doctor", "x"], "unrecognized arguments: x"),
+            (["doctor", "{tmp}"], "{tmp} holds no config.json; name the folder of a model"),
         ],
     )
     def test_bad(self, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +151,18 @@ class TestArguments:
         monkeypatch.setattr("os.access", lambda path, mode: False)
         argv = ["translate", "--model", "m", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
         fails(argv, "out cannot be written: permission denied", capsys)
+
+    def test_doctor_of_models(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        known, unknown = tmp_path / "known", tmp_path / "unknown"
+        tiny.marian().save_pretrained(known)
+        unknown.mkdir()
+        (unknown / "config.json").write_text('{"model_type": "gpt2"}')
+        main(["doctor", str(known), str(unknown)])
+        lines = capsys.readouterr().out.splitlines()[-2:]
+        engine_is_here = engine.why_not() is None
+        assert lines[0].startswith(f"{known}: " + ("the engine translates" if engine_is_here else "transformers"))
+        assert lines[1].startswith(f"{unknown}: transformers translates: ")
+        assert not engine_is_here or "model_type 'gpt2' is none of" in lines[1]
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as raised:

@@ -16,12 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -34,7 +36,10 @@ from transformers import (
     TrainerCallback,
 )
 
+from hf_nmsparse import generation
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.kernels import engine
+from hf_nmsparse.kernels.engine import Engine
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.losses import decoder_inputs, token_loss
 from hf_nmsparse.masks import magnitude_mask
@@ -562,6 +567,38 @@ def test_eval_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
         outputs = model(**batch)
     expected = F.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.skipif(engine.why_not() is not None, reason="the native library is not used")
+def test_an_evaluation_translates_on_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = train(tmp_path, predict_with_generate=True, per_device_eval_batch_size=4, generation_max_length=9)
+    made: list[Engine] = []
+
+    def make(*parts: Any) -> Engine:
+        made.append(Engine(*parts))
+        return made[-1]
+
+    monkeypatch.setattr(generation, "Engine", make)
+
+    def predictions() -> Any:
+        return trainer.predict(token_pairs(10)).predictions
+
+    found = predictions()
+    assert len(made) == 1
+    assert "generate" not in vars(trainer.model)
+    assert isinstance(trainer.model, nn.Module)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(-1)
+    other = predictions()  # of another model, on another engine
+    assert len(made) == 2
+    monkeypatch.setenv("HF_NMSPARSE_ENGINE", "0")
+    assert np.array_equal(other, predictions())
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(-1)
+    assert np.array_equal(found, predictions())
+    assert len(made) == 2
 
 
 class Rows(torch.utils.data.Dataset[Any]):

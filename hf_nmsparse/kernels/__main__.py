@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hf_nmsparse.kernels import engine
 from hf_nmsparse.kernels.library import Status, status
 
 
@@ -22,13 +23,15 @@ def main() -> int:
     """
     try:
         used = status()
+        without_engine = engine.why_not()
     except ValueError as error:  # HF_NMSPARSE_UNIT names a unit that is none here
-        used = Status(None, None, str(error))
+        used, without_engine = Status(None, None, str(error)), "the native library is not used"
     torch = _torch_version()
     facts = {
         "native library": used.library or "not used",
         "reason": used.reason,
         "vector unit": used.unit or "none",
+        "engine": without_engine or "translates; `nmsparse doctor MODEL` says whether it knows a model",
         "threads": _threads(used, torch),
         "torch": torch,
         "CPU": _cpu_name(),
