@@ -434,7 +434,8 @@ def _capture(
     """Takes the place of transformers' search."""
     times = len(input_ids) // len(inputs)  # a row for each beam
     mask = model_kwargs.pop("attention_mask", None)
-    ours = ("encoder_outputs", "past_key_values", "use_cache")
+    # transformers drops labels, which Trainer hands over with everything else of a batch.
+    ours = ("encoder_outputs", "past_key_values", "use_cache", "labels")
     others = {key: value for key, value in model_kwargs.items() if key not in ours and value is not None}
     return _Request(
         inputs,

@@ -6,6 +6,7 @@ The structures, numbers and slots are those of csrc/engine/api.h.
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -264,6 +265,8 @@ class UnknownTokenError(ValueError):
 
 def why_not() -> str | None:
     """Why there is no engine in this process, or None where there is one."""
+    if os.environ.get("HF_NMSPARSE_ENGINE") == "0":
+        return "HF_NMSPARSE_ENGINE=0 turns it off"
     status = library.status()
     return None if status.library is not None else f"the native library is not used: {status.reason}"
 
