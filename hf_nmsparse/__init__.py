@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_nmsparse.sparse_model import finalize, report, sparsify
     from hf_nmsparse.trainer import SparseTrainer
     from hf_nmsparse.training_arguments import SparseTrainingArguments
+    from hf_nmsparse.translator import Translation, Translator
 
 __all__ = [
     "NMPattern",
@@ -33,6 +34,8 @@ __all__ = [
     "SparseStep",
     "SparseTrainer",
     "SparseTrainingArguments",
+    "Translation",
+    "Translator",
     "export_dense",
     "finalize",
     "prepare_for_training",
@@ -52,6 +55,8 @@ _HOMES = {
     "SparseStep": "optimizer",
     "SparseTrainer": "trainer",
     "SparseTrainingArguments": "training_arguments",
+    "Translation": "translator",
+    "Translator": "translator",
     "export_dense": "saving",
     "finalize": "sparse_model",
     "prepare_for_training": "quantizer",

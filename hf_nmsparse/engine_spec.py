@@ -249,6 +249,10 @@ _ALIASES = {
 }
 
 
+_MOST_LAYERS = 1024  # tables are made of each, and of each distance, before a file has been looked at
+_MOST_REACH = 1 << 16
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """A product's weight.
@@ -336,11 +340,15 @@ class _Settings:
             raise _error(f"{self.kind} has {given}, which say the same and differ; correct config.json")
         return values[0] if values else self.defaults.get(name)
 
-    def whole(self, name: str, least: int = 1) -> int:
+    def whole(self, name: str, least: int = 1, most: int = 2**31 - 1) -> int:
         value = self.get(name)
-        if type(value) is not int or not least <= value < 2**31:
-            raise self._wrong(name, f"a whole number from {least} on", value)
+        if type(value) is not int or not least <= value <= most:
+            rule = f"from {least} on" if most == 2**31 - 1 else f"from {least} to {most}"
+            raise self._wrong(name, f"a whole number {rule}", value)
         return value
+
+    def layers(self, name: str) -> int:
+        return self.whole(name, most=_MOST_LAYERS)
 
     def flag(self, name: str) -> bool:
         value = self.get(name)
@@ -434,7 +442,7 @@ def _read_bart(family: Family, settings: _Settings) -> EngineConfig:
             raise _error(f"{settings.kind}: d_model {hidden} does not divide into {heads} heads")
         sides.append(
             SideConfig(
-                layers=settings.whole(f"{side}_layers"),
+                layers=settings.layers(f"{side}_layers"),
                 heads=heads,
                 head_dim=hidden // heads,
                 feed_forward=settings.whole(f"{side}_ffn_dim"),
@@ -489,10 +497,10 @@ def _read_t5(family: Family, settings: _Settings) -> EngineConfig:
     }
     settings.defaults = {**settings.defaults, **derived}
     scaled = settings.flag("scale_decoder_outputs") if family.head_scaled is None else family.head_scaled
-    layers = settings.whole("num_layers")
-    counts = layers, layers if settings.get("num_decoder_layers") is None else settings.whole("num_decoder_layers")
+    layers = settings.layers("num_layers")
+    counts = layers, layers if settings.get("num_decoder_layers") is None else settings.layers("num_decoder_layers")
     buckets, reach = (
-        settings.whole(f"relative_attention_{name}", least=least)
+        settings.whole(f"relative_attention_{name}", least, _MOST_REACH)
         for name, least in (("num_buckets", 4), ("max_distance", 2))
     )
     if buckets % 2 or reach <= buckets // 2:

@@ -15,6 +15,7 @@ import numpy as np
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = [
+    "CLIPS",
     "CODES_IN_PERIOD",
     "FORMAT_VERSION",
     "INT8_LARGEST",
@@ -29,6 +30,7 @@ __all__ = [
     "packed_bytes",
     "packed_shapes",
     "read_period",
+    "read_ranks",
     "shifted",
 ]
 
@@ -38,6 +40,9 @@ VALUE_TYPES = MappingProxyType({"fp32": "F32", "fp16": "F16", "bf16": "BF16", "i
 """The number types that values have in a file, as config.json and safetensors call them; int8 comes with scales."""
 
 INT8_LARGEST = 127
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+"""Of a row's largest magnitude: rounding to int8 tries the scales that keep so much of it."""
+
 CODES_IN_PERIOD = 8  # eight codes of k bits fill k bytes, whatever k is
 
 # How the bytes of a number type are read: floating point as the bits that it is, for NumPy knows no bf16.
@@ -143,7 +148,7 @@ def check_weight(
     _, expected = packed_shapes(*found, pattern)
     if codes.shape != expected:
         raise fail("weight_indices", f"shape must be {list(expected)} beside these values, got {list(codes.shape)}")
-    ranks = _read_ranks(codes.bits(), pattern)
+    ranks = read_ranks(codes.bits(), pattern)
     if ranks[:, groups:].any():
         raise fail("weight_indices", "padding bits at the end of a row must be 0")
     count, largest = comb(pattern.m, pattern.n), int(ranks.max(initial=0))
@@ -215,7 +220,7 @@ def read_period(period: Any, ranks: Any, bits: int) -> None:
         ranks[..., code] = number & ((1 << bits) - 1)
 
 
-def _read_ranks(codes: np.ndarray[Any, Any], pattern: NMPattern) -> np.ndarray[Any, Any]:
+def read_ranks(codes: np.ndarray[Any, Any], pattern: NMPattern) -> np.ndarray[Any, Any]:
     """The numbers in ``codes`` (uint8 ``[rows, bytes]``), ``[rows, whole periods]``, unchecked and with the padding."""
     (rows, width), bits = codes.shape, code_bits(pattern)
     periods = -(-width // bits)

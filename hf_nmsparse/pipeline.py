@@ -14,15 +14,22 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_nmsparse.texts import Direction, direction_of, encode, languages_of, positions_of, read_texts, start_token
+from hf_nmsparse.generation_settings import DEFAULT_MAX_NEW_TOKENS
+from hf_nmsparse.positions import positions_of
+from hf_nmsparse.texts import (
+    Direction,
+    check_target,
+    direction_of,
+    encode,
+    longest_text,
+    read_texts,
+    start_token,
+)
 
 __all__ = ["TASK", "NMTranslationPipeline", "translate"]
 
 TASK = "nmt-translation"
 """The name that ``transformers.pipeline`` takes; importing this module registers it."""
-
-DEFAULT_MAX_NEW_TOKENS = 256
-"""Where neither the caller nor the model sets a limit: transformers would stop after 20 tokens."""
 
 # What `generate` takes for each row of a batch, which is made here.
 _OF_EACH_ROW = (
@@ -126,7 +133,7 @@ def _generated(
     todo = [place for place, text in enumerate(texts) if text.strip()]
     if settings.get("streamer") is not None and len(todo) > 1:
         raise ValueError(f"translate: a streamer follows one sentence, got {len(todo)}; leave it out")
-    limit = min(_longest(tokenizer), positions_of(model.get_encoder()) or float("inf"))
+    limit = min(longest_text(tokenizer), positions_of(model.get_encoder()) or float("inf"))
     rows = encode(tokenizer, [direction.prompt + texts[place] for place in todo], limit, direction.frame)
     _check_vocabulary(model, rows, settings)
     tokens = dict(zip(todo, rows, strict=True))
@@ -138,17 +145,6 @@ def _generated(
             if allowed is not None:
                 settings["prefix_allowed_tokens_fn"] = _by_place(allowed, batch)
             yield batch, _generate(model, tokenizer, [torch.tensor(tokens[place]) for place in batch], settings)
-
-
-def _longest(tokenizer: Any) -> float:
-    """How many tokens of a text the tokenizer says that the model takes."""
-    most = tokenizer.model_max_length
-    if not isinstance(most, int | float) or isinstance(most, bool) or not most >= 2:
-        raise ValueError(
-            f"translate: the tokenizer's model_max_length needs at least 2, a token and the end, got {most!r}; set "
-            "tokenizer.model_max_length"
-        )
-    return most
 
 
 def _generate(model: Any, tokenizer: Any, tokens: list[Tensor], settings: dict[str, Any]) -> Tensor:
@@ -237,7 +233,7 @@ def _settings(model: Any, tokenizer: Any, given: Mapping[str, Any], direction: D
                 f"translate: {key} {asked[key]} is another language than tgt_lang's; leave one of them out"
             )
     if not direction.settings:
-        _check_target(model, tokenizer, asked)
+        check_target(model, tokenizer, asked)
     if isinstance(asked.get("decoder_start_token_id"), list):
         raise ValueError("translate: decoder_start_token_id needs one token for all sentences, got a list")
     if asked.get("num_return_sequences") is not None:
@@ -245,23 +241,6 @@ def _settings(model: Any, tokenizer: Any, given: Mapping[str, Any], direction: D
     if asked.get("stop_strings") or model.generation_config.stop_strings or asked.get("assistant_tokenizer"):
         asked["tokenizer"] = tokenizer
     return {**asked, **direction.settings, **_limit(model, given)}
-
-
-def _check_target(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> None:
-    """Refuses to translate into a language that nobody has named."""
-    own = {
-        "decoder_start_token_id": start_token(model),
-        "forced_bos_token_id": model.generation_config.forced_bos_token_id,
-    }
-    first = {**own, **asked}
-    plain = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if (
-        hasattr(tokenizer, "set_src_lang_special_tokens")
-        and languages_of(tokenizer)
-        and first["forced_bos_token_id"] is None
-        and first["decoder_start_token_id"] in plain
-    ):
-        raise ValueError("translate: this model translates into several languages; name one with tgt_lang")
 
 
 def _limit(model: Any, given: Mapping[str, Any]) -> dict[str, int | None]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_nmsparse.packed_format import INT8_LARGEST
+from hf_nmsparse.packed_format import CLIPS, INT8_LARGEST
 
 __all__ = ["quantize_rows"]
-
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of a row's largest magnitude
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,15 +25,15 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach().to(torch.float32)
     largest = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
     scale = torch.ones_like(largest)
-    error = torch.full_like(largest, torch.inf)
-    for clip in _CLIPS:
+    error = torch.full_like(largest, torch.inf, dtype=torch.float64)
+    for clip in CLIPS:
         bits = (largest * clip / INT8_LARGEST).view(torch.int32)
         short = ((bits + 0x80) & ~0xFF).view(torch.float32)
         short = torch.where(torch.isfinite(short * INT8_LARGEST), short, (bits & ~0xFF).view(torch.float32))
         short = torch.where(short > torch.finfo(torch.float32).tiny, short, 1.0)
         rounded = _round_rows(weight, short)
-        # In units of the largest magnitude, so that no square overflows.
-        new = (rounded.mul_(short[:, None]) - weight).div_(largest[:, None]).square_().sum(dim=1)
+        # In units of the largest magnitude, so that no square overflows; in fp64, so that no order of summing decides.
+        new = (rounded.mul_(short[:, None]) - weight).div_(largest[:, None]).square_().sum(dim=1, dtype=torch.float64)
         scale, error = torch.where(new < error, short, scale), torch.minimum(new, error)
     return _round_rows(weight, scale).to(torch.int8), scale
 

@@ -1,27 +1,29 @@
-"""Texts into tokens: read by their place, in the language of the call, and without a trace on the tokenizer."""
+"""Texts into tokens: read by their place, in the language of the call, and without a trace on the tokenizer.
+
+This needs neither torch nor transformers: models and tokenizers are whatever answers as theirs do.
+"""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
-from transformers.utils import logging
-
 __all__ = [
     "Direction",
+    "check_target",
     "direction_of",
     "encode",
     "languages_of",
-    "positions_of",
+    "longest_text",
     "read_texts",
     "start_token",
 ]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 Frame = tuple[list[int], list[int]]
 """The tokens before and after those of a text."""
@@ -224,7 +226,50 @@ def _is_madlad(model: Any, tokenizer: Any, tgt_lang: str | None) -> bool:
     return model.config.model_type == "t5" and _index(tokenizer, f"<2{tgt_lang}>") is not None
 
 
-def encode(tokenizer: Any, texts: list[str], limit: float, frame: Frame | None = None) -> list[list[int]]:
+def check_target(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> None:
+    """Refuses to translate into a language that nobody has named.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        asked: The settings of the call, which may name the first tokens of a translation.
+
+    Raises:
+        ValueError: As said.
+    """
+    own = {
+        "decoder_start_token_id": start_token(model),
+        "forced_bos_token_id": model.generation_config.forced_bos_token_id,
+    }
+    first = {**own, **asked}
+    plain = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if (
+        _is_multilingual(tokenizer)
+        and languages_of(tokenizer)
+        and first["forced_bos_token_id"] is None
+        and first["decoder_start_token_id"] in plain
+    ):
+        raise ValueError("translate: this model translates into several languages; name one with tgt_lang")
+
+
+def longest_text(tokenizer: Any) -> float:
+    """How many tokens of a text the tokenizer says that the model takes.
+
+    Raises:
+        ValueError: It says nothing of use.
+    """
+    most = tokenizer.model_max_length
+    if not isinstance(most, int | float) or isinstance(most, bool) or not most >= 2:
+        raise ValueError(
+            f"translate: the tokenizer's model_max_length needs at least 2, a token and the end, got {most!r}; set "
+            "tokenizer.model_max_length"
+        )
+    return most
+
+
+def encode(
+    tokenizer: Any, texts: list[str], limit: float, frame: Frame | None = None, target: bool = False
+) -> list[list[int]]:
     """Tokens of each text, cut to ``limit`` of them; how many were cut is logged.
 
     The tokenizer is not told to cut: it would do so for other threads as well.
@@ -234,14 +279,20 @@ def encode(tokenizer: Any, texts: list[str], limit: float, frame: Frame | None =
         texts: The texts.
         limit: The most tokens of a text, with those around it.
         frame: Tokens around each text; None takes those of the tokenizer.
+        target: Whether they are translations, for which some tokenizers have another vocabulary.
 
     Raises:
         ValueError: The tokenizer fails, gives no tokens for a text, or cannot be told where to cut one.
     """
     if not texts:
         return []
+
+    def tokens(of: Any, whole: bool) -> Any:
+        given = {"text_target": of} if target else {"text": of}
+        return tokenizer(**given, add_special_tokens=whole, verbose=False)["input_ids"]
+
     try:
-        encoded: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None, verbose=False)["input_ids"]
+        encoded: list[list[int]] = tokens(texts, frame is None)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # up to each tokenizer; where Rust panics it is no Exception
@@ -261,7 +312,7 @@ def encode(tokenizer: Any, texts: list[str], limit: float, frame: Frame | None =
     if too_long:
         logger.warning(f"translate: {len(too_long)} of {len(texts)} sentences were cut to {limit} tokens")
     for index in too_long:
-        row = tokenizer(texts[index], add_special_tokens=False, verbose=False)["input_ids"]
+        row = tokens(texts[index], False)
         before, after = frame or _around(encoded[index], row)
         room = max(int(limit) - len(before) - len(after), 0)
         kept = row[len(row) - room :] if tokenizer.truncation_side == "left" else row[:room]
@@ -275,24 +326,3 @@ def _around(whole: list[int], inner: list[int]) -> Frame:
     if start is None:
         raise ValueError("translate: a sentence is too long, and this tokenizer cannot be told where to cut; split it")
     return whole[:start], whole[start + len(inner) :]
-
-
-def positions_of(part: nn.Module) -> int | None:
-    """How many tokens an encoder or a decoder has positions for; None where it makes them as they are needed.
-
-    Only a table has an end: T5's positions are relative, and M2M100, NLLB and FSMT compute theirs anew.
-    """
-    tables = [
-        table
-        for name, table in part.named_modules()
-        if isinstance(table, nn.Embedding)
-        and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
-        and not hasattr(table, "make_weight")
-    ]
-    # BART leaves out the first rows, RoBERTa those up to the row of padding.
-    return min((len(table.weight) - _rows_left_out(table) for table in tables), default=None)
-
-
-def _rows_left_out(table: nn.Embedding) -> int:
-    offset: int = getattr(table, "offset", 0)
-    return offset if table.padding_idx is None else table.padding_idx + 1

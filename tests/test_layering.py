@@ -25,14 +25,17 @@ BANDS = {
     },
     "files": {
         *("files", "sparsity_record", "quantization_config", "packed_files", "checkpoint_fit", "saving", "standalone"),
-        "compressed_tensors",
+        *("compressed_tensors", "engine_weights"),
     },
-    "loading": {"compute", "engine_spec", "generation", "quantizer", "loading"},
+    "loading": {
+        *("engine_spec", "engine_files", "generation_settings"),  # on the native engine, from files alone
+        *("compute", "generation", "quantizer", "loading"),
+    },
     "trainer": {
         *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
-    "translation": {"texts", "pipeline"},
+    "translation": {"texts", "text_tokenizer", "translator", "positions", "pipeline"},
     "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
 }

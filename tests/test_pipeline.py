@@ -33,7 +33,7 @@ from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _generated, _regis
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
 from tests import tiny
-from tests.test_texts import MODELS
+from tests.test_positions import MODELS
 
 SENTENCES = [
     "The garden is big.",

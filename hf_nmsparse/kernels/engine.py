@@ -252,11 +252,14 @@ class Hypothesis:
         tokens: Its ids, int32, with the prompt and EOS.
         score: What beams are ranked by.
         token_scores: fp32, the log-probability of each token, 0 for those of the prompt; None unless asked for.
+        attention: fp32 ``[tokens, source]``, how much each generated token looked at each of the source's in the last
+            layer, the mean of its heads, 0 for the prompt; None unless asked for.
     """
 
     tokens: Array
     score: float
     token_scores: Array | None
+    attention: Array | None
 
 
 class UnknownTokenError(ValueError):
@@ -385,6 +388,8 @@ class Engine:
         lengths, scores = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
         token_scores = np.zeros(tokens.shape, np.float32) if search.token_scores else None
         inputs = [_lengths(sources), _flat(sources), _lengths(prompts), _flat(prompts)]
+        longest = int(inputs[0].max(initial=0))
+        attention = np.zeros((*tokens.shape, longest), np.float32) if search.attention else None
         _call(
             "nms_engine_translate",
             self._handle,
@@ -394,7 +399,7 @@ class Engine:
             *(ends.ctypes.data, ends.size, bans.ctypes.data, bans.size, begins.ctypes.data, begins.size),
             *(tokens.ctypes.data, lengths.ctypes.data, scores.ctypes.data),
             None if token_scores is None else token_scores.ctypes.data,
-            None,
+            None if attention is None else attention.ctypes.data,
         )
         return [
             [
@@ -402,11 +407,12 @@ class Engine:
                     tokens[slot, : lengths[slot]],
                     float(scores[slot]),
                     None if token_scores is None else token_scores[slot, : lengths[slot]],
+                    None if attention is None else attention[slot, : lengths[slot], : len(sources[index])],
                 )
                 for slot in range(first, first + search.returned)
                 if lengths[slot]
             ]
-            for first in range(0, slots, search.returned)
+            for index, first in enumerate(range(0, slots, search.returned))
         ]
 
     def score(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], threads: int) -> list[Array]:

@@ -8,11 +8,15 @@ import sys
 import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels.library import FORMATS, library, status
+from hf_nmsparse.kernels.order import packed_bytes
+from hf_nmsparse.kernels.order import repack as repack_arrays
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 
@@ -64,49 +68,28 @@ def _torch_parallel_for() -> int | None:
         return None
 
 
-@lru_cache(maxsize=4096)
-def packed_bytes(format: str, out_features: int, in_features: int) -> int:
-    """Bytes of a weight in the library's order."""
-    return int(_library().nms_packed_bytes(FORMATS[format], out_features, in_features))
-
-
 def repack(
     format: str, in_features: int, values: Tensor, codes: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """A weight from the order of the file to that of the library, in one pass.
-
-    Args:
-        format: A key of `FORMATS`.
-        in_features: Columns of the dense weight.
-        values: ``[out_features, in_features / 2]`` kept values of a 2:4 weight, or ``[out_features, in_features]`` of a
-            dense one, in the number type of the format.
-        codes: The places of the values, as `packing.encode` writes them for 2:4; they must be in range.
-        scale: fp32 ``[out_features]`` for int8 formats.
-
-    Returns:
-        uint8, flat, good for this process' vector unit only. It begins with a header that says so, and `restore` and
-        `multiply` refuse what was made for another unit, format or shape.
+    """`order.repack` of tensors: a weight from the order of the file to that of the library.
 
     Raises:
-        ValueError: A tensor does not fit the format.
+        ValueError: A tensor does not fit the format, or lies on another device than the CPU.
     """
-    rows, dense = values.shape[0], format.startswith("dense_")
     if not all(tensor is None or tensor.is_cpu for tensor in (values, codes, scale)):
         raise ValueError("repack: values, codes and scale lie on the CPU; move them there")
-    if not dense and in_features % 4:
-        raise ValueError(f"repack: 2:4 weights have a multiple of 4 columns, got {in_features}")
-    if values.dtype != _VALUES[format] or values.shape[1] != (in_features if dense else in_features // 2):
-        raise ValueError(f"repack: values {list(values.shape)} {values.dtype} do not fit {format} of {in_features}")
-    width = -(-in_features // 4 * 3 // 8)
-    if not dense and (codes is None or codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, width)):
-        raise ValueError(f"repack: codes must be uint8 {[rows, width]}, got {None if codes is None else codes.shape}")
-    scaled = format in ("int8", "dense_int8")
-    if scaled and (scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != (rows,)):
-        raise ValueError(f"repack: {format} needs a scale, fp32 {[rows]}")
-    packed = torch.empty(packed_bytes(format, rows, in_features), dtype=torch.uint8, device="cpu")
-    kept = [None if tensor is None else tensor.detach().contiguous() for tensor in (values, codes, scale)]
-    _done(_library().nms_repack(FORMATS[format], rows, in_features, *map(_address, kept), packed.data_ptr()))
+    _library()  # on torch's threads
+    packed = torch.empty(packed_bytes(format, len(values), in_features), dtype=torch.uint8, device="cpu")
+    repack_arrays(format, in_features, _array(values), _array(codes), _array(scale), packed.numpy())
     return packed
+
+
+def _array(tensor: Tensor | None) -> Any:
+    """The memory of a tensor as an array; NumPy knows no bf16."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def restore(packed: Tensor, format: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor | None]:

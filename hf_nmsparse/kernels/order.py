@@ -1,0 +1,80 @@
+"""Weights from the order of the files to that of the library, as arrays of NumPy. This needs no torch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_nmsparse.kernels.library import FORMATS, library
+
+__all__ = ["NUMBERS", "packed_bytes", "repack"]
+
+Array = NDArray[Any]
+
+NUMBERS = MappingProxyType(
+    {
+        name: np.dtype({"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[name.removeprefix("dense_")])
+        for name in FORMATS
+    }
+)
+"""The number type of a format's values; NumPy has no bf16, so its bits stand in uint16."""
+
+
+@lru_cache(maxsize=4096)
+def packed_bytes(format: str, out_features: int, in_features: int) -> int:
+    """Bytes of a weight in the library's order."""
+    return int(library().nms_packed_bytes(FORMATS[format], out_features, in_features))
+
+
+def repack(
+    format: str,
+    in_features: int,
+    values: Array,
+    codes: Array | None = None,
+    scale: Array | None = None,
+    packed: Array | None = None,
+) -> Array:
+    """A weight from the order of the file to that of the library, in one pass.
+
+    Args:
+        format: A key of `library.FORMATS`.
+        in_features: Columns of the dense weight.
+        values: ``[out_features, in_features / 2]`` kept values of a 2:4 weight, or ``[out_features, in_features]`` of a
+            dense one, in the number type of the format.
+        codes: The places of the values, as `packing.encode` writes them for 2:4; they must be in range.
+        scale: fp32 ``[out_features]`` for int8 formats.
+        packed: Takes the bytes, as many as `packed_bytes` says; new memory if None.
+
+    Returns:
+        uint8, flat, good for this process' vector unit only. It begins with a header that says so, and whoever reads
+        it refuses what was made for another unit, format or shape.
+
+    Raises:
+        ValueError: An array does not fit the format.
+    """
+    rows, dense = values.shape[0], format.startswith("dense_")
+    if not dense and in_features % 4:
+        raise ValueError(f"repack: 2:4 weights have a multiple of 4 columns, got {in_features}")
+    if values.dtype != NUMBERS[format] or values.shape[1] != (in_features if dense else in_features // 2):
+        raise ValueError(f"repack: values {list(values.shape)} {values.dtype} do not fit {format} of {in_features}")
+    width = -(-in_features // 4 * 3 // 8)
+    if not dense and (codes is None or codes.dtype != np.uint8 or codes.shape != (rows, width)):
+        raise ValueError(f"repack: codes must be uint8 {[rows, width]}, got {None if codes is None else codes.shape}")
+    scaled = NUMBERS[format] == np.int8
+    if scaled and (scale is None or scale.dtype != np.float32 or scale.shape != (rows,)):
+        raise ValueError(f"repack: {format} needs a scale, fp32 {[rows]}")
+    size = packed_bytes(format, rows, in_features)
+    if packed is None:
+        packed = np.empty(size, np.uint8)
+    if packed.dtype != np.uint8 or packed.shape != (size,) or not packed.flags.c_contiguous:
+        raise ValueError(f"repack: {format} of {rows}x{in_features} takes {size} bytes, got {packed.shape}")
+    kept = [None if array is None else np.ascontiguousarray(array) for array in (values, codes, scale)]
+    addresses = [None if array is None else array.ctypes.data for array in kept]
+    outcome = library().nms_repack(FORMATS[format], rows, in_features, *addresses, packed.ctypes.data)
+    if outcome == -1:
+        raise RuntimeError(f"kernels: the native library failed: {library().nms_failure().decode()}")
+    return packed

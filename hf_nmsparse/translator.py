@@ -1,0 +1,474 @@
+"""Text in, text out on the native engine: a process that translates needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+from typing import Any
+
+from hf_nmsparse.engine_files import COMPUTES, load_engine
+from hf_nmsparse.generation_settings import Search, read_settings, search_of
+from hf_nmsparse.kernels.engine import Array, Hypothesis
+from hf_nmsparse.sparsity_record import one_of
+from hf_nmsparse.text_tokenizer import load_tokenizer
+from hf_nmsparse.texts import Direction, check_target, direction_of, encode, longest_text, read_texts
+
+__all__ = ["Scored", "Translation", "Translator"]
+
+_CHUNK = 4096  # sentences of an iterable that are sorted and translated together
+_WATCHED = 256  # sentences whose attention is held at a time
+_STEP = 0x9E3779B97F4A7C15  # between the seeds of two sentences, as in csrc/engine/engine.cpp
+
+# What is on the Hub beside these is not the model's weights or its tokenizer.
+_FILES = ["*.json", "*.safetensors", "*.spm", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One translation.
+
+    Attributes:
+        text: The text; empty from `Translator.translate_ids`.
+        tokens: Its ids without those that it was begun with; EOS, where it ends with it, is there.
+        score: What beams are ranked by: the sum of the tokens' log-probabilities, over their number to the power of
+            ``length_penalty``. None for greedy search without ``return_scores``, which computes none, and for what was
+            blank.
+        token_scores: The log-probability of each token; None without ``return_scores``.
+        alternatives: Further ones, the next best first, where ``num_return_sequences`` asks for them.
+        attention: fp32 ``[tokens, source]``, how much each token looked at each of the source's, the mean over the
+            heads of the last layer; None without ``return_attention``.
+        source: The ids of the source, which the columns of ``attention`` belong to.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    score: float | None = None
+    token_scores: tuple[float, ...] | None = None
+    alternatives: tuple[Translation, ...] = ()
+    attention: Array | None = field(default=None, compare=False, repr=False)
+    source: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How likely a model holds a given translation to be.
+
+    Attributes:
+        total: The sum of the log-probabilities of its tokens.
+        tokens: Its ids, EOS included.
+        token_scores: The log-probability of each.
+    """
+
+    total: float
+    tokens: tuple[int, ...]
+    token_scores: tuple[float, ...]
+
+
+class Translator:
+    """A model that translates on this machine's CPU. Threads may share one.
+
+    A sentence's translation does not depend on the others of its call, on the order or on the number of threads.
+
+    Args:
+        model: Its folder, or its name on the Hub: packed files, or safetensors of a dense model.
+        compute: ``"auto"`` computes packed files in the numbers that they hold and dense ones in fp32. ``"int8"``,
+            ``"bf16"`` and ``"fp32"`` say in what all products are computed, of dense models too.
+        threads: How many translate at once; all CPUs of this process if None.
+        src_lang: The source language where a call names none; multilingual models only.
+        tgt_lang: The target language where a call names none.
+        revision: Branch, tag or commit on the Hub.
+        token: For the Hub, as ``from_pretrained`` takes it.
+
+    Raises:
+        PackedFormatError: A file is damaged.
+        ValueError: The engine does not run the model or is not installed, or there is no such model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        compute: str = "auto",
+        threads: int | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        one_of("compute", compute, COMPUTES, "translator")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+            raise ValueError(f"translator: threads are 1 to 1024, got {threads!r}")
+        self._folder = _folder(os.fspath(model), revision, token)
+        self._threads = _cpus() if threads is None else threads
+        self._languages = src_lang, tgt_lang
+        loaded = load_engine(self._folder, compute, self._threads)
+        self._engine, self._spec, self.formats = loaded.engine, loaded.spec, loaded.formats
+        self._settings = read_settings(self._folder, loaded.config)
+        # What `texts` asks of a model.
+        self._model = SimpleNamespace(
+            config=SimpleNamespace(**loaded.config),
+            generation_config=SimpleNamespace(
+                **{
+                    name: self._settings.get(name)
+                    for name in ("decoder_start_token_id", "forced_bos_token_id", "bos_token_id")
+                }
+            ),
+            generate=lambda: None,
+        )
+        self._lock = Lock()
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when it is first needed.
+
+        Raises:
+            ValueError: There is none that loads.
+        """
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._folder, self._model.config.model_type)
+            return self._tokenizer
+
+    def translate(
+        self,
+        texts: Iterable[str],
+        *,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        return_scores: bool = False,
+        return_attention: bool = False,
+        seed: int = 0,
+        batch_size: int = 64,
+        batch_tokens: int = 4096,
+        **settings: Any,
+    ) -> list[Translation]:
+        """Translates texts of one sentence each, in any order of lengths.
+
+        Args:
+            texts: The texts: a list, an array, a Series, a column, a generator. A blank one has a blank translation.
+            src_lang: Code of the source, such as ``"eng_Latn"``; multilingual models only.
+            tgt_lang: Code of the target.
+            return_scores: Whether log-probabilities are wanted.
+            return_attention: Whether the weights over the source are wanted.
+            seed: Of ``do_sample``.
+            batch_size: Sentences that a thread works on together; translations do not depend on it.
+            batch_tokens: The same in tokens of the source.
+            **settings: Those of ``generate`` by their names, such as ``num_beams``, ``max_new_tokens``,
+                ``length_penalty``, ``num_return_sequences`` and ``do_sample``.
+
+        Returns:
+            One translation for each text.
+
+        Raises:
+            ValueError: A text is none, a language or a setting is unknown, or a setting is not possible.
+        """
+        sentences = list(read_texts(texts, "translate"))
+        asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
+        return self._translated(sentences, src_lang, tgt_lang, asked, 0)
+
+    def translate_iterable(
+        self, texts: Iterable[str], *, chunk_size: int = _CHUNK, **arguments: Any
+    ) -> Iterator[Translation]:
+        """Translates texts as they come, in their order and in constant memory.
+
+        Args:
+            texts: The texts, which are read so many at a time.
+            chunk_size: How many are sorted by length and translated together.
+            **arguments: As `translate` takes them; the translations are the same.
+
+        Raises:
+            ValueError: As `translate` does, once the text is reached.
+        """
+        if type(chunk_size) is not int or chunk_size < 1:
+            raise ValueError(f"translate: chunk_size needs at least 1, got {chunk_size!r}")
+        waiting, first = read_texts(texts, "translate"), 0
+        languages = arguments.pop("src_lang", None), arguments.pop("tgt_lang", None)
+        asked = _Asked.of(arguments)
+        while chunk := list(islice(waiting, chunk_size)):
+            yield from self._translated(chunk, *languages, asked, first)
+            first += len(chunk)
+
+    def translate_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        return_scores: bool = False,
+        return_attention: bool = False,
+        seed: int = 0,
+        batch_size: int = 64,
+        batch_tokens: int = 4096,
+        **settings: Any,
+    ) -> list[Translation]:
+        """Translates token ids, for those who have a tokenizer of their own.
+
+        Args:
+            rows: The ids of each sentence as the model takes them, with EOS and without padding.
+            prefixes: For each sentence ids that its translation begins with, behind the start token.
+            return_scores: As in `translate`.
+            return_attention: As in `translate`.
+            seed: As in `translate`.
+            batch_size: As in `translate`.
+            batch_tokens: As in `translate`.
+            **settings: As in `translate`.
+
+        Returns:
+            One translation for each row, without a text.
+
+        Raises:
+            ValueError: An id or a setting is not possible.
+        """
+        asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
+        if prefixes is not None and len(prefixes) != len(rows):
+            raise ValueError(f"translate: {len(rows)} sentences need as many prefixes, got {len(prefixes)}")
+        prefixes = [()] * len(rows) if prefixes is None else prefixes
+        found: list[Any] = [None] * len(rows)
+        # A limit in new tokens is another length for each length of a prompt.
+        for length in sorted(set(map(len, prefixes))):
+            places = [place for place, prefix in enumerate(prefixes) if len(prefix) == length]
+            search = self._search(asked, length + 1)
+            self._run(search, rows, prefixes, places, places, asked, found)
+        if not len(rows):
+            self._search(asked)
+        return found
+
+    def score(
+        self,
+        sources: Iterable[str],
+        targets: Iterable[str],
+        *,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+    ) -> list[Scored]:
+        """The log-probabilities of given translations: to filter a corpus, to rank, to say how sure the model is.
+
+        Args:
+            sources: The texts.
+            targets: A translation of each.
+            src_lang: Code of the source; multilingual models only.
+            tgt_lang: Code of the target.
+
+        Raises:
+            ValueError: There are more of one than of the other, one is no text or is blank, or a language is unknown.
+        """
+        texts, others = list(read_texts(sources, "score")), list(read_texts(targets, "score"))
+        if len(texts) != len(others):
+            raise ValueError(f"score: {len(texts)} texts need as many translations, got {len(others)}")
+        blank = next(
+            (place for place, pair in enumerate(zip(texts, others, strict=True)) if not all(map(str.strip, pair))), None
+        )
+        if blank is not None:
+            raise ValueError(f"score: pair {blank} has a blank side; leave it out")
+        direction = self._direction(src_lang, tgt_lang)
+        if not direction.settings:
+            check_target(self._model, self.tokenizer, {})
+        search = self._search(_Asked(direction.settings))
+        rows = self._encoded(texts, direction)
+        tokenizer, frame, start = self.tokenizer, None, search.start
+        language = tgt_lang or self._languages[1]
+        if direction.frame is not None and language is not None:
+            # As a target's tokens end in training; the language stands in front, or is what the decoder starts with.
+            forced = search.config.forced_bos
+            frame = ([forced] if forced >= 0 else []), [tokenizer.eos_token_id]
+        limit = longest_text(tokenizer)
+        with self._lock:
+            given = encode(tokenizer, others, limit, frame, target=True)
+        scores = self._engine.score(rows, [[start, *row] for row in given], self._threads)
+        return [
+            Scored(float(each[1:].sum(dtype="float64")), tuple(row), tuple(each[1:].tolist()))
+            for row, each in zip(given, scores, strict=True)
+        ]
+
+    def check(self, **settings: Any) -> None:
+        """Refuses settings as `translate` would, the model's own included.
+
+        Raises:
+            ValueError: As said.
+        """
+        self._search(_Asked(settings))
+
+    def _translated(
+        self, texts: list[str], src_lang: str | None, tgt_lang: str | None, asked: _Asked, first: int
+    ) -> list[Translation]:
+        """Translates texts of which ``first`` others came before."""
+        direction = self._direction(src_lang, tgt_lang)
+        for name, value in direction.settings.items():
+            given = asked.settings.get(name)
+            if given not in (None, value, self._settings.get(name)):
+                raise ValueError(
+                    f"translate: {name} {given} is another language than tgt_lang's; leave one of them out"
+                )
+        if not direction.settings:
+            own = {name: value for name, value in asked.settings.items() if value is not None}
+            check_target(self._model, self.tokenizer, own)
+        asked = asked.with_settings(direction.settings)
+        search = self._search(asked)
+        todo = [place for place, text in enumerate(texts) if text.strip()]
+        rows = self._encoded([texts[place] for place in todo], direction)
+        found: list[Any] = [None] * len(todo)
+        self._run(search, rows, [()] * len(rows), range(len(rows)), [first + place for place in todo], asked, found)
+        translations = [Translation("", ())] * len(texts)
+        for place, translation in zip(todo, found, strict=True):
+            translations[place] = translation
+        return self._with_texts(translations)
+
+    def _direction(self, src_lang: str | None, tgt_lang: str | None) -> Direction:
+        own = self._languages
+        with_own = src_lang if src_lang is not None else own[0], tgt_lang if tgt_lang is not None else own[1]
+        return direction_of(self._model, self.tokenizer, *with_own)
+
+    def _encoded(self, texts: list[str], direction: Direction) -> list[list[int]]:
+        tokenizer = self.tokenizer
+        limit = min(longest_text(tokenizer), self._spec.config.encoder.positions or float("inf"))
+        with self._lock:
+            return encode(tokenizer, [direction.prompt + text for text in texts], limit, direction.frame)
+
+    def _search(self, asked: _Asked, prompt_length: int = 1) -> Search:
+        return search_of(
+            self._spec, self._settings, asked.settings, prompt_length, threads=self._threads, **asked.engine_fields()
+        )
+
+    def _run(
+        self,
+        search: Search,
+        rows: Sequence[Sequence[int]],
+        prefixes: Sequence[Sequence[int]],
+        places: Sequence[int],
+        seeds: Sequence[int],
+        asked: _Asked,
+        found: list[Any],
+    ) -> None:
+        """Translates the rows at some places, each with a seed of its own place, into ``found``."""
+        config = search.config
+        size = _WATCHED if config.attention else _CHUNK
+        runs = config.returned if config.sample else 1
+        start = 0
+        while start < len(places):
+            # The engine counts seeds from the first sentence on, so that what it gets at once follows on each other.
+            end = start + 1
+            while end < len(places) and end - start < size and (not config.sample or seeds[end] == seeds[end - 1] + 1):
+                end += 1
+            chosen = places[start:end]
+            seed = (asked.seed + seeds[start] * runs * _STEP) % 2**64
+            config.seed_low, config.seed_high = seed & 0xFFFFFFFF, seed >> 32
+            hypotheses = self._engine.translate(
+                [rows[place] for place in chosen],
+                config,
+                [[search.start, *prefixes[place]] for place in chosen],
+                search.eos,
+                search.banned,
+                search.begin_banned,
+            )
+            for place, best in zip(chosen, hypotheses, strict=True):
+                found[place] = _translation(best, len(prefixes[place]) + 1, tuple(rows[place]), search)
+            start = end
+
+    def _with_texts(self, translations: list[Translation]) -> list[Translation]:
+        tokenizer = self.tokenizer
+
+        def text_of(one: Translation) -> Translation:
+            text = tokenizer.decode(one.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return Translation(
+                text,
+                one.tokens,
+                one.score,
+                one.token_scores,
+                tuple(map(text_of, one.alternatives)),
+                one.attention,
+                one.source,
+            )
+
+        with self._lock:
+            return [text_of(one) if one.tokens else one for one in translations]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a call asks for."""
+
+    settings: dict[str, Any]
+    return_scores: bool = False
+    return_attention: bool = False
+    seed: int = 0
+    batch_size: int = 64
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"translate: {name} needs at least 1, got {value!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"translate: seed is a whole number, got {self.seed!r}")
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> _Asked:
+        """What the keywords of `Translator.translate` ask for."""
+        own = {name: arguments.pop(name) for name in cls.__dataclass_fields__ if name in arguments}
+        return cls(arguments, **own)
+
+    def with_settings(self, settings: dict[str, Any]) -> _Asked:
+        return _Asked(
+            {**self.settings, **settings}, **{name: getattr(self, name) for name in list(self.__dataclass_fields__)[1:]}
+        )
+
+    def engine_fields(self) -> dict[str, Any]:
+        """The fields of the engine's settings beside those of ``generate``."""
+        return {
+            "token_scores": bool(self.return_scores),
+            "attention": bool(self.return_attention),
+            "batch_sentences": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+        }
+
+
+def _translation(
+    hypotheses: Sequence[Hypothesis], prompt_length: int, source: tuple[int, ...], search: Search
+) -> Translation:
+    """The best of some hypotheses, with the others as its alternatives."""
+    scored = search.config.beams > 1 or bool(search.config.token_scores)
+
+    def one(hypothesis: Hypothesis, others: tuple[Translation, ...] = ()) -> Translation:
+        scores, attention = hypothesis.token_scores, hypothesis.attention
+        return Translation(
+            "",
+            tuple(hypothesis.tokens[prompt_length:].tolist()),
+            hypothesis.score if scored else None,
+            None if scores is None else tuple(scores[prompt_length:].tolist()),
+            others,
+            None if attention is None else attention[prompt_length:].copy(),
+            source,
+        )
+
+    if not hypotheses:
+        return Translation("", (), source=source)
+    best, *others = hypotheses
+    return one(best, tuple(map(one, others)))
+
+
+def _cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _folder(model: str, revision: str | None, token: str | bool | None) -> Path:
+    """The folder of a model, which the Hub's files are fetched to where it is the name of one there."""
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).exists() or model.count("/") != 1:
+        raise ValueError(f"no folder {model}, and no 'user/name' on the Hub either")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, token=token, allow_patterns=_FILES, ignore_patterns=["*/*"])
+        )
+    except Exception as error:  # up to the Hub's client: of the network, of names, of rights
+        reason = " ".join(str(error).split())
+        raise ValueError(f"translator: {model} cannot be had from the Hub: {reason}") from error

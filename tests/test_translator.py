@@ -1,0 +1,352 @@
+"""`Translator`: the translations of transformers, from files alone, whatever the batch, the order and the threads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
+from hf_nmsparse.kernels import engine
+from hf_nmsparse.pipeline import translate
+from hf_nmsparse.translator import Translation
+from tests import tiny
+from tests.test_engine_spec import CASES, sentence, tiny_model
+
+pytestmark = pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
+
+TEXTS = [
+    "Ein Mann schläft im Garten.",
+    "The garden is big.",
+    "",
+    "A man",
+    "  Der Garten ist groß </s>, the man sleeps in the garden, and the garden is big.  ",
+    "Ü €",
+    "\t",
+]
+ROWS = [sentence(length, seed) for seed, length in enumerate((5, 17, 1, 30, 9, 2, 12))]
+
+
+def saved(model: Any, folder: Path, pattern: str | None = None, **options: Any) -> Path:
+    """A model on disk, packed if a pattern is given."""
+    if pattern is None:
+        model.save_pretrained(folder)
+    else:
+        sparsify(model, NMSparseConfig(pattern))
+        finalize(model)
+        save_packed(model, folder, **options)
+    return folder
+
+
+def random(model: Any) -> Any:
+    """The model with larger weights, so that its translations differ."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model with a tokenizer."""
+    path = saved(random(tiny.marian()), tmp_path_factory.mktemp("model") / "packed", "2:4")
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def translator(folder: Path) -> Translator:
+    return Translator(folder, threads=1)
+
+
+def generated(model: Any, row: list[int], **settings: Any) -> list[list[int]]:
+    """What transformers gives for one sentence, without its start token and what fills it up."""
+    output = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), **settings)
+    return [tokens[1:] for tokens in output.tolist()]
+
+
+def is_filled(tokens: tuple[int, ...], expected: list[int]) -> bool:
+    return list(tokens) == expected[: len(tokens)] and len(set(expected[len(tokens) :])) <= 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dense_models_of_every_family(case: str, tmp_path: Path) -> None:
+    family, settings = CASES[case]
+    model = tiny_model(family, **settings)
+    translator = Translator(saved(model, tmp_path), threads=1)
+    for beams in (1, 4):
+        given: dict[str, Any] = {"num_beams": beams, "max_length": 20, "num_return_sequences": beams}
+        if translator._spec.family.positions == "counted":
+            given["suppress_tokens"] = [translator._spec.padding]  # which would count for positions
+        for row, found in zip(ROWS, translator.translate_ids(ROWS, **given), strict=True):
+            both = (found, *found.alternatives)
+            expected = generated(model, row, **given)
+            assert [is_filled(one.tokens, tokens) for one, tokens in zip(both, expected, strict=True)] == beams * [True]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_packed_files_compute_in_the_numbers_that_they_hold(pattern: str, values: str | None, tmp_path: Path) -> None:
+    tiny.tokenizer().save_pretrained(saved(random(tiny.marian()), tmp_path, pattern, values=values))
+    translator, model = Translator(tmp_path, threads=2), AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    form = "dense_fp32" if pattern == "4:8" else values or "fp32"
+    head = "dense_int8" if form == "int8" else "dense_fp32"
+    assert translator.formats == ({form: 33} if form == head else {form: 32, head: 1})
+    for beams in (1, 4):
+        settings: dict[str, Any] = {"num_beams": beams, "max_length": 30}
+        expected = translate(model, AutoTokenizer.from_pretrained(tmp_path), TEXTS, 4, **settings)
+        assert [one.text for one in translator.translate(TEXTS, **settings)] == expected
+
+
+@pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("pattern", ["2:4", None])
+def test_what_it_computes_in_can_be_chosen(compute: str, pattern: str | None, tmp_path: Path) -> None:
+    translator = Translator(saved(random(tiny.marian()), tmp_path, pattern), compute=compute, threads=1)
+    layers = compute if pattern else f"dense_{compute}"
+    assert translator.formats[layers] >= 32
+    assert translator.formats[f"dense_{compute}"] >= 1
+    exact = Translator(tmp_path, threads=1)
+    for one, other in zip(ROWS[:3], ROWS[3:6], strict=True):
+        found, expected = (each._engine.score([one], [[0, *other]], 1)[0] for each in (translator, exact))
+        assert np.abs(found - expected).max() < (1e-5 if compute == "fp32" else 0.5)
+
+
+def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
+    model = random(tiny.marian())
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    one, other = (Translator(tmp_path / name, threads=1) for name in ("whole", "shards"))
+    assert one.translate_ids(ROWS, max_length=20) == other.translate_ids(ROWS, max_length=20)
+
+
+def test_scores_are_the_log_probabilities_of_transformers(folder: Path, translator: Translator) -> None:
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    targets = ["The garden", "Ein Mann schläft.", "A man sleeps in the garden", "Ü"]
+    sources = ["Der Garten", "A man", "Ein Mann schläft im Garten", "ü"]
+    found = translator.score(sources, targets)
+    for source, target, one in zip(sources, targets, found, strict=True):
+        labels = tokenizer(text_target=[target], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(**tokenizer([source], return_tensors="pt"), labels=labels).logits
+        expected = logits.log_softmax(-1)[0].gather(1, labels[0][:, None])[:, 0]
+        assert one.tokens == tuple(labels[0].tolist())
+        assert one.token_scores == pytest.approx(expected.tolist(), abs=1e-4)
+        assert one.total == pytest.approx(float(expected.sum()), abs=1e-3)
+
+
+def test_scores_of_beams_are_those_of_transformers(folder: Path, translator: Translator) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    settings: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 3, "max_length": 20, "length_penalty": 0.6}
+    found = translator.translate_ids(ROWS, return_scores=True, **settings)
+    for row, one in zip(ROWS, found, strict=True):
+        output = model.generate(
+            torch.tensor([row]), attention_mask=torch.ones(1, len(row)), output_scores=True,
+            return_dict_in_generate=True, **settings
+        )  # fmt: skip
+        both = (one, *one.alternatives)
+        assert [each.score for each in both] == pytest.approx(output.sequences_scores.tolist(), abs=1e-4)
+        for each in both:
+            assert each.token_scores is not None
+            assert each.score == pytest.approx(sum(each.token_scores) / len(each.tokens) ** 0.6, abs=1e-4)
+    assert translator.translate_ids(ROWS[:1], max_length=20)[0].score is None
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_neither_batch_nor_order_nor_threads_change_a_translation(folder: Path, do_sample: bool) -> None:
+    settings: dict[str, Any] = {"max_length": 30, "return_scores": True, "do_sample": do_sample, "seed": 7}
+    settings |= {"num_return_sequences": 2} if do_sample else {"num_beams": 3}
+    texts = [text for text in TEXTS * 4 if text.strip()]
+    expected = Translator(folder, threads=1).translate(texts, batch_size=1, **settings)
+    for threads, size, tokens in ((1, 7, 4096), (2, 64, 40), (4, 3, 100)):
+        translator = Translator(folder, threads=threads)
+        assert translator.translate(texts, batch_size=size, batch_tokens=tokens, **settings) == expected
+        assert list(translator.translate_iterable(iter(texts), chunk_size=5, batch_size=2, **settings)) == expected
+    if not do_sample:  # the seed of a sentence is that of its place
+        assert translator.translate(texts[::-1], **settings) == expected[::-1]
+    else:
+        assert translator.translate(texts, **(settings | {"seed": 8})) != expected
+
+
+def test_eight_threads_at_once_give_the_same(translator: Translator) -> None:
+    def work(beams: int) -> list[Translation]:
+        return translator.translate(TEXTS * 3, num_beams=beams, max_length=25, return_scores=True)
+
+    expected = {beams: work(beams) for beams in (1, 2, 3, 4)}
+    with ThreadPoolExecutor(8) as pool:
+        for beams, found in zip([1, 2, 3, 4] * 4, pool.map(work, [1, 2, 3, 4] * 4), strict=True):
+            assert found == expected[beams]
+
+
+def test_prefixes_and_what_is_said_of_a_translation(translator: Translator) -> None:
+    prefixes = [(5, 6), (), (7,)]
+    found = translator.translate_ids(ROWS[:3], prefixes=prefixes, max_new_tokens=6, return_attention=True)
+    for row, one in zip(ROWS, found, strict=False):
+        assert one.text == ""
+        assert one.source == tuple(row)
+        assert 1 <= len(one.tokens) <= 6
+        assert one.attention is not None
+        assert one.attention.shape == (len(one.tokens), len(row))
+        assert one.attention.sum(axis=1) == pytest.approx(1.0, abs=1e-4)
+    alone = translator.translate_ids([ROWS[2]], prefixes=[(7,)], max_new_tokens=6)
+    assert alone == [found[2]]
+    assert translator.translate_ids([]) == []
+    assert translator.translate([], num_beams=2) == []
+
+
+def test_attention_is_that_of_transformers(folder: Path, translator: Translator) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="eager")
+    [one] = translator.translate_ids(ROWS[:1], max_length=12, return_attention=True)
+    with torch.no_grad():
+        output = model(
+            input_ids=torch.tensor(ROWS[:1]),
+            decoder_input_ids=torch.tensor([[0, *one.tokens[:-1]]]),
+            output_attentions=True,
+        )
+    expected = output.cross_attentions[-1][0].mean(0)
+    assert one.attention is not None
+    assert np.abs(one.attention - expected.numpy()).max() < 1e-5
+
+
+def test_blank_texts_have_blank_translations(translator: Translator) -> None:
+    found = translator.translate(TEXTS, max_length=10)
+    assert [not one.text for one in found] == [not text.strip() for text in TEXTS]
+    assert found[2] == Translation("", ())
+
+
+def test_a_process_that_translates_has_no_torch(folder: Path) -> None:
+    code = (
+        "import sys; from hf_nmsparse import Translator;"
+        f"t = Translator({str(folder)!r}); t.translate(['Der Garten'], num_beams=2, max_length=9);"
+        "t.score(['Der Garten'], ['The garden']);"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestWhatIsRefused:
+    """Each is one line, and C++ has seen nothing of it."""
+
+    @pytest.fixture
+    def copy(self, tmp_path: Path) -> Path:
+        random(tiny.marian()).save_pretrained(tmp_path)
+        return tmp_path
+
+    def refused(self, folder: Path, message: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+            Translator(folder, **options)
+        assert message in str(error.value)
+
+    def change(self, folder: Path, **settings: Any) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"model_type": "nllb-moe"}, "model_type 'nllb-moe' is none of"),
+            ({"d_model": 2**30}, "the model's is"),
+            ({"encoder_layers": 2**31 - 1}, "encoder_layers is a whole number from 1 to"),
+            ({"encoder_layers": 1}, "and config.json has fewer layers; correct it"),
+            ({"encoder_layers": 3}, "which the model needs; save the whole model again"),
+            ({"max_position_embeddings": 2**31 - 1}, "positions"),
+            ({"vocab_size": 2**31 - 1}, "the model's is [2147483647, 32], got [300, 32]"),
+            ({"vocab_size": 299}, "got [300, 32]"),
+            ({"encoder_attention_heads": 5}, "d_model 32 does not divide into 5 heads"),
+            ({"quantization_config": {"quant_method": "gptq"}}, "is not ours"),
+            (
+                {"quantization_config": {"quant_method": "nmsparse", "format": "dense", "pattern": "2:4"}},
+                "nmsparse pack",
+            ),
+            ({"quantization_config": {"quant_method": "nmsparse"}}, "format is one of"),
+        ],
+    )
+    def test_settings(self, copy: Path, settings: dict[str, Any], message: str) -> None:
+        self.change(copy, **settings)
+        self.refused(copy, message)
+
+    def test_tensors(self, copy: Path) -> None:
+        file = copy / "model.safetensors"
+        whole = load_file(file)
+        name = "model.decoder.layers.1.fc1.weight"
+        for tensor, message in (
+            (None, f"the files hold no {name}, which the model needs"),
+            (whole[name].T.contiguous(), f"{name}: the model's is [64, 32], got [32, 64]"),
+            (whole[name].flatten(), f"{name}: the model's is [64, 32], got [2048]"),
+            (whole[name].int(), f"{name}: weights and biases are"),
+            (whole[name].clone().fill_(float("nan")), f"{name}: numbers must be finite"),
+        ):
+            changed = {key: value for key, value in whole.items() if key != name}
+            save_file(changed if tensor is None else changed | {name: tensor}, file, {"format": "pt"})
+            self.refused(copy, message)
+        bias = "model.decoder.layers.1.fc1.bias"
+        save_file(whole | {bias: torch.zeros(63)}, file, {"format": "pt"})
+        self.refused(copy, f"{bias}: the model's bias is [64], got [63]")
+
+    def test_files(self, copy: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        file = copy / "model.safetensors"
+        content = file.read_bytes()
+        for cut in (content[:-1], content[: len(content) // 2], content[:5], b""):
+            file.write_bytes(cut)
+            self.refused(copy, "not a whole safetensors file")
+        file.unlink()
+        self.refused(copy, "holds no safetensors files; load the model with transformers and save it again")
+        (copy / "config.json").write_text("[1]")
+        self.refused(copy, "config.json: the file is no JSON object")
+        self.refused(tmp_path_factory.mktemp("empty"), "holds no config.json")
+        self.refused(copy / "nowhere" / "at" / "all", "no folder")
+
+    def test_arguments(self, folder: Path) -> None:
+        self.refused(folder, "compute is one of 'auto', 'int8', 'bf16', 'fp32', got 'fast'", compute="fast")
+        for threads in (0, 1025, 1.0, True):
+            self.refused(folder, "threads are 1 to 1024", threads=threads)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"beams": 4}, "there is no setting 'beams'"),
+            ({"num_beams": 0}, "num_beams needs at least 1, got 0"),
+            ({"max_new_tokens": 64_000}, "beyond the 64 positions"),
+            ({"batch_size": 0}, "batch_size needs at least 1"),
+            ({"seed": 1.5}, "seed is a whole number"),
+            ({"src_lang": "de"}, "this model has one pair of languages"),
+        ],
+    )
+    def test_settings_of_a_call(self, translator: Translator, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=r"^translate: [^\n]+$") as error:
+            translator.translate(["Der Garten"], **given)
+        assert message in str(error.value)
+
+    def test_ids(self, translator: Translator) -> None:
+        for rows, message in (
+            ([[5, 300]], "source tokens are below 300, got 300"),
+            ([[-1]], "source tokens are below 300, got -1"),
+            ([[]], "the source has 0 tokens"),
+            ([[2**40]], "does not fit 32 bits"),
+            ([[5] * 65], "the source has 65 tokens, and the model takes 64"),
+        ):
+            with pytest.raises(ValueError, match=r"^engine: [^\n]+$") as error:
+                translator.translate_ids(rows, max_length=10)
+            assert message in str(error.value)
+        with pytest.raises(ValueError, match="2 sentences need as many prefixes, got 1"):
+            translator.translate_ids([[5], [6]], prefixes=[[1]])
+
+    def test_texts(self, translator: Translator) -> None:
+        with pytest.raises(ValueError, match="expected a list of texts, got one text"):
+            translator.translate("Der Garten")
+        with pytest.raises(ValueError, match="sentence 1 is no text but int"):
+            translator.translate(["Der Garten", 5])  # type: ignore[list-item]
+        with pytest.raises(ValueError, match="score: 1 texts need as many translations, got 2"):
+            translator.score(["a"], ["b", "c"])
+        with pytest.raises(ValueError, match="score: pair 1 has a blank side; leave it out"):
+            translator.score(["a", "b"], ["c", " "])
