@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import ctypes
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain, islice
@@ -222,7 +223,8 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compute",
         choices=("auto", "fp32", "bf16", "int8", "dense", "reference"),
-        help="how a packed model computes (default: the fastest that keeps the file's precision)",
+        help="how a packed model computes (default: the fastest that keeps the file's precision), or a dense one where "
+        "the engine runs it",
     )
     command.add_argument(
         "--head", choices=("dense", "int8"), help="how its output projection computes (default: as the layers do)"
@@ -413,6 +415,50 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:
     """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
+    given = {"num_beams": args.beams, "max_length": args.max_length}
+    settings = {key: value for key, value in given.items() if value is not None}
+    translate = _on_engine(args, settings) or _on_torch(args, settings)
+
+    def translated(sentences: list[str]) -> list[str]:
+        return [" ".join(text.splitlines()) for text in translate(sentences)]
+
+    return map(translated, iter(lambda: list(islice(lines, chunk)), []))
+
+
+def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]] | None:
+    """Translates on the native engine; None for what that does not run, which transformers may know or refuse."""
+    chosen = args.head is not None or args.compute in ("dense", "reference")
+    if os.environ.get("HF_NMSPARSE_ENGINE") == "0" or chosen or not _on_cpu(args.device):
+        return None
+    from hf_nmsparse.translator import Translator
+
+    try:
+        translator = Translator(args.model, compute=args.compute or "auto", threads=args.threads)
+        translator.check(**settings)
+    except ValueError:
+        return None
+
+    def translate(sentences: list[str]) -> list[str]:
+        languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
+        found = translator.translate(sentences, batch_size=args.batch_size, **languages, **settings)
+        return [translation.text for translation in found]
+
+    return translate
+
+
+def _on_cpu(device: str | None) -> bool:
+    """Whether a CPU is to translate. Only where there may be a GPU is torch asked, which takes a second to import."""
+    if device is not None:
+        return device == "cpu"
+    for name in ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libamdhip64.so"):
+        with suppress(OSError):  # no such driver
+            ctypes.CDLL(name)
+            return _device(None) == "cpu"
+    return True
+
+
+def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]]:
+    """Translates with the model of transformers."""
     import torch
 
     from hf_nmsparse.compute import set_compute
@@ -426,22 +472,19 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
     if args.compute is not None or args.head is not None:
         set_compute(model, args.compute or "auto", args.head)
     model.to(device)
-    generation = {"num_beams": args.beams, "max_length": args.max_length}
-    given = {key: value for key, value in generation.items() if value is not None}
 
     def translated(sentences: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
         try:
-            texts = translate(model, tokenizer, sentences, args.batch_size, **languages, **given)
+            return translate(model, tokenizer, sentences, args.batch_size, **languages, **settings)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device {device}: {error}; give a smaller --batch-size") from error
         except (ValueError, OSError):
             raise
         except Exception as error:  # what is raised for settings that do not fit the model is up to each model
             raise ValueError(f"{args.model} cannot translate: {_named(error)}") from error
-        return [" ".join(text.splitlines()) for text in texts]
 
-    return map(translated, iter(lambda: list(islice(lines, chunk)), []))
+    return translated
 
 
 def _device(name: str | None) -> str:

@@ -69,8 +69,8 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1) -> Loaded
     if not (folder / "config.json").is_file():
         raise ValueError(f"translator: {folder} holds no config.json, so no saved model")
     config = read_object(folder / "config.json")
-    record = _record(config, folder)
-    spec = read(config, bf16=compute == "auto" and record is not None and _dtype(config) == "bfloat16")
+    record, dtype = _record(config, folder), _dtype(config)
+    spec = read(config, bf16=compute == "auto" and record is not None and dtype == "bfloat16")
     for side in (spec.config.encoder, spec.config.decoder):
         if side.positions > _MOST_POSITIONS:
             raise ValueError(f"translator: at most {_MOST_POSITIONS:,} positions, config.json says {side.positions:,}")
@@ -102,8 +102,12 @@ def _record(config: Mapping[str, Any], folder: Path) -> SparsityRecord | None:
     return record
 
 
-def _dtype(config: Mapping[str, Any]) -> Any:
-    return config.get("dtype", config.get("torch_dtype"))
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    """The number type that a model of torch would compute in; None where the settings say none."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    one_of("dtype", name, (None, "float32", "bfloat16", "float16", "float64", "auto"), "config.json")
+    kind: str | None = name
+    return kind
 
 
 class _Files:

@@ -19,6 +19,7 @@ from hf_nmsparse.positions import positions_of
 from hf_nmsparse.texts import (
     Direction,
     check_target,
+    check_tokens,
     direction_of,
     encode,
     longest_text,
@@ -173,11 +174,7 @@ def _check_vocabulary(model: Any, rows: list[list[int]], settings: Mapping[str, 
         for token in tokens:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
                 raise ValueError(f"translate: {key}: {token!r} is none of the {size} tokens of the model; set another")
-    size, most = len(model.get_input_embeddings().weight), max(chain.from_iterable(rows), default=0)
-    if most >= size:
-        raise ValueError(
-            f"translate: token {most} is beyond the {size} of the model; give it the tokenizer that it was trained with"
-        )
+    check_tokens(rows, len(model.get_input_embeddings().weight))
 
 
 def _tokens(value: Any) -> Iterator[Any]:

@@ -9,12 +9,14 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 __all__ = [
     "Direction",
     "check_target",
+    "check_tokens",
     "direction_of",
     "encode",
     "languages_of",
@@ -318,6 +320,23 @@ def encode(
         kept = row[len(row) - room :] if tokenizer.truncation_side == "left" else row[:room]
         encoded[index] = [*before, *kept, *after]
     return encoded
+
+
+def check_tokens(rows: Iterable[Iterable[int]], size: int) -> None:
+    """Refuses tokens that a model has no embedding for.
+
+    Args:
+        rows: The tokens of each text.
+        size: How many the model has.
+
+    Raises:
+        ValueError: There is one.
+    """
+    most = max(chain.from_iterable(rows), default=0)
+    if most >= size:
+        raise ValueError(
+            f"translate: token {most} is beyond the {size} of the model; give it the tokenizer that it was trained with"
+        )
 
 
 def _around(whole: list[int], inner: list[int]) -> Frame:

@@ -16,7 +16,7 @@ from hf_nmsparse.generation_settings import Search, read_settings, search_of
 from hf_nmsparse.kernels.engine import Array, Hypothesis
 from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.text_tokenizer import load_tokenizer
-from hf_nmsparse.texts import Direction, check_target, direction_of, encode, longest_text, read_texts
+from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, longest_text, read_texts
 
 __all__ = ["Scored", "Translation", "Translator"]
 
@@ -279,6 +279,7 @@ class Translator:
         limit = longest_text(tokenizer)
         with self._lock:
             given = encode(tokenizer, others, limit, frame, target=True)
+        check_tokens(given, self._spec.config.target_vocabulary)
         scores = self._engine.score(rows, [[start, *row] for row in given], self._threads)
         return [
             Scored(float(each[1:].sum(dtype="float64")), tuple(row), tuple(each[1:].tolist()))
@@ -327,7 +328,9 @@ class Translator:
         tokenizer = self.tokenizer
         limit = min(longest_text(tokenizer), self._spec.config.encoder.positions or float("inf"))
         with self._lock:
-            return encode(tokenizer, [direction.prompt + text for text in texts], limit, direction.frame)
+            rows = encode(tokenizer, [direction.prompt + text for text in texts], limit, direction.frame)
+        check_tokens(rows, self._spec.config.encoder.vocabulary)
+        return rows
 
     def _search(self, asked: _Asked, prompt_length: int = 1) -> Search:
         return search_of(

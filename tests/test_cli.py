@@ -652,9 +652,27 @@ class TestTranslate:
         assert capsys.readouterr().out.split("\n") == [*translations(models / "packed", max_length=6), ""]
         fails(["translate", "--model", str(models / "training"), *options], "set_compute: ", capsys)
 
+    @pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
+    @pytest.mark.parametrize("chosen", [True, False])
+    def test_it_runs_on_the_engine_and_needs_no_torch(self, models: Path, tmp_path: Path, chosen: bool) -> None:
+        (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in SENTENCES), encoding="utf-8")
+        options = ["--input", str(tmp_path / "in.txt"), "--max-length", "6", "--beams", "2", "--device", "cpu"]
+        argv = ["translate", "--model", str(models / "packed"), *options]
+        code = f"import sys; from hf_nmsparse.cli import main; main({argv!r}); print('torch' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"HF_NMSPARSE_ENGINE": str(int(chosen)), "PYTHONIOENCODING": "utf-8"},
+            capture_output=True,
+            check=True,
+            encoding="utf-8",
+        )
+        expected = translations(models / "packed", max_length=6, num_beams=2)
+        assert done.stdout.split("\n") == [*expected, str(not chosen), ""]
+
     def test_a_break_inside_a_translation_is_a_space(
         self, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        monkeypatch.setenv("HF_NMSPARSE_ENGINE", "0")
         said = "Il dit\u00a0:\nnon\u2028\x0bet"
         monkeypatch.setattr(
             "hf_nmsparse.pipeline.translate", lambda model, tokenizer, texts, *_, **__: [said for _ in texts]
@@ -740,6 +758,7 @@ class TestTranslate:
         def fail(*_: Any, **__: Any) -> None:
             raise kind("some\nreason")
 
+        monkeypatch.setenv("HF_NMSPARSE_ENGINE", "0")
         monkeypatch.setattr(MarianMTModel, "generate", fail)
         (tmp_path / "in").write_text("A man\n", encoding="utf-8")
         argv = ["translate", "--model", str(models / "dense"), "--input", str(tmp_path / "in")]

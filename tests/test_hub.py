@@ -15,8 +15,10 @@ from safetensors.torch import load
 from transformers import MarianMTModel
 
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.kernels import engine
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import finalize, sparsify
+from hf_nmsparse.translator import Translator
 from tests.hub import LocalHub, local_hub
 from tests.tiny import marian, tokenizer
 
@@ -217,3 +219,26 @@ def test_a_repository_that_is_not_there(hub: LocalHub, tmp_path: Path) -> None:
     assert "user/tiny is not a local folder and is not a valid model identifier" in process(
         hub, tmp_path / "puller", PULL, fails=True
     )
+
+
+TRANSLATE = """
+import sys
+from hf_nmsparse import Translator
+translator = Translator("me/tiny", revision="main", token="hf_mine")
+print(translator.translate(["Ein Mann"], max_length=9)[0].tokens, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
+def test_a_translator_takes_what_it_needs_from_the_hub(hub: LocalHub, tmp_path: Path) -> None:
+    save_packed(sparse_marian(), tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    hub.repos["me/tiny"] = {**files, "pytorch_model.bin": b"not asked for", "onnx/model.json": b"{}"}
+    expected = Translator(tmp_path / "model").translate(["Ein Mann"], max_length=9)[0].tokens
+    assert process(hub, tmp_path / "home", TRANSLATE) == f"{expected} False\n"
+    fetched = {path.name for path in (tmp_path / "home").rglob("*")}
+    assert {"model.safetensors", "tokenizer.json"} <= fetched
+    assert not {"pytorch_model.bin", "onnx"} & fetched
+    error = process(hub, tmp_path / "home", TRANSLATE.replace("me/tiny", "me/none"), fails=True)
+    assert "ValueError: translator: me/none cannot be had from the Hub: " in error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer, MarianTokenizer, NllbTokenizer
+import transformers
+from transformers import AutoTokenizer, NllbTokenizer
 
 from hf_nmsparse.text_tokenizer import load_tokenizer
 from hf_nmsparse.texts import direction_of, encode, languages_of
@@ -20,6 +19,8 @@ from hf_nmsparse.tokenizer import train_tokenizer
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses:UserWarning")
+
+hf: Any = transformers  # whose classes take files that their signatures do not name
 
 WORDS = {
     "source": "The device is not connected . Select two sensors to monitor , and check its end ( again ) ! 0 1 23",
@@ -85,6 +86,12 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def save(marian: Path, folder: Path) -> None:
+    """OPUS-MT's tokenizer, as transformers writes it."""
+    files = [str(marian / name) for name in ("source.spm", "target.spm", "vocab.json")]
+    hf.MarianTokenizer(*files).save_pretrained(folder)
+
+
 def same(folder: Path, kind: str, texts: list[str]) -> Any:
     """The tokenizer in a folder, which was asked to do all that transformers' does."""
     expected, found = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder, "marian")
@@ -119,9 +126,7 @@ TEXTS = [*HARD, *hard(0)]
 
 @pytest.mark.parametrize("written", ["as on the Hub", "by transformers", "without its class", "with old files"])
 def test_opus_mt(marian: Path, written: str, tmp_path: Path) -> None:
-    MarianTokenizer(*(str(marian / name) for name in ("source.spm", "target.spm", "vocab.json"))).save_pretrained(
-        tmp_path
-    )
+    save(marian, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian"}))
     settings: dict[str, Any] = {"source_lang": "eng", "target_lang": "deu", "separate_vocabs": False}
     if written == "as on the Hub":
@@ -169,16 +174,14 @@ def test_what_transformers_would_add_it_adds(settings: dict[str, Any], tmp_path:
     "settings", [{"separate_vocabs": True}, {"sp_model_kwargs": {"enable_sampling": True}}], ids=str
 )
 def test_opus_mt_of_other_kinds_is_transformers(marian: Path, settings: dict[str, Any], tmp_path: Path) -> None:
-    names = ("source.spm", "target.spm", "vocab.json")
-    MarianTokenizer(*(str(marian / name) for name in names)).save_pretrained(tmp_path)
+    save(marian, tmp_path)
     (tmp_path / "target_vocab.json").write_bytes((tmp_path / "vocab.json").read_bytes())
     change(tmp_path, **settings)
     assert type(load_tokenizer(tmp_path, "marian")).__module__.startswith("transformers.")
 
 
 def test_languages_of_a_multilingual_opus_mt(marian: Path, tmp_path: Path) -> None:
-    names = ("source.spm", "target.spm", "vocab.json")
-    MarianTokenizer(*(str(marian / name) for name in names)).save_pretrained(tmp_path)
+    save(marian, tmp_path)
     tokenizer = load_tokenizer(tmp_path, "marian")
     assert languages_of(tokenizer) == {"deu": ">>deu<<", "fra": ">>fra<<"}
     model: Any = type("Model", (), {"config": type("Config", (), {"model_type": "marian"})})
@@ -187,15 +190,10 @@ def test_languages_of_a_multilingual_opus_mt(marian: Path, tmp_path: Path) -> No
         direction_of(model, tokenizer, None, "xyz")
 
 
-def test_other_classes_are_read_by_transformers_without_torch(tmp_path: Path) -> None:
+def test_other_classes_are_read_by_transformers(tmp_path: Path) -> None:
     NllbTokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
-    code = (
-        "import sys; from pathlib import Path; from hf_nmsparse.text_tokenizer import load_tokenizer;"
-        f"t = load_tokenizer(Path({str(tmp_path)!r}), 'm2m_100'); t(['a']);"
-        "assert type(t).__name__ == 'NllbTokenizer'; assert 'torch' not in sys.modules, 'imported'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert type(load_tokenizer(tmp_path, "m2m_100")) is NllbTokenizer
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"tokenizer_class": "TokenizersBackend"}', "{"])

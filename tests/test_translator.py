@@ -263,6 +263,7 @@ class TestWhatIsRefused:
             ({"vocab_size": 2**31 - 1}, "the model's is [2147483647, 32], got [300, 32]"),
             ({"vocab_size": 299}, "got [300, 32]"),
             ({"encoder_attention_heads": 5}, "d_model 32 does not divide into 5 heads"),
+            ({"dtype": "nonsense"}, "config.json: dtype is one of"),
             ({"quantization_config": {"quant_method": "gptq"}}, "is not ours"),
             (
                 {"quantization_config": {"quant_method": "nmsparse", "format": "dense", "pattern": "2:4"}},
