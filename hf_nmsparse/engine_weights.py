@@ -1,6 +1,6 @@
 """Rounding to int8 and bf16, and weights of other patterns as 2:4 ones, as arrays of NumPy. This needs no torch.
 
-What `packing` does to tensors, bit by bit.
+What `packing` and `rounding` do to tensors, bit by bit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def bf16_bits(numbers: Array) -> Array:
 
 
 def quantize_rows(weight: Array) -> tuple[Array, Array]:
-    """`packing.quantize_rows` of an fp32 array ``[rows, columns]``: int8 of that shape, and fp32 ``[rows]``."""
+    """`rounding.quantize_rows` of an fp32 array ``[rows, columns]``: int8 of that shape, and fp32 ``[rows]``."""
     values, scales = np.empty(weight.shape, np.int8), np.empty(len(weight), np.float32)
     rows = max(1, _PIECE // max(1, weight.shape[1]))
     with np.errstate(all="ignore"):  # of rows of zeros, and of numbers that are nearly infinite

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hf_nmsparse.engine_weights import as_2_of_4, bf16_bits, dense_rows, from_bf16, quantize_rows
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.packing import pack, unpack
-from hf_nmsparse.packing import quantize_rows as quantize_tensor
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.rounding import quantize_rows as quantize_tensor
 
 TWO_OF_FOUR = NMPattern(2, 4)
 

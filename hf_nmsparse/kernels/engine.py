@@ -259,7 +259,7 @@ class Hypothesis:
     tokens: Array
     score: float
     token_scores: Array | None
-    attention: Array | None
+    attention: Array | None = None
 
 
 class UnknownTokenError(ValueError):
