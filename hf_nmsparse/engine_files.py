@@ -74,6 +74,8 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1) -> Loaded
     for side in (spec.config.encoder, spec.config.decoder):
         if side.positions > _MOST_POSITIONS:
             raise ValueError(f"translator: at most {_MOST_POSITIONS:,} positions, config.json says {side.positions:,}")
+    if spec.family.positions == "counted" and (spec.padding or 0) >= spec.config.encoder.vocabulary:
+        raise ValueError(f"translator: pad_token_id is a token of the model, config.json says {spec.padding:,}")
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
         raise ValueError(
             f"translator: {folder} holds no safetensors files; load the model with transformers and save it again"

@@ -350,6 +350,9 @@ class _Settings:
     def layers(self, name: str) -> int:
         return self.whole(name, most=_MOST_LAYERS)
 
+    def padding(self) -> int | None:
+        return None if self.get("pad_token_id") is None else self.whole("pad_token_id", least=0)
+
     def flag(self, name: str) -> bool:
         value = self.get(name)
         if type(value) is not bool:
@@ -394,14 +397,13 @@ def read(config: Mapping[str, Any], bf16: bool = False) -> Spec:
     settings = _Settings(kind, config, family.defaults, aliases)
     engine = reader(family, settings)
     engine.bf16_activations = bf16
-    padding = settings.get("pad_token_id")
-    return Spec(family, engine, *_sources(family, settings, engine), padding)
+    return Spec(family, engine, *_sources(family, settings, engine), settings.padding())
 
 
 def _check_model(kind: str, family: Family, config: Mapping[str, Any]) -> None:
     """Refuses what is another model than the one that translates, or computes in another way."""
     architectures = config.get("architectures") or [family.architecture]
-    if family.architecture not in architectures:
+    if not isinstance(architectures, list) or family.architecture not in architectures:
         raise _error(f"{kind}: the engine runs {family.architecture}, got {architectures}")
     for name, expected in (("is_encoder_decoder", True), ("is_decoder", False), ("add_cross_attention", False)):
         if config.get(name, expected) not in (expected, None):
@@ -674,8 +676,7 @@ def _tables_of_side(
 
 def _positions(family: Family, settings: _Settings, config: EngineConfig, side: Side, module: str) -> TableSource:
     hidden, rows = config.hidden, config.encoder.positions
-    padding = settings.get("pad_token_id")
-    offset = {"sinusoidal": 0, "learned": 2}.get(family.positions, (padding or 0) + 1)
+    offset = {"sinusoidal": 0, "learned": 2}.get(family.positions, (settings.padding() or 0) + 1)
     made = {"sinusoidal": _halves, "counted": _counted}.get(family.positions)
     # M2M100 keeps its table as ``weights``, and in no file.
     names = (f"{module}.weight", f"{module}.weights") if family.positions == "counted" else (f"{module}.weight",)

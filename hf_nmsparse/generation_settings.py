@@ -167,7 +167,7 @@ def search_of(
             raise ValueError(f"translate: the engine does not know {name}={value!r}; translate with transformers")
     beams = settings.whole("num_beams", 1)
     early = settings.values.get("early_stopping", False)
-    if early not in _EARLY_STOPPING:
+    if not isinstance(early, bool | str) or early not in _EARLY_STOPPING:
         raise ValueError(f"translate: early_stopping is True, False or 'never', got {early!r}")
     eos = settings.tokens("eos_token_id")
     most = _longest(spec, own, given, prompt_length)

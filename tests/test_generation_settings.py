@@ -74,6 +74,7 @@ def test_sampling_has_the_defaults_of_transformers() -> None:
         ({"max_new_tokens": 49}, "max_new_tokens 49 is beyond the 48 positions of the decoder; give at most 48"),
         ({"max_length": 1}, "max_length 1 leaves no room behind a prompt of 1 tokens"),
         ({"early_stopping": "soon"}, "early_stopping is True, False or 'never', got 'soon'"),
+        ({"early_stopping": [True]}, "early_stopping is True, False or 'never', got [True]"),
         ({"length_penalty": float("nan")}, "length_penalty is a number from -1000 to 1000, got nan"),
         ({"do_sample": 1}, "do_sample is True or False, got 1"),
         ({"do_sample": True, "temperature": 0}, "temperature is a number from"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,35 @@ def test_a_process_that_translates_has_no_torch(folder: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ODD: list[Any] = [None, 0, -1, 1, 2, 7, 2**31, 2**63, 1e9, "x", [], {}, True, float("nan"), "2:4", [[1]], [-5], [10**9]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_translate_or_are_one_line(folder: Path, seed: int, tmp_path: Path) -> None:
+    chance, weights = Random(seed), (folder / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    names = ("config.json", "generation_config.json")
+    contents: dict[str, dict[str, Any]] = {name: json.loads((folder / name).read_text()) for name in names}
+    for _ in range(50):
+        changed, data = {name: dict(content) for name, content in contents.items()}, bytearray(weights)
+        if chance.random() < 0.5:
+            content = changed[chance.choice(names)]
+            key, value = chance.choice([*content, "num_beams", "pad_token_id", "eos_token_id"]), chance.choice(ODD)
+            record = content.get(key)
+            content[key] = {**record, chance.choice([*record]): value} if isinstance(record, dict) else value
+        else:
+            for _ in range(chance.choice([1, 3, 30])):
+                data[chance.randrange(chance.choice([header, len(data)]))] = chance.randrange(256)
+            del data[chance.choice([len(data), chance.randrange(len(data))]) :]
+        for name, content in changed.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        (tmp_path / "model.safetensors").write_bytes(data)
+        try:
+            Translator(tmp_path, threads=1).translate_ids(ROWS[:2], max_new_tokens=5, num_beams=chance.choice([1, 2]))
+        except ValueError as error:
+            assert "\n" not in str(error), error
 
 
 class TestWhatIsRefused:
