@@ -56,7 +56,7 @@ def test_numbers_are_those_of_the_header(enum: type[IntEnum]) -> None:
 
 def test_structures_say_their_size_and_what_is_off() -> None:
     config = EngineConfig(hidden=8, norm_first=True, encoder=SideConfig(layers=1), decoder=SideConfig(layers=2))
-    assert config.size == ctypes.sizeof(EngineConfig) == 4 * (12 + 2 * 9)
+    assert config.size == ctypes.sizeof(EngineConfig) == 4 * (13 + 2 * 9)
     assert (config.norm_first, config.decoder.layers) == (1, 2)
     search = SearchConfig(max_length=20, threads=1, beams=4)
     assert search.size == ctypes.sizeof(SearchConfig)
