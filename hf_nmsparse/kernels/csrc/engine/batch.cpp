@@ -137,6 +137,10 @@ void Batch::feed_forward(const Layer& layer, int64_t rows) {
         project(layer.weights[feed_gate], input, rows, gate, wide_, wide_stride_);
     } else
         project(in, input, rows, store_active, wide_, wide_stride_);
+    // Blocks of 16 rows may end before the multiple of 32 up to which products read.
+    const int64_t written = padded(in.out, 2 * unit_.lanes), unwritten = padded(in.out, 32) - written;
+    for (int64_t i = 0; unwritten > 0 && i < rows; i++)
+        std::memset(wide_ + i * wide_stride_ + written, 0, static_cast<size_t>(4 * unwritten));
     const Rows hidden{wide_, wide_stride_, bytes_, wide_stride_, scale_, zero_};
     quantise(hidden, rows, {&out});
     project(out, hidden, rows, add_residual, x_, hidden_stride_);
