@@ -39,7 +39,6 @@ Model::Model(const EngineConfig& given) : config(given), unit(unit_in_use()) {
     check_number("size", given.size, sizeof(EngineConfig), sizeof(EngineConfig));
     check_number("hidden", given.hidden, 1, 1 << 16);
     check_number("activation", given.activation, 0, activations - 1);
-    check_number("target_vocabulary", given.target_vocabulary, 2, largest);
     check_finite("norm_epsilon", given.norm_epsilon);
     check_finite("head_scale", given.head_scale);
     for (int32_t i = 0; i < 2; i++) {
@@ -57,6 +56,7 @@ Model::Model(const EngineConfig& given) : config(given), unit(unit_in_use()) {
         sides[i].config = side;
         sides[i].layers.resize(static_cast<size_t>(side.layers));
     }
+    check_number("target_vocabulary", given.target_vocabulary, 2, given.decoder.vocabulary);  // what is produced is looked up
 }
 
 Layer& Model::layer_of(int32_t side, int32_t layer, const std::string& what) {
