@@ -114,7 +114,7 @@ class Engine::Lease {
 
 void Engine::check(const Sentences& sources, const Sentences& targets) const {
     const Side& encoder = model.encoder();
-    const Side& decoder = model.decoder();
+    const int32_t targets_below = model.config.target_vocabulary;
     int64_t at = 0, target = 0;
     for (int64_t i = 0; i < sources.count; i++) {
         const std::string name = "sentence " + std::to_string(i + 1);
@@ -130,8 +130,8 @@ void Engine::check(const Sentences& sources, const Sentences& targets) const {
         if (targets.lengths[i] < 1 || targets.lengths[i] > 1 << 20)
             refuse(name + ": the target has " + std::to_string(targets.lengths[i]) + " tokens");
         for (int64_t end = target + targets.lengths[i]; target < end; target++)
-            if (targets.tokens[target] < 0 || targets.tokens[target] >= decoder.config.vocabulary)
-                refuse(name + ": target tokens are below " + std::to_string(decoder.config.vocabulary) + ", got " +
+            if (targets.tokens[target] < 0 || targets.tokens[target] >= targets_below)
+                refuse(name + ": target tokens are below " + std::to_string(targets_below) + ", got " +
                        std::to_string(targets.tokens[target]));
     }
 }
