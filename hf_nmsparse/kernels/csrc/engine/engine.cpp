@@ -59,8 +59,10 @@ void spread(int64_t items, int64_t threads, const Make& make) {
             next = items;
         }
     };
+    const int64_t most = smaller(threads, items);
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < smaller(threads, items); i++) {
+    others.reserve(static_cast<size_t>(larger(0, most - 1)));  // a failure later would leave threads running
+    for (int64_t i = 1; i < most; i++) {
         try {
             others.emplace_back(run);
         } catch (const std::system_error&) {  // the system gives no more: those that run do the work
