@@ -51,7 +51,10 @@ SearchRules::SearchRules(const SearchConfig& given, int64_t tokens, const int32_
     if (given.forced_eos >= 0) check_token("forced_eos", given.forced_eos, tokens);
     if (!(given.repetition_penalty > 0.0f) || !std::isfinite(given.repetition_penalty))
         refuse("search: repetition_penalty is above 0");
-    if (!std::isfinite(given.length_penalty)) refuse("search: length_penalty is not finite");
+    const double most = std::pow(double(given.max_length), double(given.length_penalty));  // that scores are divided by
+    if (!(most >= double{std::numeric_limits<float>::min()} && most <= double{std::numeric_limits<float>::max()}))
+        refuse("search: length_penalty is too far from 0 for translations of " + std::to_string(given.max_length) +
+               " tokens");
     if (given.sample) {
         if (given.beams != 1) refuse("search: sampling takes one beam");
         if (!(given.temperature > 0.0f) || !std::isfinite(given.temperature)) refuse("search: temperature is above 0");
