@@ -1,7 +1,8 @@
 """The native library reads and writes no memory but what its interface names, and computes what plain loops do.
 
-``native/odd_sizes.cpp`` is linked with the library's sources and run under AddressSanitizer and
-UndefinedBehaviorSanitizer, then with buffers that end before pages that trap, then under valgrind.
+The drivers in ``native`` are linked with the library's sources and run with buffers that end before pages that trap,
+then under AddressSanitizer and UndefinedBehaviorSanitizer, ThreadSanitizer and valgrind. ``odd_sizes`` is for products
+and masks, ``translations`` for what the engine computes, ``hostile_calls`` for what it refuses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 from hf_nmsparse.kernels.library import UNITS
 
 KERNELS = Path(__file__).parents[1] / "hf_nmsparse" / "kernels"
-DRIVER = Path(__file__).parent / "native" / "odd_sizes.cpp"
+DRIVERS = Path(__file__).parent / "native"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMPILER, VALGRIND = shutil.which("g++"), shutil.which("valgrind")
 SANITIZERS = [
@@ -30,6 +31,11 @@ SANITIZERS = [
 # An abort lets the driver name the case.
 STOP = {"ASAN_OPTIONS": "abort_on_error=1", "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1"}
 SECONDS = 600  # for a process, on a busy machine
+
+# What a driver says at its end.
+PRODUCTS = r"\d+ products are right"
+MODELS = r"translations of \d+ models are right"
+CALLS = r"\d+ calls with \d+ mutations end well"
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="the driver needs mmap"),
@@ -68,28 +74,36 @@ def sources() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The driver and the library in one program."""
+    """The folder of the drivers, each with the library in one program."""
     return build(tmp_path_factory.mktemp("plain"), "-O3")
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Makes the program with these options of the compiler."""
-    common = ["-g1", "-std=c++17", *options]
+    """Makes a program of each driver with these options of the compiler."""
+    common = ["-g1", "-std=c++17", "-I", KERNELS / "csrc", *options]
     files = sources()
-    files[DRIVER.name] = files["nmsparse.cpp"]
+    drivers = sorted(DRIVERS.glob("*.cpp"))
+    paths = {name: KERNELS / "csrc" / name for name in files} | {path.name: path for path in drivers}
     jobs: list[tuple[str | Path, ...]] = []
     # The scalar unit first, whose file takes longest: at -O3 half a minute more than at -O1.
-    for name in sorted(files, reverse=True):
-        source = DRIVER if name == DRIVER.name else KERNELS / "csrc" / name
-        special = {"unit_scalar.cpp": ["-O1"], "runtime.cpp": ["-Dscratch=library_scratch"]}.get(name, [])
-        jobs.append((*files[name], *common, *special, "-c", source, "-o", folder / f"{source.stem}.o"))
+    for name, path in sorted(paths.items(), reverse=True):
+        flags = files.get(name, files["nmsparse.cpp"])
+        special = {"unit_scalar.cpp": ["-O1"]}.get(name, [])
+        jobs.append((*flags, *common, *special, "-c", path, "-o", folder / f"{path.stem}.o"))
+    # The driver of products brings scratch memory of its own.
+    own = folder / "own_scratch"
+    renamed = (*files["runtime.cpp"], *common, "-Dscratch=library_scratch", "-c", paths["runtime.cpp"], "-o", own)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda arguments: compile_(*arguments), jobs))
-    compile_(*common, *sorted(folder.glob("*.o")), "-pthread", "-o", folder / "program")
-    return folder / "program"
+        list(pool.map(lambda arguments: compile_(*arguments), [*jobs, renamed]))
+    objects = {path.stem: path for path in folder.glob("*.o")}
+    library = [path for stem, path in objects.items() if stem not in {driver.stem for driver in drivers}]
+    for driver in drivers:
+        parts = [own if driver.stem == "odd_sizes" and path.stem == "runtime" else path for path in library]
+        compile_(*common, objects[driver.stem], *parts, "-pthread", "-o", folder / driver.stem)
+    return folder
 
 
-def check(command: Sequence[str | Path], units: Sequence[str]) -> None:
+def check(command: Sequence[str | Path], units: Sequence[str], says: str) -> None:
     """Runs the command once for each unit; units that this machine lacks say so."""
     known = [unit for unit in units[::-1] if X86 or unit == "scalar"]  # the scalar unit first, which takes longest
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -97,21 +111,43 @@ def check(command: Sequence[str | Path], units: Sequence[str]) -> None:
     for unit, result in zip(known, results, strict=True):
         assert result.returncode == 0, f"{unit}: {result.stdout}{result.stderr}"
         assert result.stderr == "", unit
-        assert re.fullmatch(rf"{unit}: (\d+ products are right|not on this machine)\n", result.stdout)
-        assert unit != "scalar" or "right" in result.stdout
+        expected = says if unit == "scalar" else f"({says}|not on this machine)"
+        assert re.fullmatch(rf"{unit}: {expected}\n", result.stdout)
+
+
+def sanitized(folder: Path, *options: str) -> Path:
+    """The folder of the drivers with these sanitizers."""
+    (folder / "empty.cc").write_text("int main() {}\n")
+    assert COMPILER is not None
+    if run([COMPILER, *options, folder / "empty.cc", "-o", folder / "empty"]).returncode:
+        pytest.skip(f"g++ has no {' '.join(options)} here")
+    return build(folder, "-O1", *options)
 
 
 @pytest.mark.long
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    (tmp_path / "empty.cpp").write_text("int main() {}\n")
-    assert COMPILER is not None
-    if run([COMPILER, *SANITIZERS, tmp_path / "empty.cpp", "-o", tmp_path / "empty"]).returncode:
-        pytest.skip("g++ has no AddressSanitizer or UndefinedBehaviorSanitizer here")
-    check([build(tmp_path, "-O1", *SANITIZERS)], UNITS)
+    folder = sanitized(tmp_path, *SANITIZERS)
+    check([folder / "odd_sizes"], UNITS, PRODUCTS)
+    check([folder / "translations", "12"], UNITS, MODELS)
+    check([folder / "hostile_calls", "10000"], UNITS, CALLS)
+
+
+@pytest.mark.long
+def test_callers_share_no_memory_without_order(tmp_path: Path) -> None:
+    check([sanitized(tmp_path, "-fsanitize=thread") / "translations", "3"], UNITS, MODELS)
 
 
 def test_nothing_behind_a_buffer_is_touched(plain: Path) -> None:
-    check([plain, "--guard"], UNITS)
+    check([plain / "odd_sizes", "--guard"], UNITS, PRODUCTS)
+
+
+def test_translations_are_right(plain: Path) -> None:
+    check([plain / "translations", "--guard", "24"], [unit for unit in UNITS if unit != "scalar"], MODELS)
+    check([plain / "translations", "--guard", "3"], ["scalar"], MODELS)  # 30 times as slow
+
+
+def test_hostile_calls_end_well(plain: Path) -> None:
+    check([plain / "hostile_calls", "--guard", "300"], UNITS, CALLS)
 
 
 @pytest.mark.long
@@ -119,4 +155,7 @@ def test_nothing_behind_a_buffer_is_touched(plain: Path) -> None:
 def test_valgrind_finds_nothing(plain: Path) -> None:
     assert VALGRIND is not None
     valgrind = [VALGRIND, "-q", "--error-exitcode=9", "--leak-check=full"]
-    check([*valgrind, plain, "--thin"], ["avx2", "scalar"])  # valgrind 3.19 has no AVX-512
+    units = ["avx2", "scalar"]  # valgrind 3.19 has no AVX-512
+    check([*valgrind, plain / "odd_sizes", "--thin"], units, PRODUCTS)
+    check([*valgrind, plain / "hostile_calls", "100"], units, CALLS)
+    check([*valgrind, plain / "translations", "3"], ["avx2"], MODELS)  # a minute a model
