@@ -242,3 +242,29 @@ def test_the_package_imports_what_a_table_in_it_names() -> None:
 )
 def test_the_walk_finds_code_from_data(source: str, found: list[str]) -> None:
     assert code_from_data(source) == found
+
+
+CSRC = PACKAGE / "kernels" / "csrc"
+
+
+def includes(pattern: str) -> set[tuple[str, str]]:
+    """Files of the native library and what they include, without folders and marks."""
+    return {
+        (path.name, name.split("/")[-1])
+        for path in CSRC.glob(pattern)
+        for name in re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+
+
+def test_the_engine_knows_units_by_their_table() -> None:
+    """Its files run on every machine, and hold no copy of what a wider unit compiles."""
+    own = {path.name for path in (CSRC / "engine").iterdir()}
+    shared = {name for _, name in includes("engine/*") if (CSRC / name).is_file()} - own
+    assert shared == {"common.h", "runtime.h", "unit.h"}
+
+
+def test_units_include_no_templates_of_others() -> None:
+    """A copy of `std::vector` that is compiled for AVX-512 may be the one that the linker keeps for all."""
+    found = includes("*.h") | includes("unit_*.cpp")
+    outside = {name for _, name in found if not (CSRC / name).is_file()}
+    assert outside <= {"cstdint", "cstring", "math.h", "immintrin.h"}

@@ -1,6 +1,7 @@
 // Eight lanes of plain C++: correct on every machine, and what the vector units are tested against.
 #pragma once
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -167,7 +168,7 @@ struct Scalar {
     }
     static NMS_INLINE Int round(Float a) {
         int32_t x[lanes];
-        for (int i = 0; i < lanes; i++) x[i] = static_cast<int32_t>(std::nearbyint(a.lane[i]));
+        for (int i = 0; i < lanes; i++) x[i] = static_cast<int32_t>(nearbyintf(a.lane[i]));
         return load_int(x);
     }
     static NMS_INLINE void store_low_bytes(uint8_t* p, Int a) {
