@@ -244,9 +244,6 @@ def test_the_walk_finds_code_from_data(source: str, found: list[str]) -> None:
     assert code_from_data(source) == found
 
 
-CSRC = PACKAGE / "kernels" / "csrc"
-
-
 def includes(pattern: str) -> set[tuple[str, str]]:
     """Files of the native library and what they include, without folders and marks."""
     return {

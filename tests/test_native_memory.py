@@ -80,7 +80,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path, *options: str) -> Path:
     """Makes a program of each driver with these options of the compiler."""
-    common = ["-g1", "-std=c++17", "-I", KERNELS / "csrc", *options]
+    common: list[str | Path] = ["-g1", "-std=c++17", "-I", KERNELS / "csrc", *options]
     files = sources()
     drivers = sorted(DRIVERS.glob("*.cpp"))
     paths = {name: KERNELS / "csrc" / name for name in files} | {path.name: path for path in drivers}

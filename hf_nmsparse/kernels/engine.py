@@ -108,6 +108,10 @@ class _Structure(ctypes.Structure):
         unknown = fields.keys() - {field[0] for field in self._fields_}
         if unknown:
             raise ValueError(f"engine: {type(self).__name__} has no {', '.join(sorted(unknown))}")
+        for name, value in fields.items():
+            # ctypes drops the upper bits without a word.
+            if isinstance(value, int) and not -(2**31) <= value < 2**31:
+                raise ValueError(f"engine: {type(self).__name__}.{name} does not fit 32 bits, got {value}")
         super().__init__(**fields)
 
 
@@ -306,7 +310,8 @@ class Engine:
         handle = ctypes.c_void_p()
         _call("nms_engine_new", ctypes.byref(config), ctypes.byref(handle))
         self._handle = handle
-        weakref.finalize(self, library.library().nms_engine_free, handle)
+        # Not at the end of the process, where a daemon thread may still translate.
+        weakref.finalize(self, library.library().nms_engine_free, handle).atexit = False
         for weight in weights:
             self._set_weight(weight)
         for table in tables:
@@ -379,14 +384,18 @@ class Engine:
             UnknownTokenError: A hypothesis took ``search.unknown_token``.
             ValueError: An id, a length or a setting is not possible.
         """
-        count, slots = len(sources), len(sources) * search.returned
+        count = len(sources)
         if len(prompts) != count:
             raise ValueError(f"engine: {count} sentences need as many prompts, got {len(prompts)}")
+        slots, width = count * max(search.returned, 0), max(search.max_length, 0)  # C++ refuses the ones below
         bans = _flat([len(ids), *ids] for ids in banned)
         ends, begins = _flat([eos]), _flat([begin_banned])
-        tokens = np.empty((slots, search.max_length), np.int32)
-        lengths, scores = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
-        token_scores = np.zeros(tokens.shape, np.float32) if search.token_scores else None
+        try:
+            tokens = np.empty((slots, width), np.int32)
+            lengths, scores = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
+            token_scores = np.zeros(tokens.shape, np.float32) if search.token_scores else None
+        except (MemoryError, ValueError):  # numpy's for what no address can reach
+            raise ValueError(f"engine: there is no memory for {slots} translations of {width} tokens") from None
         inputs = [_lengths(sources), _flat(sources), _lengths(prompts), _flat(prompts)]
         longest = int(inputs[0].max(initial=0))
         attention = np.zeros((*tokens.shape, longest), np.float32) if search.attention else None

@@ -147,6 +147,7 @@ class RandomModel {
         config.embedding_norm = draw.coin();
         config.final_norm = config.norm_first || draw.coin();
         config.bf16_activations = precision != floats && draw.below(3) == 0;
+        config.half_cache = precision != floats && draw.coin();
         config.target_vocabulary = 41;
         config.norm_epsilon = 1e-5f;
         config.head_scale = draw.coin() ? 1.0f : 0.75f;
