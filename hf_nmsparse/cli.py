@@ -1,4 +1,4 @@
-"""The command ``nmsparse``: inspect, pack, export, translate, evaluate, plot, doctor."""
+"""The command ``nmsparse``: inspect, pack, export, translate, evaluate, shortlist, plot, doctor."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ _FILES_BESIDE = (
     "merges.txt",
     "*.spm",
     "*.model",
+    "shortlist.safetensors",
 )
 
 # So many lines of a file are sorted by length together; longer chunks save little and delay the output.
@@ -196,6 +197,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the scores to this file too")
     command.add_argument("--output", metavar="HYP", help="write the translations to this file")
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("shortlist", help="learn which target tokens go with a source token, for speed")
+    command.add_argument("model", metavar="MODEL", help="folder of the model, where the shortlist goes")
+    command.add_argument(
+        "--corpus",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="pairs in one file (JSON lines, tsv, parquet), or source and target, one sentence a line",
+    )
+    command.add_argument("--source-lang", default="source", metavar="KEY", help="the source's name in a file of pairs")
+    command.add_argument("--target-lang", default="target", metavar="KEY", help="the target's name in a file of pairs")
+    command.add_argument(
+        "--translate", action="store_true", help="the corpus is source text, which the model translates itself"
+    )
+    command.add_argument(
+        "--per-token", type=_positive, default=100, metavar="N", help="most candidates a source token (default: 100)"
+    )
+    command.add_argument(
+        "--always", type=_positive, default=1000, metavar="N", help="tokens that are always there (default: 1000)"
+    )
+    command.set_defaults(run=_shortlist)
 
     command = commands.add_parser("plot", help="draw flips, scores and layers of finished runs of the recipe")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with evaluation.json and curve.json")
@@ -385,6 +408,69 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json is not None:
         with _writing(args.json) as file:
             file.write(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _shortlist(args: argparse.Namespace) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    from hf_nmsparse.engine_spec import read
+    from hf_nmsparse.shortlist import coverage, learn, save
+    from hf_nmsparse.texts import languages_of
+
+    if not Path(args.model).is_dir():
+        raise ValueError(f"no folder {args.model}")
+    config = AutoConfig.from_pretrained(args.model)
+    spec = read(config.to_dict())
+    tokenizer = _load_tokenizer(args.model)
+    if languages_of(tokenizer):
+        raise ValueError(f"{args.model} has several languages, and a shortlist is of one pair")
+    has_settings = (Path(args.model) / "generation_config.json").is_file()
+    settings: Any = GenerationConfig.from_pretrained(args.model) if has_settings else config
+    forced = ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    given = [getattr(settings, name, None) for name in forced]
+    keep = {token for one in given if one is not None for token in (one if isinstance(one, list) else [one])}
+    texts = list(_translated_pairs(args) if args.translate else _pairs(args))
+    sources = tokenizer([source for source, _ in texts])["input_ids"]
+    targets = tokenizer(text_target=[target for _, target in texts])["input_ids"]
+    source_vocabulary, target_vocabulary = spec.config.encoder.vocabulary, spec.config.target_vocabulary
+    shortlist = learn(
+        zip(sources, targets, strict=True),
+        source_vocabulary,
+        target_vocabulary,
+        keep=keep,
+        per_token=args.per_token,
+        always=args.always,
+        copies=source_vocabulary == target_vocabulary and not getattr(tokenizer, "separate_vocabs", False),
+    )
+    kept, found = coverage(shortlist, list(zip(sources, targets, strict=True)))
+    file = save(shortlist, args.model)
+    _say(f"{file}: {kept:,.0f} of {target_vocabulary:,} tokens a sentence, with {found:.1%} of the targets' tokens")
+
+
+def _pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The sentence pairs of ``--corpus``."""
+    from hf_nmsparse.pairs import read_pairs
+
+    files = tuple(map(Path, args.corpus))
+    if len(files) > 2:
+        raise ValueError(f"--corpus takes a file of pairs, or a source and its target, got {len(files)} files")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no file {file}")
+    for row in read_pairs(files, args.source_lang, args.target_lang):
+        yield row["source"], row["target"]
+
+
+def _translated_pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The lines of ``--corpus`` with the model's own translations."""
+    from hf_nmsparse.pipeline import translate
+
+    if len(args.corpus) != 1:
+        raise ValueError(f"--translate takes one file of source text, got {len(args.corpus)}")
+    lines = [line for line in _lines(args.corpus[0]) if line.strip()]
+    model, tokenizer = _load(args.model)
+    _mask_for_good(model)
+    return zip(lines, translate(model, tokenizer, lines, 64), strict=True)
 
 
 def _plot(args: argparse.Namespace) -> None:

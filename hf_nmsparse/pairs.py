@@ -129,7 +129,10 @@ def _rows(files: tuple[Path, ...], source_lang: str, target_lang: str) -> Iterat
     if len(files) == 2:
         return _side_by_side(files, (source_lang, target_lang))
     (file,) = files
-    kind = next(suffix for suffix in reversed(file.suffixes) if suffix in _FORMATS)
+    kind = next((suffix for suffix in reversed(file.suffixes) if suffix in _FORMATS), None)
+    if kind is None:
+        known = ", ".join(one[1:] for one in _FORMATS)
+        raise ValueError(f"corpus: cannot read {file} as pairs; the formats are {known}, or two texts side by side")
     if kind == ".parquet":
         return _parquet(file, source_lang, target_lang)
     return _tsv(file) if kind == ".tsv" else _json(file)

@@ -177,6 +177,7 @@ class SearchConfig(_Structure):
         ("batch_tokens", ctypes.c_int32),
         ("token_scores", ctypes.c_int32),
         ("attention", ctypes.c_int32),
+        ("shortlist", ctypes.c_int32),
         ("unknown_token", ctypes.c_int32),
         ("seed_low", ctypes.c_int32),
         ("seed_high", ctypes.c_int32),
@@ -357,6 +358,33 @@ class Engine:
             )
         self._borrowed.append(array)
         return array.ctypes.data
+
+    def use_shortlist(self, offsets: Array, ids: Array, always: Array) -> None:
+        """Gives searches with ``shortlist=1`` the candidates that they choose among.
+
+        Those of a sentence are the target tokens of its source tokens, and those that are always there. Searches under
+        way keep what they began with.
+
+        Args:
+            offsets: int64 ``[source vocabulary + 1]``, where the list of each source token begins in ``ids``.
+            ids: int32, target tokens.
+            always: int32, target tokens; EOS must be there, and more than a search has candidates.
+
+        Raises:
+            ValueError: A shape, a number type or an id does not fit the model.
+        """
+        given = {"offsets": (offsets, np.int64), "ids": (ids, np.int32), "always": (always, np.int32)}
+        for name, (array, dtype) in given.items():
+            if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+                raise ValueError(f"engine: shortlist: {name} is a row of {np.dtype(dtype)}, got {array.dtype}")
+        if not offsets.size:
+            raise ValueError("engine: shortlist: offsets are one more than there are source tokens, got none")
+        _call(
+            "nms_engine_shortlist",
+            self._handle,
+            *(offsets.ctypes.data, offsets.size - 1),
+            *(ids.ctypes.data, ids.size, always.ctypes.data, always.size),
+        )
 
     def translate(
         self,

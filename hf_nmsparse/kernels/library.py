@@ -44,6 +44,7 @@ _SIGNATURES = {
     "nms_engine_weight": ("i", "piiiillplppl"),
     "nms_engine_table": ("i", "piiiillpppl"),
     "nms_engine_ready": ("i", "ppl"),
+    "nms_engine_shortlist": ("i", "pplplplpl"),
     "nms_engine_translate": ("i", "pplpppppiplpippppppl"),
     "nms_engine_score": ("i", "pilppppppl"),
 }

@@ -90,6 +90,25 @@ struct Layout {
         }
     }
 
+    // Rows of a weight as a weight of their own. In every format a vector of a part holds a dword for each of its rows.
+    static void gather(Format format, int64_t out, int64_t in, const uint8_t* packed, const int32_t* rows, int64_t count,
+                       uint8_t* gathered) {
+        const int64_t part = part_bytes(format), parts = chunks(format, in), bytes = block_bytes(format, in);
+        if (count % block_rows) std::memset(gathered + count / block_rows * bytes, 0, bytes);
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t* from = packed + row_at(format, rows[i], in) + 4 * (rows[i] % lanes);
+            uint8_t* to = gathered + row_at(format, i, in) + 4 * (i % lanes);
+            for (int64_t p = 0; p < parts; p++, from += 2 * part, to += 2 * part)
+                for (int64_t at = 0; at < part; at += vector) std::memcpy(to + at, from + at, 4);
+        }
+        if (!is_int8(format)) return;
+        std::memset(gathered + scales_at(format, count, in), 0, 8 * padded(count, block_rows));
+        for (int64_t i = 0; i < count; i++) {
+            std::memcpy(gathered + scales_at(format, count, in) + 4 * i, packed + scales_at(format, out, in) + 4 * rows[i], 4);
+            std::memcpy(gathered + sums_at(format, count, in) + 4 * i, packed + sums_at(format, out, in) + 4 * rows[i], 4);
+        }
+    }
+
     // The places of the two kept of four, by the code of the file.
     static NMS_INLINE uint32_t place(uint32_t code, int slot) {
         constexpr uint8_t first[8] = {0, 0, 0, 1, 1, 2, 0, 0}, second[8] = {1, 2, 3, 2, 3, 3, 1, 1};

@@ -151,14 +151,21 @@ struct Finishing {
             if (!(hits >> i & 1) || !(all[i] > best.least)) continue;
             const int32_t token = p.columns ? p.columns[column + i] : static_cast<int32_t>(column + i);
             if (best.banned && best.banned[token >> 5] >> (token & 31) & 1) continue;
+            // Of equal ones the lower token comes first, in whatever order the rows of the weight are.
+            const auto beats = [&](int other) {
+                return best.logit[other] < all[i] || (best.logit[other] == all[i] && token < best.token[other]);
+            };
+            if (best.count == best.keep && !beats(best.keep - 1)) continue;
             int at = best.count < best.keep ? best.count++ : best.keep - 1;
-            for (; at > 0 && best.logit[at - 1] < all[i]; at--) {
+            for (; at > 0 && beats(at - 1); at--) {
                 best.logit[at] = best.logit[at - 1];
                 best.token[at] = best.token[at - 1];
             }
             best.logit[at] = all[i];
             best.token[at] = token;
-            if (best.count == best.keep) best.least = best.logit[best.keep - 1];
+            if (best.count < best.keep) continue;
+            const float last = best.logit[best.keep - 1];
+            best.least = p.columns ? nextafterf(last, -INFINITY) : last;
         }
     }
 };

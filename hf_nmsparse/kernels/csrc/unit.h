@@ -35,7 +35,7 @@ struct alignas(64) Best {
     static constexpr int most = 64;
     float sum[16];       // of exp(logit - reference), a lane each
     float reference;
-    float least;         // the last of the kept ones once all places are taken; what is not above it is no candidate
+    float least;         // what is not above it is no candidate, once all places are taken
     int32_t count, keep;
     const uint32_t* banned;  // a bit a token, or null
     float logit[most];
@@ -115,6 +115,9 @@ struct Unit {
     void (*repack)(Format format, int64_t out, int64_t in, const void* values, const uint8_t* codes,
                    const float* scales, uint8_t* packed);
     void (*restore)(Format format, int64_t out, int64_t in, const uint8_t* packed, void* dense, float* scales);
+    // Rows of a packed weight [out, in] as a packed weight [count, in].
+    void (*gather)(Format format, int64_t out, int64_t in, const uint8_t* packed, const int32_t* rows, int64_t count,
+                   uint8_t* gathered);
     void (*multiply)(Format format, const Product& product);
     void (*multiply_pairs)(const Product& product);  // sparse bf16 times bf16; null where `multiply` does it
 

@@ -17,6 +17,7 @@ constexpr Unit unit_of(const char* name, void (*multiply_pairs)(const Product&) 
     unit.packed_bytes = Layout<V>::packed_bytes;
     unit.repack = Layout<V>::repack;
     unit.restore = Layout<V>::restore;
+    unit.gather = Layout<V>::gather;
     unit.multiply = Linear<V>::multiply;
     unit.multiply_pairs = multiply_pairs;
     unit.quantise = Linear<V>::quantise;

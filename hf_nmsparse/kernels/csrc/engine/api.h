@@ -77,6 +77,7 @@ struct SearchConfig {
     int32_t batch_tokens;      // and most source tokens, but for single sentences
     int32_t token_scores;      // whether log-probabilities of the tokens are wanted
     int32_t attention;         // whether weights over the source are wanted: mean over heads of the last layer
+    int32_t shortlist;         // whether only the candidates of the model's shortlist are looked at
     int32_t unknown_token;     // the translation is refused as soon as a beam takes this one; -1: none
     int32_t seed_low, seed_high;
     float length_penalty;

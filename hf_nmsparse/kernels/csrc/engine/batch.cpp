@@ -1,6 +1,7 @@
 #include "batch.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "error.h"
 
@@ -104,17 +105,22 @@ void Batch::quantise(const Rows& rows, int64_t count, std::initializer_list<cons
         if (weight->is_set() && is_int8(weight->format)) return unit_.quantise(rows, 0, count, weight->in);
 }
 
-void Batch::project(const Weight& weight, const Rows& rows, int64_t count, Finish finish, float* y,
-                    int64_t stride) const {
+Projection Batch::projection(const Weight& weight) const {
     Projection p{};
     p.format = weight.format;
     p.out = weight.out;
     p.in = weight.in;
     p.packed = weight.packed;
     p.bias = weight.bias.empty() ? nullptr : weight.bias.data();
-    p.finish = finish;
     p.activation = static_cast<Activation>(model_.config.activation);
     p.bf16 = model_.config.bf16_activations != 0;
+    return p;
+}
+
+void Batch::project(const Weight& weight, const Rows& rows, int64_t count, Finish finish, float* y,
+                    int64_t stride) const {
+    Projection p = projection(weight);
+    p.finish = finish;
     p.y = y;
     p.y_stride = stride;
     unit_.project(p, rows, count, 0, blocks_of(weight.out, 2 * unit_.lanes));
@@ -161,7 +167,7 @@ std::vector<float> Batch::spread_bias(const Side& side, const Table& table, int6
 // ---- encoder --------------------------------------------------------------------------------------------------------
 
 void Batch::encode(int64_t sentences, const int32_t* lengths, const int32_t* tokens, int64_t most_positions,
-                   bool watch_attention) {
+                   bool watch_attention, const Shortlist* shortlist) {
     const Side& side = model_.encoder();
     const Side& decoder = model_.decoder();
     sentences_ = sentences;
@@ -182,6 +188,8 @@ void Batch::encode(int64_t sentences, const int32_t* lengths, const int32_t* tok
     pool_.give_back_all();
     cells_.assign(static_cast<size_t>(sentences), {});
     places_.resize(static_cast<size_t>(most_positions) + 1);
+    shortlist_ = shortlist;
+    if (shortlist) choose_candidates(tokens);
 
     for (int64_t s = 0; s < sentences; s++)
         for (int64_t p = 0; p < length_[static_cast<size_t>(s)]; p++) {
@@ -279,7 +287,9 @@ void Batch::step(const std::vector<DecoderRow>& rows) {
     const Side& side = model_.decoder();
     const int64_t count = static_cast<int64_t>(rows.size()), inner = side.inner(), hidden = model_.config.hidden;
     step_rows_ = count;
+    row_sentence_.resize(rows.size());
     for (size_t i = 0; i < rows.size(); i++) {
+        row_sentence_[i] = static_cast<size_t>(rows[i].sentence);
         if (side.config.positions && rows[i].position >= side.config.positions)
             throw EngineError(unable, "the target is longer than the model's " +
                                           std::to_string(side.config.positions) + " positions");
@@ -316,8 +326,7 @@ void Batch::step(const std::vector<DecoderRow>& rows) {
         if (scaled)
             unit_.embed(x, fp32, model_.config.head_scale, nullptr, hidden, model_.config.bf16_activations != 0, x);
     }
-    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
-    quantise(state, count, {&model_.head_weight});
+    quantise(step_state(0), count, {&model_.head_weight});
 }
 
 void Batch::self_attention(int64_t layer, const std::vector<DecoderRow>& rows) {
@@ -399,27 +408,54 @@ void Batch::cross_attention(int64_t layer, const std::vector<DecoderRow>& rows) 
 
 // ---- head -----------------------------------------------------------------------------------------------------------
 
+void Batch::choose_candidates(const int32_t* tokens) {
+    while (candidates_.size() < static_cast<size_t>(sentences_)) candidates_.push_back(std::make_unique<HeadRows>());
+    for (size_t s = 0; s < static_cast<size_t>(sentences_); s++) {
+        shortlist_->find(tokens + offset_[s], length_[s], candidates_[s]->tokens);
+        candidates_[s]->gather(model_);
+    }
+}
+
+template <class Use>
+void Batch::for_candidates(const Use& use) const {
+    if (!shortlist_) return use(model_.head_weight, nullptr, 0, step_rows_);
+    const HeadRows& always = shortlist_->always();
+    use(always.weight, always.tokens.data(), 0, step_rows_);
+    for (size_t first = 0, last = 0; first < row_sentence_.size(); first = last) {
+        while (last < row_sentence_.size() && row_sentence_[last] == row_sentence_[first]) last++;
+        const HeadRows& own = *candidates_[row_sentence_[first]];
+        use(own.weight, own.tokens.data(), static_cast<int64_t>(first), static_cast<int64_t>(last - first));
+    }
+}
+
 void Batch::head_best(Best* best, bool with_sum) {
-    const Weight& weight = model_.head_weight;
-    Projection p{};
-    p.format = weight.format;
-    p.out = weight.out;
-    p.in = weight.in;
-    p.packed = weight.packed;
-    p.bias = weight.bias.empty() ? nullptr : weight.bias.data();
-    p.finish = with_sum ? keep_best : keep_best_only;
-    p.bf16 = model_.config.bf16_activations != 0;
-    p.best = best;
-    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
-    unit_.project(p, state, step_rows_, 0, blocks_of(weight.out, 2 * unit_.lanes));
+    for_candidates([&](const Weight& weight, const int32_t* tokens, int64_t first, int64_t count) {
+        Projection p = projection(weight);
+        p.finish = with_sum ? keep_best : keep_best_only;
+        p.columns = tokens;
+        p.best = best + first;
+        unit_.project(p, step_state(first), count, 0, blocks_of(weight.out, 2 * unit_.lanes));
+    });
 }
 
 float* Batch::head_logits() {
-    const int64_t needed = step_rows_ * logits_stride();
+    const int64_t stride = logits_stride(), needed = step_rows_ * stride;
     if (static_cast<int64_t>(head_logits_.size()) < needed) head_logits_.resize(static_cast<size_t>(needed));
-    const Rows state{x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_};
-    project(model_.head_weight, state, step_rows_, store_sums, head_logits_.data(), logits_stride());
-    return head_logits_.data();
+    float* logits = head_logits_.data();
+    if (!shortlist_) {
+        project(model_.head_weight, step_state(0), step_rows_, store_sums, logits, stride);
+        return logits;
+    }
+    std::fill_n(logits, needed, -std::numeric_limits<float>::infinity());
+    for_candidates([&](const Weight& weight, const int32_t* tokens, int64_t first, int64_t count) {
+        const int64_t width = padded(weight.out, 32);
+        candidate_logits_.resize(static_cast<size_t>(count * width));
+        project(weight, step_state(first), count, store_sums, candidate_logits_.data(), width);
+        for (int64_t row = 0; row < count; row++)
+            for (int64_t i = 0; i < weight.out; i++)
+                logits[(first + row) * stride + tokens[i]] = candidate_logits_[static_cast<size_t>(row * width + i)];
+    });
+    return logits;
 }
 
 }  // namespace nms

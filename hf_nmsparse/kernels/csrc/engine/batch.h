@@ -2,10 +2,12 @@
 // to them. It knows no search: rows are tokens at positions, and each says which cells hold what came before it.
 #pragma once
 #include <initializer_list>
+#include <memory>
 #include <vector>
 
 #include "memory.h"
 #include "model.h"
+#include "shortlist.h"
 
 namespace nms {
 
@@ -26,16 +28,17 @@ class Batch {
     Batch(const Model& model, int64_t beams);
 
     // Runs the encoder over sentences that lie end to end; lengths are positive. No target will have more than
-    // `most_positions`. If `watch_attention`, steps keep each row's weights over its source.
+    // `most_positions`. If `watch_attention`, steps keep each row's weights over its source. With a shortlist the head is
+    // computed for the candidates of each sentence alone.
     void encode(int64_t sentences, const int32_t* lengths, const int32_t* tokens, int64_t most_positions,
-                bool watch_attention);
+                bool watch_attention, const Shortlist* shortlist);
 
     // One step of the decoder; afterwards `head` may be called for its rows.
     void step(const std::vector<DecoderRow>& rows);
 
     // The best logits of each row of the last step, and their sum of exponentials if `with_sum`.
     void head_best(Best* best, bool with_sum);
-    // All logits of each row of the last step, [rows][logits_stride()].
+    // All logits of each row of the last step, [rows][logits_stride()]; minus infinity where there is no candidate.
     float* head_logits();
     int64_t logits_stride() const { return padded(model_.config.target_vocabulary, 32); }
 
@@ -48,12 +51,22 @@ class Batch {
 
   private:
     void reserve(int64_t sentences, int64_t tokens);
+    void choose_candidates(const int32_t* tokens);
     void embed(const Side& side, int32_t token, int64_t position, float* x) const;
     Norm norm_of(const Table& table) const;
     // Rows that a block reads: the state itself, or its norm where norms come first.
     Rows block_input(const Table& norm, int64_t rows);
     void end_block(const Table& norm, int64_t rows);
+    Projection projection(const Weight& weight) const;  // without what is done to its sums
     void project(const Weight& weight, const Rows& rows, int64_t count, Finish finish, float* y, int64_t stride) const;
+    // Calls use(rows of the head, their tokens, first row of the step, number of rows) for what the head is computed for.
+    template <class Use>
+    void for_candidates(const Use& use) const;
+    // What the head reads, from a row of the step on.
+    Rows step_state(int64_t first) const {
+        return {x_ + first * hidden_stride_, hidden_stride_, bytes_ + first * hidden_stride_, hidden_stride_,
+                scale_ + first, zero_ + first};
+    }
     // Where one of the weights that these rows meet takes bytes.
     void quantise(const Rows& rows, int64_t count, std::initializer_list<const Weight*> weights) const;
     void keep(const float* numbers, int64_t count, uint8_t* to) const;  // in the caches' number type
@@ -81,7 +94,11 @@ class Batch {
     int32_t* zero_ = nullptr;
     float* turned_ = nullptr;
     float* scores_ = nullptr;
-    std::vector<float> head_logits_;
+    std::vector<float> head_logits_, candidate_logits_;
+
+    const Shortlist* shortlist_ = nullptr;
+    std::vector<std::unique_ptr<HeadRows>> candidates_;  // [sentence]: those that are not always there
+    std::vector<size_t> row_sentence_;                   // of the last step
 
     // Of the sentences: where each begins, how long it is, how wide its turned keys are.
     int64_t sentences_ = 0, longest_ = 0, positions_ = 0, step_rows_ = 0;

@@ -138,10 +138,31 @@ void Engine::check(const Sentences& sources, const Sentences& targets) const {
     }
 }
 
+void Engine::use(std::shared_ptr<const Shortlist> shortlist) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    shortlist_ = std::move(shortlist);
+}
+
+// What all of a call's batches use; null where the head is computed for all tokens.
+std::shared_ptr<const Shortlist> Engine::shortlist_for(const SearchRules& rules) {
+    if (!rules.config.shortlist) return nullptr;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!shortlist_) refuse("search: there is no shortlist; learn one, or translate without");
+    for (int32_t token : rules.eos)
+        if (!shortlist_->is_always(token))
+            refuse("shortlist: EOS, " + std::to_string(token) + ", is not always there; learn it anew for this model");
+    const int64_t count = static_cast<int64_t>(shortlist_->always().tokens.size());
+    if (count <= rules.candidates())
+        refuse("shortlist: " + std::to_string(count) + " tokens are always there, and so many beams need more than " +
+               std::to_string(rules.candidates()) + "; learn it anew with more");
+    return shortlist_;
+}
+
 std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, const Sentences& sources,
                                                    const Sentences& prompts) {
     check(sources, prompts);
     const SearchConfig& config = rules.config;
+    const std::shared_ptr<const Shortlist> shortlist = shortlist_for(rules);
     const std::vector<int64_t> source_at = offsets(sources), prompt_at = offsets(prompts);
     const auto batches = batches_of(sources, config.batch_sentences, config.batch_tokens, config.threads);
     const uint64_t seed = static_cast<uint32_t>(config.seed_low) | uint64_t{static_cast<uint32_t>(config.seed_high)} << 32;
@@ -156,7 +177,8 @@ std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, con
             Batch& batch = *lease;
             gather(sources, source_at, chosen, lengths, tokens);
             const bool attention = config.attention != 0;
-            batch.encode(static_cast<int64_t>(chosen.size()), lengths.data(), tokens.data(), config.max_length, attention);
+            batch.encode(static_cast<int64_t>(chosen.size()), lengths.data(), tokens.data(), config.max_length, attention,
+                         shortlist.get());
             for (int64_t run = 0; run < runs; run++) {
                 std::vector<Search> searches;
                 std::vector<std::vector<float>> watched(chosen.size());  // [position][beam][source length]
@@ -257,7 +279,7 @@ void Engine::score(int32_t threads, const Sentences& sources, const Sentences& t
             gather(sources, source_at, chosen, lengths, tokens);
             int64_t longest = 0;
             for (int64_t s : chosen) longest = larger(longest, targets.lengths[s]);
-            batch.encode(static_cast<int64_t>(chosen.size()), lengths.data(), tokens.data(), longest, false);
+            batch.encode(static_cast<int64_t>(chosen.size()), lengths.data(), tokens.data(), longest, false, nullptr);
             const std::vector<uint8_t> ancestors(static_cast<size_t>(longest));
             for (int64_t s : chosen) scores[target_at[static_cast<size_t>(s)]] = 0.0f;
             for (int64_t p = 0; p + 1 < longest; p++) {

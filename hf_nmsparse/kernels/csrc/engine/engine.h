@@ -7,6 +7,7 @@
 #include "batch.h"
 #include "model.h"
 #include "search.h"
+#include "shortlist.h"
 
 namespace nms {
 
@@ -29,6 +30,9 @@ class Engine {
     };
     std::vector<Translation> translate(const SearchRules& rules, const Sentences& sources, const Sentences& prompts);
 
+    // Of translations that begin from now on and whose rules ask for it.
+    void use(std::shared_ptr<const Shortlist> shortlist);
+
     // The log-probability of each target token given those before it; 0 for the first. Targets begin with the start
     // token. scores lie as the targets do.
     void score(int32_t threads, const Sentences& sources, const Sentences& targets, float* scores);
@@ -38,9 +42,11 @@ class Engine {
   private:
     class Lease;
     void check(const Sentences& sources, const Sentences& targets) const;
+    std::shared_ptr<const Shortlist> shortlist_for(const SearchRules& rules);
 
     std::mutex mutex_;
     std::vector<std::unique_ptr<Batch>> idle_;  // of calls that have ended
+    std::shared_ptr<const Shortlist> shortlist_;
 };
 
 }  // namespace nms

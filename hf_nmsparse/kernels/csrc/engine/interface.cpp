@@ -64,6 +64,17 @@ NMS_EXPORT int32_t nms_engine_ready(void* engine, char* message, int64_t room) {
     return guarded(message, room, [&] { static_cast<Engine*>(engine)->model.check_complete(); });
 }
 
+// All arrays are copied. Translations under way keep what they began with.
+NMS_EXPORT int32_t nms_engine_shortlist(void* engine, const int64_t* offsets, int64_t source_tokens, const int32_t* ids,
+                                        int64_t id_count, const int32_t* always, int64_t always_count, char* message,
+                                        int64_t room) {
+    return guarded(message, room, [&] {
+        Engine& own = *static_cast<Engine*>(engine);
+        own.model.check_complete();
+        own.use(std::make_shared<const Shortlist>(own.model, offsets, source_tokens, ids, id_count, always, always_count));
+    });
+}
+
 // Tokens go to out_tokens [sentences * returned][max_length], prompt included, with their number to out_lengths (0 where
 // there are fewer hypotheses) and their log-probabilities to out_token_scores, unless that is null. Attention goes to
 // [sentences * returned][max_length][longest source], in the rows of the tokens that it produced, unless that is null.

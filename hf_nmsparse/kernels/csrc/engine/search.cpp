@@ -46,6 +46,7 @@ SearchRules::SearchRules(const SearchConfig& given, int64_t tokens, const int32_
     check_number("threads", given.threads, 1, 1024);
     check_number("batch_sentences", given.batch_sentences, 1, 1 << 20);
     check_number("batch_tokens", given.batch_tokens, 1, 1 << 30);
+    check_number("shortlist", given.shortlist, 0, 1);
     check_number("number of EOS tokens", eos_count, 0, 64);
     if (given.forced_bos >= 0) check_token("forced_bos", given.forced_bos, tokens);
     if (given.forced_eos >= 0) check_token("forced_eos", given.forced_eos, tokens);
