@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +14,14 @@ import torch
 from safetensors.numpy import save_file
 from transformers import AutoModelForSeq2SeqLM
 
-from hf_nmsparse import NMSparseConfig, finalize, save_packed, sparsify
+from hf_nmsparse import NMSparseConfig, finalize, generation, save_packed, sparsify
 from hf_nmsparse.cli import main
 from hf_nmsparse.generation import engine_for
-from hf_nmsparse.kernels import engine
+from hf_nmsparse.kernels import engine, native
 from hf_nmsparse.kernels.engine import Hypothesis, SearchConfig
+from hf_nmsparse.packing import pack
+from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.rounding import quantize_rows
 from hf_nmsparse.shortlist import FILE, Shortlist, coverage, learn, read, save
 from tests import tiny
 
@@ -145,24 +149,48 @@ VOCABULARY = 100
 
 
 def model(kind: str, folder: Path) -> Any:
-    """A tiny Marian whose head is dense fp32, dense bf16, dense int8, or 2:4."""
+    """A tiny Marian that computes, with its head, in fp32, in bf16 or in int8."""
     settings: dict[str, Any] = {"d_model": 64, "init_std": 0.4, "pad_token_id": VOCABULARY - 1, "eos_token_id": EOS}
-    made = tiny.marian(vocab_size=VOCABULARY, tie_word_embeddings=kind != "sparse", **settings)
+    made = tiny.marian(vocab_size=VOCABULARY, **settings)
     with torch.no_grad():
         made.final_logits_bias.normal_(generator=torch.Generator().manual_seed(0))
     if kind == "bf16":
         made = made.bfloat16()
-    if kind in ("int8", "sparse"):
-        sparsify(made, NMSparseConfig("2:4", targets=["lm_head"] if kind == "sparse" else None))
+    if kind == "int8":
+        sparsify(made, NMSparseConfig("2:4"))
         finalize(made)
-        save_packed(made, folder, values="int8" if kind == "int8" else None)
+        save_packed(made, folder, values="int8")
         made = AutoModelForSeq2SeqLM.from_pretrained(folder)
     return made.eval()
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "sparse"])
+def with_sparse_head(weights: list[engine.Packed], weight: torch.Tensor, form: str) -> list[engine.Packed]:
+    """The weights of an engine with a 2:4 head, in a format of the kernels."""
+    pattern = NMPattern(2, 4)
+    both = pack(weight.detach() * tiny.kept(weight.detach(), pattern), pattern)
+    values, scale = both["weight"], None
+    if form == "int8":
+        values, scale = quantize_rows(values)
+    if form == "bf16":
+        values = values.bfloat16()
+    data = native.repack(form, weight.shape[1], values, both["weight_indices"], scale).numpy()
+    return [replace(one, format=form, data=data) if one.slot == engine.WeightSlot.HEAD else one for one in weights]
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "sparse fp32", "sparse bf16", "sparse int8"])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> engine.Engine:
-    return engine_for(model(request.param, tmp_path_factory.mktemp("model")))
+    """An engine; those with a sparse head, which no model has yet, are otherwise of fp32."""
+    sparse, _, form = request.param.rpartition(" ")
+    if not sparse:
+        return engine_for(model(form, tmp_path_factory.mktemp("model")))
+    dense = model("fp32", Path())
+
+    def build(config: engine.EngineConfig, weights: list[engine.Packed], tables: list[engine.Table]) -> engine.Engine:
+        return engine.Engine(config, with_sparse_head(weights, dense.lm_head.weight, form), tables)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "Engine", build)
+        return engine_for(dense)
 
 
 SOURCES = [[5 + 7 * i % 80, *range(10 + i, 14 + 3 * i), EOS] for i in range(7)]
