@@ -119,6 +119,16 @@ struct Finishing {
         }
     }
 
+    static void choose(const Projection& p, const float* logits, const int32_t* places, Best* best) {
+        for (int64_t column = 0; column < p.out; column += block_rows) {
+            float all[block_rows] = {};
+            for (int64_t i = 0; i < smaller(block_rows, p.out - column); i++) all[i] = logits[places[column + i]];
+            F sum[2] = {V::load(all), V::load(all + lanes)};
+            p.finish == keep_best ? best_of<keep_best>(p, *best, column, sum)
+                                  : best_of<keep_best_only>(p, *best, column, sum);
+        }
+    }
+
     template <Finish kind>
     static NMS_INLINE void best_of(const Projection& p, Best& best, int64_t column, F (&sum)[2]) {
         if (column + block_rows > p.out)  // rows that fill the last block

@@ -123,6 +123,8 @@ struct Unit {
 
     void (*quantise)(const Rows& rows, int64_t begin, int64_t end, int64_t width);
     void (*project)(const Projection& projection, const Rows& rows, int64_t count, int64_t first_block, int64_t last_block);
+    // As `project` that keeps the best, of the logits of one row: those at `places`, [projection.out].
+    void (*choose)(const Projection& projection, const float* logits, const int32_t* places, Best* best);
     void (*normalise)(const Norm& norm, const float* x, float* y);
     void (*embed)(const void* row, Number number, float scale, const float* position, int64_t width, bool bf16, float* x);
     void (*attend_cells)(const CellAttention& attention);

@@ -22,6 +22,7 @@ constexpr Unit unit_of(const char* name, void (*multiply_pairs)(const Product&) 
     unit.multiply_pairs = multiply_pairs;
     unit.quantise = Linear<V>::quantise;
     unit.project = Linear<V>::project;
+    unit.choose = Finishing<V>::choose;
     unit.normalise = RowsOf<V>::normalise;
     unit.embed = RowsOf<V>::embed;
     unit.log_sum = RowsOf<V>::log_sum;

@@ -326,7 +326,7 @@ void Batch::step(const std::vector<DecoderRow>& rows) {
         if (scaled)
             unit_.embed(x, fp32, model_.config.head_scale, nullptr, hidden, model_.config.bf16_activations != 0, x);
     }
-    quantise(step_state(0), count, {&model_.head_weight});
+    quantise(step_state(), count, {&model_.head_weight});
 }
 
 void Batch::self_attention(int64_t layer, const std::vector<DecoderRow>& rows) {
@@ -409,33 +409,50 @@ void Batch::cross_attention(int64_t layer, const std::vector<DecoderRow>& rows) 
 // ---- head -----------------------------------------------------------------------------------------------------------
 
 void Batch::choose_candidates(const int32_t* tokens) {
-    while (candidates_.size() < static_cast<size_t>(sentences_)) candidates_.push_back(std::make_unique<HeadRows>());
-    for (size_t s = 0; s < static_cast<size_t>(sentences_); s++) {
-        shortlist_->find(tokens + offset_[s], length_[s], candidates_[s]->tokens);
-        candidates_[s]->gather(model_);
+    place_of_.assign(static_cast<size_t>(model_.config.target_vocabulary), -1);
+    candidates_.resize(static_cast<size_t>(sentences_));
+    for (size_t s = 0; s < candidates_.size(); s++) {
+        shortlist_->find(tokens + offset_[s], length_[s], candidates_[s].tokens);
+        for (int32_t token : candidates_[s].tokens) place_of_[static_cast<size_t>(token)] = 0;
     }
+    together_.tokens.clear();
+    for (size_t token = 0; token < place_of_.size(); token++)
+        if (place_of_[token] == 0) {
+            place_of_[token] = static_cast<int32_t>(together_.tokens.size());
+            together_.tokens.push_back(static_cast<int32_t>(token));
+        }
+    const bool most = 2 * together_.tokens.size() > place_of_.size();  // then the head is used as it is
+    for (Candidates& own : candidates_) {
+        own.places = own.tokens;
+        if (!most)
+            for (int32_t& place : own.places) place = place_of_[static_cast<size_t>(place)];
+    }
+    if (!most) together_.gather(model_);
+    candidate_weight_ = most ? &model_.head_weight : &together_.weight;
 }
 
-template <class Use>
-void Batch::for_candidates(const Use& use) const {
-    if (!shortlist_) return use(model_.head_weight, nullptr, 0, step_rows_);
-    const HeadRows& always = shortlist_->always();
-    use(always.weight, always.tokens.data(), 0, step_rows_);
-    for (size_t first = 0, last = 0; first < row_sentence_.size(); first = last) {
-        while (last < row_sentence_.size() && row_sentence_[last] == row_sentence_[first]) last++;
-        const HeadRows& own = *candidates_[row_sentence_[first]];
-        use(own.weight, own.tokens.data(), static_cast<int64_t>(first), static_cast<int64_t>(last - first));
-    }
+int64_t Batch::candidate_logits() {
+    const int64_t width = padded(candidate_weight_->out, 32), needed = step_rows_ * width;
+    if (static_cast<int64_t>(candidate_logits_.size()) < needed) candidate_logits_.resize(static_cast<size_t>(needed));
+    project(*candidate_weight_, step_state(), step_rows_, store_sums, candidate_logits_.data(), width);
+    return width;
 }
 
 void Batch::head_best(Best* best, bool with_sum) {
-    for_candidates([&](const Weight& weight, const int32_t* tokens, int64_t first, int64_t count) {
-        Projection p = projection(weight);
-        p.finish = with_sum ? keep_best : keep_best_only;
-        p.columns = tokens;
-        p.best = best + first;
-        unit_.project(p, step_state(first), count, 0, blocks_of(weight.out, 2 * unit_.lanes));
-    });
+    const Weight& weight = shortlist_ ? shortlist_->always().weight : model_.head_weight;
+    Projection p = projection(weight);
+    p.finish = with_sum ? keep_best : keep_best_only;
+    p.columns = shortlist_ ? shortlist_->always().tokens.data() : nullptr;
+    p.best = best;
+    unit_.project(p, step_state(), step_rows_, 0, blocks_of(weight.out, 2 * unit_.lanes));
+    if (!shortlist_) return;
+    const int64_t width = candidate_logits();
+    for (size_t row = 0; row < row_sentence_.size(); row++) {
+        const Candidates& own = candidates_[row_sentence_[row]];
+        p.out = static_cast<int64_t>(own.tokens.size());
+        p.columns = own.tokens.data();
+        unit_.choose(p, candidate_logits_.data() + static_cast<int64_t>(row) * width, own.places.data(), best + row);
+    }
 }
 
 float* Batch::head_logits() {
@@ -443,18 +460,22 @@ float* Batch::head_logits() {
     if (static_cast<int64_t>(head_logits_.size()) < needed) head_logits_.resize(static_cast<size_t>(needed));
     float* logits = head_logits_.data();
     if (!shortlist_) {
-        project(model_.head_weight, step_state(0), step_rows_, store_sums, logits, stride);
+        project(model_.head_weight, step_state(), step_rows_, store_sums, logits, stride);
         return logits;
     }
     std::fill_n(logits, needed, -std::numeric_limits<float>::infinity());
-    for_candidates([&](const Weight& weight, const int32_t* tokens, int64_t first, int64_t count) {
-        const int64_t width = padded(weight.out, 32);
-        candidate_logits_.resize(static_cast<size_t>(count * width));
-        project(weight, step_state(first), count, store_sums, candidate_logits_.data(), width);
-        for (int64_t row = 0; row < count; row++)
-            for (int64_t i = 0; i < weight.out; i++)
-                logits[(first + row) * stride + tokens[i]] = candidate_logits_[static_cast<size_t>(row * width + i)];
-    });
+    const HeadRows& always = shortlist_->always();
+    std::vector<float> common(static_cast<size_t>(step_rows_ * padded(always.weight.out, 32)));
+    project(always.weight, step_state(), step_rows_, store_sums, common.data(), padded(always.weight.out, 32));
+    const int64_t width = candidate_logits();
+    for (size_t row = 0; row < row_sentence_.size(); row++) {
+        float* to = logits + static_cast<int64_t>(row) * stride;
+        const float* from = common.data() + static_cast<int64_t>(row) * padded(always.weight.out, 32);
+        for (size_t i = 0; i < always.tokens.size(); i++) to[always.tokens[i]] = from[i];
+        const Candidates& own = candidates_[row_sentence_[row]];
+        from = candidate_logits_.data() + static_cast<int64_t>(row) * width;
+        for (size_t i = 0; i < own.tokens.size(); i++) to[own.tokens[i]] = from[own.places[i]];
+    }
     return logits;
 }
 

@@ -2,7 +2,6 @@
 // to them. It knows no search: rows are tokens at positions, and each says which cells hold what came before it.
 #pragma once
 #include <initializer_list>
-#include <memory>
 #include <vector>
 
 #include "memory.h"
@@ -59,14 +58,10 @@ class Batch {
     void end_block(const Table& norm, int64_t rows);
     Projection projection(const Weight& weight) const;  // without what is done to its sums
     void project(const Weight& weight, const Rows& rows, int64_t count, Finish finish, float* y, int64_t stride) const;
-    // Calls use(rows of the head, their tokens, first row of the step, number of rows) for what the head is computed for.
-    template <class Use>
-    void for_candidates(const Use& use) const;
-    // What the head reads, from a row of the step on.
-    Rows step_state(int64_t first) const {
-        return {x_ + first * hidden_stride_, hidden_stride_, bytes_ + first * hidden_stride_, hidden_stride_,
-                scale_ + first, zero_ + first};
-    }
+    // What the head reads.
+    Rows step_state() const { return {x_, hidden_stride_, bytes_, hidden_stride_, scale_, zero_}; }
+    // The logits of all sentences' candidates for all rows of the step; returns the numbers of a row.
+    int64_t candidate_logits();
     // Where one of the weights that these rows meet takes bytes.
     void quantise(const Rows& rows, int64_t count, std::initializer_list<const Weight*> weights) const;
     void keep(const float* numbers, int64_t count, uint8_t* to) const;  // in the caches' number type
@@ -97,8 +92,16 @@ class Batch {
     std::vector<float> head_logits_, candidate_logits_;
 
     const Shortlist* shortlist_ = nullptr;
-    std::vector<std::unique_ptr<HeadRows>> candidates_;  // [sentence]: those that are not always there
-    std::vector<size_t> row_sentence_;                   // of the last step
+    // Candidates that are not always there: of all sentences, whose rows of the head are computed for all rows of a step;
+    // and of each, with their places among those. What is made of its own, in their order, depends on no other sentence.
+    struct Candidates {
+        std::vector<int32_t> tokens, places;
+    };
+    HeadRows together_;
+    const Weight* candidate_weight_ = nullptr;
+    std::vector<Candidates> candidates_;
+    std::vector<int32_t> place_of_;     // [token]
+    std::vector<size_t> row_sentence_;  // of the last step
 
     // Of the sentences: where each begins, how long it is, how wide its turned keys are.
     int64_t sentences_ = 0, longest_ = 0, positions_ = 0, step_rows_ = 0;

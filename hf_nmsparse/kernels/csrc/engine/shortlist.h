@@ -1,6 +1,5 @@
 // Which target tokens go with a source: a list for each source token, and the tokens that are always there. The head is
-// then computed for those alone. A sentence's candidates, and the order in which their sums are added up, are its own: its
-// translation depends on no other sentence of the batch.
+// then computed for those alone.
 #pragma once
 #include <vector>
 
