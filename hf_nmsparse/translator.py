@@ -14,6 +14,7 @@ from typing import Any
 from hf_nmsparse.engine_files import COMPUTES, load_engine
 from hf_nmsparse.generation_settings import Search, read_settings, search_of
 from hf_nmsparse.kernels.engine import Array, Hypothesis
+from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.text_tokenizer import load_tokenizer
 from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, longest_text, read_texts
@@ -81,6 +82,8 @@ class Translator:
         threads: How many translate at once; all CPUs of this process if None.
         src_lang: The source language where a call names none; multilingual models only.
         tgt_lang: The target language where a call names none.
+        shortlist: Whether the shortlist in the folder is used, where `nmsparse shortlist` has left one: the head is
+            computed for a sentence's candidates alone.
         revision: Branch, tag or commit on the Hub.
         token: For the Hub, as ``from_pretrained`` takes it.
 
@@ -97,6 +100,7 @@ class Translator:
         threads: int | None = None,
         src_lang: str | None = None,
         tgt_lang: str | None = None,
+        shortlist: bool = True,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> None:
@@ -108,6 +112,10 @@ class Translator:
         self._languages = src_lang, tgt_lang
         loaded = load_engine(self._folder, compute, self._threads)
         self._engine, self._spec, self.formats = loaded.engine, loaded.spec, loaded.formats
+        candidates = read_shortlist(self._folder) if shortlist else None
+        self._has_shortlist = candidates is not None
+        if candidates is not None:
+            self._engine.use_shortlist(candidates.offsets, candidates.ids, candidates.always)
         self._settings = read_settings(self._folder, loaded.config)
         # What `texts` asks of a model.
         self._model = SimpleNamespace(
@@ -334,7 +342,13 @@ class Translator:
 
     def _search(self, asked: _Asked, prompt_length: int = 1) -> Search:
         return search_of(
-            self._spec, self._settings, asked.settings, prompt_length, threads=self._threads, **asked.engine_fields()
+            self._spec,
+            self._settings,
+            asked.settings,
+            prompt_length,
+            threads=self._threads,
+            shortlist=self._has_shortlist,
+            **asked.engine_fields(),
         )
 
     def _run(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from hf_nmsparse import NMSparseConfig, finalize, generation, save_packed, sparsify
+from hf_nmsparse import NMSparseConfig, Translator, finalize, generation, save_packed, sparsify
 from hf_nmsparse.cli import main
 from hf_nmsparse.generation import engine_for
 from hf_nmsparse.kernels import engine, native
@@ -340,6 +340,24 @@ def test_without_one_none_can_be_used() -> None:
     fresh = engine_for(tiny.marian(eos_token_id=EOS).eval())
     with pytest.raises(ValueError, match=r"^engine: search: there is no shortlist; learn one, or translate without$"):
         run(fresh)
+
+
+@NEEDS_ENGINE
+def test_a_translator_takes_the_one_in_the_folder(tmp_path: Path) -> None:
+    tiny.marian(eos_token_id=EOS, init_std=0.5).save_pretrained(tmp_path)
+    rows = [[5, 6, 7, EOS], [9, EOS]]
+
+    def translate(**how: Any) -> list[set[int]]:
+        found = Translator(tmp_path, threads=1, **how).translate_ids(rows, max_new_tokens=6)
+        return [set(one.tokens) for one in found]
+
+    before = translate()
+    vocabulary = AutoConfig.from_pretrained(tmp_path).vocab_size
+    candidates = np.array([token for token in range(4, vocabulary) if token not in before[0]], np.int32)[:3]
+    offsets = np.zeros(vocabulary + 1, np.int64)
+    save(Shortlist(offsets, np.zeros(0, np.int32), np.array([EOS, *candidates], np.int32)), tmp_path)
+    assert all(tokens <= {EOS, *candidates.tolist()} for tokens in translate())
+    assert translate(shortlist=False) == before
 
 
 class TestCommand:
