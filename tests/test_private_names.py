@@ -67,6 +67,7 @@ _METRIC = "evaluate.module:EvaluationModule"
 _BASE, _LOADING, _MODEL = "quantizers.base", "core_model_loading", "modeling_utils"
 
 _STATE = "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs"
+_LOOP = "dataloader description prediction_loss_only ignore_keys metric_key_prefix"
 _CARD = "language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args"
 
 
@@ -101,7 +102,7 @@ OVERRIDES = [
         ("create_optimizer", "model", "no rule of the method is ever applied: the training is a plain one"),
         ("compute_loss", "model inputs return_outputs num_items_in_batch", "no teacher, no decoder inputs"),
         ("get_train_dataloader", "", "tokens_per_batch is without effect"),
-        ("evaluation_loop", f"{_LOOP} ignore_keys metric_key_prefix", "evaluations translate in transformers' loop"),
+        ("evaluation_loop", _LOOP, "evaluations translate in transformers' loop"),
         ("log", "logs start_time", "logs lack flips, SAD and the seconds trained"),
         ("push_to_hub", "commit_message blocking token revision ...", "the dense masters are pushed as the model"),
         ("save_model", "output_dir _internal_call", "the dense masters are pushed as the model"),
