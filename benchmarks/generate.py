@@ -1,16 +1,20 @@
-"""How fast whole models translate: `model.generate` with stock, packed and torch's int8 layers, and CTranslate2.
+"""How fast whole models translate: the native engine, transformers' own loop, and CTranslate2.
 
     python -m benchmarks.generate --note "what else the machine was doing"
+    python -m benchmarks.generate --shape 6+2 --batches 1 16 --candidates "CTranslate2 int8" "dense int8" "2:4 int8"
 
-It takes about eight minutes on two cores and writes benchmarks/results/generate.json and a table beside it. The model
-has the shape of Marian-base and random weights, 2:4 sparse; it is saved packed in fp32, bf16 and int8, and dense, and
-each candidate loads the file that its users would. Sentences of 24 random tokens become exactly 32 tokens, greedy and
-with four beams, one and sixteen at a time, on 1 and 2 threads, all candidates interleaved in one process.
+It takes about twelve minutes on two cores and writes benchmarks/results/generate.json and a table beside it; a
+``--shape`` other than Marian-base's 6+6 layers goes into a file with its name. The model has random weights, 2:4
+sparse; it is saved packed in fp32, bf16 and int8, and dense, and each candidate loads the file that its users would.
+Sentences of 24 random tokens become exactly 32 tokens, greedy and with four beams, 1, 4, 16 and 64 at a time, all
+candidates interleaved. Ids go in and ids come out.
 
-CTranslate2 is measured where it is installed, ``pip install ctranslate2``; its tokens are checked against those of
-transformers, as are everybody's. It takes its turns in a process of its own: two OpenMP runtimes in one process slow
-torch's threads to half their speed. The dense int8 candidate has the package's int8 kernels and no sparsity: what is
-between it and the 2:4 one is what sparsity brings.
+On one thread the seconds are those of the CPU, which a busy neighbour changes little; on two they are those of the
+clock. CTranslate2 is measured where it is installed, ``pip install ctranslate2``, in a process of its own (two OpenMP
+runtimes in one process slow torch's threads to half their speed), which takes the time itself. Everybody's tokens are
+checked against those of transformers. The dense int8 candidate has the package's int8 kernels in the same engine and
+no sparsity: what is between it and the 2:4 one is what sparsity brings. Transformers' loop takes most of the time, so
+that it is measured with 1 and 16 sentences only, and sentences by the 64 take fewer turns.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ import importlib
 import itertools
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -39,32 +43,47 @@ from transformers import (
 )
 
 from benchmarks import tables, timing
-from hf_nmsparse import (
-    NMSparseConfig,
-    NMSparseQuantizationConfig,
-    export_dense,
-    finalize,
-    save_packed,
-    sparsify,
-)
+from hf_nmsparse import NMSparseConfig, export_dense, finalize, save_packed, sparsify
+from hf_nmsparse.generation import engine_for
+from hf_nmsparse.kernels.engine import SearchConfig
 from hf_nmsparse.packed_layers import Int8Head
 
-BASELINE = "transformers fp32"
+LOOP = ", transformers' loop"
+REFERENCE = "dense fp32" + LOOP
+"""Whose tokens all others' are compared with."""
 
-# What from_pretrained loads for each candidate of the package: a file, and what is asked of it. compute="int8" is not
-# here, because it runs the kernels of the int8 file whatever the file.
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "2:4 fp32": ("2:4 fp32", {}),
-    "2:4 fp32, head int8": ("2:4 fp32", {"quantization_config": NMSparseQuantizationConfig(head="int8")}),
-    "2:4 bf16": ("2:4 bf16", {}),
-    "2:4 bf16, dtype fp32": ("2:4 bf16", {"dtype": torch.float32}),
-    "2:4 fp32, compute bf16": ("2:4 fp32", {"quantization_config": NMSparseQuantizationConfig("bf16")}),
-    "2:4 int8": ("2:4 int8", {}),
+ENGINE = {  # the engine's candidates, and the file that each loads
+    "dense fp32": "dense fp32",
+    "2:4 fp32": "2:4 fp32",
+    "2:4 bf16": "2:4 bf16",
+    "dense int8": "dense fp32",
+    "2:4 int8": "2:4 int8",
 }
+LOOPS = {REFERENCE: "dense fp32", "torch int8" + LOOP: "dense fp32", "2:4 int8" + LOOP: "2:4 int8"}
 THEIRS = {"CTranslate2 fp32": ("float32", None), "CTranslate2 int8": ("int8", "int8")}  # compute type, quantization
+CANDIDATES = (*LOOPS, *THEIRS, *ENGINE)
 
-Translate = Callable[[Tensor, int], list[list[int]]]
-"""Of tokens ``[batch, source]`` and a number of beams, the new tokens of each sentence."""
+LOOP_BATCHES = (1, 16)
+LARGE_BATCH, LARGE_ROUNDS = 64, 3
+TURN_SENTENCES = 8  # smaller batches are translated several times in a turn
+
+
+class Turn(NamedTuple):
+    """New tokens of each sentence, and the seconds that they took."""
+
+    tokens: list[list[int]]
+    cpu: float
+    wall: float
+
+
+Translate = Callable[[Tensor, int], Turn]
+"""Of tokens ``[batch, source]`` and a number of beams."""
+
+
+def timed(translate: Callable[[], list[list[int]]]) -> Turn:
+    cpu, wall = time.process_time(), time.perf_counter()
+    tokens = translate()
+    return Turn(tokens, time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def without_echo(model: MarianMTModel) -> MarianMTModel:
@@ -88,10 +107,13 @@ def save(model: MarianMTModel, folder: Path) -> dict[str, Path]:
     return folders
 
 
-def by_transformers(model: PreTrainedModel, length: int) -> Translate:
+def by_transformers(model: PreTrainedModel, length: int) -> Callable[[Tensor, int], list[list[int]]]:
+    """Of tokens ``[batch, source]`` and a number of beams the new tokens, in transformers' loop."""
+
     def translate(source: Tensor, beams: int) -> list[list[int]]:
         config = GenerationConfig(num_beams=beams, do_sample=False, min_new_tokens=length, max_new_tokens=length)
-        tokens = model.generate(source, attention_mask=torch.ones_like(source), generation_config=config)
+        loop: Any = type(model).generate  # the model's own may be the engine's
+        tokens = loop(model, source, attention_mask=torch.ones_like(source), generation_config=config)
         assert isinstance(tokens, Tensor)
         new: list[list[int]] = tokens[:, 1:].tolist()
         return new
@@ -99,16 +121,37 @@ def by_transformers(model: PreTrainedModel, length: int) -> Translate:
     return translate
 
 
-def load(folders: dict[str, Path]) -> dict[str, PreTrainedModel]:
-    """The model of each candidate that transformers runs."""
-    read = AutoModelForSeq2SeqLM.from_pretrained
-    dense = read(folders["dense fp32"])
-    models = {
-        BASELINE: dense,
-        "torch int8": timing.quantized(dense),
-        "dense int8": with_dense_int8(read(folders["dense fp32"])),
-    }
-    return models | {name: read(folders[file], **asked) for name, (file, asked) in OURS.items()}
+def by_engine(model: PreTrainedModel, length: int) -> Callable[[Tensor, int], list[list[int]]]:
+    """The same on the engine, on as many threads as torch has."""
+    engine, start = engine_for(model), model.config.decoder_start_token_id
+
+    def translate(source: Tensor, beams: int) -> list[list[int]]:
+        search = SearchConfig(
+            max_length=length + 1, min_new_tokens=length, beams=beams, threads=torch.get_num_threads()
+        )
+        rows = source.tolist()
+        found = engine.translate(rows, search, [[start]] * len(rows), [model.config.eos_token_id])
+        return [best.tokens[1:].tolist() for best, *_ in found]
+
+    return translate
+
+
+def load(folders: Mapping[str, Path], wanted: Iterable[str], length: int) -> dict[str, Translate]:
+    """The candidates of this process."""
+    made = {}
+    for name in wanted:
+        file = (LOOPS | ENGINE)[name]
+        model = AutoModelForSeq2SeqLM.from_pretrained(folders[file])
+        if name.startswith("torch int8"):
+            model = timing.quantized(model)
+        if name.startswith("dense int8"):
+            model = with_dense_int8(model)
+        made[name] = (by_transformers if name in LOOPS else by_engine)(model, length)
+
+    def turn(translate: Callable[[Tensor, int], list[list[int]]]) -> Translate:
+        return lambda source, beams: timed(lambda: translate(source, beams))
+
+    return {name: turn(translate) for name, translate in made.items()}
 
 
 def with_dense_int8(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,29 +161,34 @@ def with_dense_int8(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def ctranslate2_files(folders: dict[str, Path], names: list[str]) -> None:
+def ctranslate2_files(dense: Path, names: list[str], wanted: Iterable[str]) -> dict[str, Path]:
     """Converts the dense checkpoint; its tokenizer is a list of names, since tokens are all that is translated."""
     converters = importlib.import_module("ctranslate2.converters")
     tokenizer = SimpleNamespace(
         eos_token=names[0], unk_token=names[1], get_vocab=lambda: {name: place for place, name in enumerate(names)}
     )
-    for candidate, (compute, quantization) in THEIRS.items():
-        converter = converters.TransformersConverter(str(folders["dense fp32"]))
+    folders = {}
+    for candidate in wanted:
+        compute, quantization = THEIRS[candidate]
+        converter = converters.TransformersConverter(str(dense))
         converter.load_tokenizer = lambda *args, **kwargs: tokenizer
-        folders[candidate] = folders["dense fp32"].parent / f"ctranslate2_{compute}"
+        folders[candidate] = dense.parent / f"ctranslate2_{compute}"
         converter.convert(str(folders[candidate]), quantization=quantization)
+    return folders
 
 
 def serve_ctranslate2(pipe: Connection, folder: str, compute: str, threads: int, length: int) -> None:
     """Translates what comes through the pipe, until None comes."""
     ctranslate2 = importlib.import_module("ctranslate2")
     translator = ctranslate2.Translator(folder, compute_type=compute, intra_threads=threads, inter_threads=1)
+
+    def translate(texts: list[list[str]], beams: int) -> Any:
+        settings = {"beam_size": beams, "min_decoding_length": length, "max_decoding_length": length}
+        found = translator.translate_batch(texts, **settings)
+        return [result.hypotheses[0] for result in found]
+
     while (asked := pipe.recv()) is not None:
-        texts, beams = asked
-        found = translator.translate_batch(
-            texts, beam_size=beams, min_decoding_length=length, max_decoding_length=length
-        )
-        pipe.send([result.hypotheses[0] for result in found])
+        pipe.send(timed(lambda asked=asked: translate(*asked)))  # type: ignore[misc]
 
 
 @contextmanager
@@ -152,9 +200,10 @@ def by_ctranslate2(folder: Path, compute: str, threads: int, names: list[str], l
     child = context.Process(target=serve_ctranslate2, args=(other, str(folder), compute, threads, length))
     child.start()
 
-    def translate(source: Tensor, beams: int) -> list[list[int]]:
+    def translate(source: Tensor, beams: int) -> Turn:
         pipe.send(([[names[token] for token in sentence] for sentence in source.tolist()], beams))
-        return [[places[token] for token in sentence] for sentence in pipe.recv()]
+        turn: Turn = pipe.recv()
+        return turn._replace(tokens=[[places[token] for token in sentence] for sentence in turn.tokens])  # type: ignore[index]
 
     try:
         yield translate
@@ -174,70 +223,87 @@ def agreement(found: list[list[int]], expected: list[list[int]]) -> float:
 
 def main() -> None:
     parser = timing.arguments(__doc__, rounds=5)
+    parser.add_argument("--shape", default="6+6", choices=("6+6", "6+2", "12+1"), help="layers of encoder and decoder")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES, metavar="NAME")
     parser.add_argument("--tiny", action="store_true", help="a very small model and short sentences: tries the script")
     options = parser.parse_args()
     machine = timing.machine()  # before this run is its load
     source_length, length = (4, 3) if options.tiny else (24, 32)
+    encoder, decoder = map(int, options.shape.split("+"))
     transformers.logging.disable_progress_bar()
+    missing: dict[str, str] = {}
+    try:
+        version = f"CTranslate2 {importlib.import_module('ctranslate2').__version__}"
+    except ImportError as error:
+        version, missing = None, {name: str(error) for name in options.candidates if name in THEIRS}
+    wanted = [name for name in CANDIDATES if name in options.candidates and name not in missing]
 
-    with TemporaryDirectory() as folder, timing.fastest_int8_engine() as engine:
-        model = without_echo(timing.marian(options.tiny))
+    with TemporaryDirectory() as folder, timing.fastest_int8_engine() as int8_engine:
+        model = without_echo(timing.marian(options.tiny, (encoder, decoder)))
         vocabulary = model.config.vocab_size
         names = ["</s>", "<unk>", *(f"t{token}" for token in range(2, vocabulary - 1)), "<pad>"]
-        missing = {}
         with timing.torch_threads(1):
             folders = save(model, Path(folder))
-            candidates = {name: by_transformers(loaded, length) for name, loaded in load(folders).items()}
-        files = {name: OURS[name][0] if name in OURS else "dense fp32" for name in candidates}
-        try:
-            ctranslate2 = importlib.import_module("ctranslate2")
-            ctranslate2_files(folders, names)
-            files |= {name: name for name in THEIRS}
-        except ImportError as error:
-            ctranslate2 = None
-            missing = dict.fromkeys(THEIRS, str(error))
+            own = load(folders, [name for name in wanted if name not in THEIRS], length)
+            theirs = [name for name in wanted if name in THEIRS]
+            if theirs:
+                folders |= ctranslate2_files(folders["dense fp32"], names, theirs)
+        files = {name: (LOOPS | ENGINE).get(name, name) for name in wanted}
 
         rows, tokens = [], {}
-        for threads, (beams, batch) in itertools.product(options.threads, itertools.product((1, 4), (1, 16))):
-            with ExitStack() as children:
-                for name, (compute, _) in THEIRS.items() if ctranslate2 is not None else ():
-                    child = by_ctranslate2(folders[name], compute, threads, names, length)
+        for threads in options.threads:
+            with ExitStack() as children, timing.torch_threads(threads):
+                candidates = dict(own)
+                for name in theirs:
+                    child = by_ctranslate2(folders[name], THEIRS[name][0], threads, names, length)
                     candidates[name] = children.enter_context(child)
-                generator = torch.Generator().manual_seed(0)
-                source = torch.randint(2, vocabulary - 1, (batch, source_length), generator=generator)
-                source[:, -1] = 0
-                with timing.torch_threads(threads):
-                    for name, translate in candidates.items():  # warms up
-                        found = translate(source, beams)
+                for beams, batch in itertools.product((1, 4), options.batches):
+                    generator = torch.Generator().manual_seed(0)
+                    source = torch.randint(2, vocabulary - 1, (batch, source_length), generator=generator)
+                    source[:, -1] = 0
+                    present = [name for name in wanted if name not in LOOPS or batch in LOOP_BATCHES]
+                    for name in present:  # warms up
+                        found = candidates[name](source, beams).tokens
                         assert [len(sentence) for sentence in found] == [length] * batch, name
-                        if beams == 1:
+                        if beams == 1 and batch in LOOP_BATCHES:
                             tokens[name] = found
-                    turns = {name: partial(translate, source, beams) for name, translate in candidates.items()}
-                    seconds = timing.in_turns(turns, options.rounds)
-                speeds = {name: round(batch * length / statistics.median(taken), 1) for name, taken in seconds.items()}
-                rows.append({"beams": beams, "batch": batch, "threads": threads, "tokens_per_second": speeds})
-                print(f"{tables.decoding(rows[-1])}, {threads} threads: tokens a second", end="")
-                print(*(f" {name} {speed:.0f}" for name, speed in speeds.items()), sep=",", flush=True)
+                    seconds: dict[str, list[float]] = {name: [] for name in present}
+                    rounds = min(options.rounds, LARGE_ROUNDS) if batch >= LARGE_BATCH else options.rounds
+                    times = max(1, TURN_SENTENCES // batch)
+                    for name in timing.turns(present, rounds):
+                        turns = [candidates[name](source, beams) for _ in range(times)]
+                        taken = [turn.cpu if threads == 1 else turn.wall for turn in turns]
+                        seconds[name].append(statistics.fmean(taken))
+                    speeds = {name: round(batch * length / statistics.median(seconds[name]), 1) for name in present}
+                    setting = {"beams": beams, "batch": batch, "threads": threads, "rounds": rounds}
+                    rows.append(setting | {"tokens_per_second": speeds})
+                    print(f"{tables.decoding(rows[-1])}, {threads} threads: tokens a second", end="")
+                    print(*(f" {name} {speed:.0f}" for name, speed in speeds.items()), sep=",", flush=True)
 
+        same = (
+            {} if REFERENCE not in tokens else {n: round(agreement(t, tokens[REFERENCE]), 4) for n, t in tokens.items()}
+        )
         record = {
             "benchmark": "generate, medians of interleaved turns",
             **machine,
             "transformers": transformers.__version__,
-            "ctranslate2": f"CTranslate2 {ctranslate2.__version__}" if ctranslate2 is not None else None,
-            "int8_engine": engine,
+            "ctranslate2": version,
+            "int8_engine": int8_engine,
             "model": timing.describe(model),
             "source_tokens": source_length,
             "new_tokens": length,
             "rounds": options.rounds,
             "seed": 0,
             "note": options.note,
-            "baseline": BASELINE,
+            "baseline": next(name for name in ("CTranslate2 int8", "dense int8", *wanted) if name in wanted),
             "candidates": files,
-            "bytes": {name: size(folder) for name, folder in folders.items()},
-            "same_tokens": {name: round(agreement(found, tokens[BASELINE]), 4) for name, found in tokens.items()},
+            "bytes": {name: size(folders[name]) for name in dict.fromkeys(files.values())},
+            "same_tokens": same,
             "missing": missing,
         }
-    output = options.output or timing.RESULTS / "generate.json"
+    name = "generate.json" if options.shape == "6+6" else f"generate_{options.shape}.json"
+    output = options.output or timing.RESULTS / name
     timing.write(output, record, rows, tables.generate_of(record | {"rows": rows}))
     print(output)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 MEASURED = Path(__file__).parent / "results"
@@ -27,7 +28,8 @@ CANDIDATES = {
 
 # Of the whole models, those that README.md shows, as it calls them.
 SUMMARY = {
-    "transformers fp32": "transformers fp32",
+    "dense fp32, transformers' loop": "transformers fp32",
+    "2:4 int8, transformers' loop": "2:4 int8, transformers' loop",
     "CTranslate2 int8": "CTranslate2 int8",
     "dense int8": "own dense int8",
     "2:4 int8": "2:4 int8",
@@ -116,31 +118,39 @@ def auto_of(row: dict[str, Any], precision: str) -> str:
     return "" if choice is None else f"{choice['format']} {choice['to_dense']:.2f}"
 
 
+def generate_table() -> str:
+    """Whole models of each shape that was measured."""
+    return "\n\n".join(
+        generate_of(read(file)) for file in sorted(MEASURED.glob("generate*.json"), key=lambda f: f.stem)
+    )
+
+
 def generate_of(record: dict[str, Any]) -> str:
-    """Tokens a second of each candidate, and the speed-up over transformers in fp32."""
-    heads = [f"{decoding(row)}, {row['threads']} thr." for row in record["rows"]]
-    rows = table_head(["model", "file", *heads])
-    for name, file in record["candidates"].items():
-        cells = [name, f"{record['bytes'][file]:,}"]
-        for row in record["rows"]:
-            speeds = row["tokens_per_second"]
-            cells.append(f"{speeds[name]:,.0f} ({speeds[name] / speeds[record['baseline']]:.2f})")
-        rows.append(table_row(cells))
-    exact = [name for name in ("2:4 fp32", "CTranslate2 fp32") if name in record["same_tokens"]]
+    """Tokens a second of each candidate, and the speed-up over the baseline; a table for each number of threads."""
+    baseline, lines = record["baseline"], []
+    for threads in dict.fromkeys(row["threads"] for row in record["rows"]):
+        settings = [row for row in record["rows"] if row["threads"] == threads]
+        clock = "CPU time" if threads == 1 else "wall time"
+        what = f"{threads} thread{'s' * (threads > 1)}, {clock}"
+        lines += table_head([what, "file", *map(decoding, settings)])
+        for name, file in record["candidates"].items():
+            speeds = [row["tokens_per_second"] for row in settings]
+            cells = [
+                f"{each[name]:,.0f} ({each[name] / each[baseline]:.2f})" if name in each else "" for each in speeds
+            ]
+            lines.append(table_row([name, f"{record['bytes'][file]:,}", *cells]))
+        lines.append("")
+    exact = [name for name in ("dense fp32", "2:4 fp32", "CTranslate2 fp32") if name in record["same_tokens"]]
     same = ", ".join(f"{name} {record['same_tokens'][name]:.0%}" for name in exact)
-    rows += [
-        "",
-        f"Tokens a second, and in brackets the speed-up over {record['baseline']}; bytes of the model file. "
+    lines += [
+        f"Tokens a second, and in brackets the speed-up over {baseline}; bytes of the model file. "
         f"{record['model']}, random weights, {record['source_tokens']} tokens in, {record['new_tokens']} out, medians "
-        f"of {record['rounds']} interleaved turns. Greedy tokens that agree with {record['baseline']}'s: {same}. "
-        f"{machine(record)}",
+        f"of up to {record['rounds']} interleaved turns."
+        + (f" Greedy tokens that agree with those of transformers in fp32: {same}." if same else "")
+        + f" transformers {record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {machine(record)}",
+        *(f"\nNot measured: {name} ({why})." for name, why in record["missing"].items()),
     ]
-    sizes = record["bytes"]
-    if "CTranslate2 int8" in sizes:
-        share = sizes["2:4 int8"] / sizes["CTranslate2 int8"]
-        rows += ["", f"The int8 file is {share:.2f} times the bytes of CTranslate2's ({record['ctranslate2']})."]
-    rows += ["", *(f"Not measured: {name} ({why})." for name, why in record["missing"].items())]
-    return "\n".join(rows).rstrip()
+    return "\n".join(lines)
 
 
 def summary_of(record: dict[str, Any]) -> str:
@@ -164,7 +174,8 @@ def summary_of(record: dict[str, Any]) -> str:
         smaller = "" if name == "dense int8" else f"{size['2:4 int8'] / size[name]:.2f}"
         lines.append(table_row([f"2:4 int8 / {SUMMARY[name]}", smaller, *(f"{ratio(row, name):.2f}" for row in shown)]))
         ratios = [ratio(row, name) for row in record["rows"]]
-        ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f} times that of {SUMMARY[name]}")
+        mean = geometric_mean(ratios)
+        ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f} (mean {mean:.2f}) times that of {SUMMARY[name]}")
     lines += [
         "",
         f"Tokens a second, and bytes of the model file. Over all {len(record['rows'])} settings measured the speed of "
@@ -382,7 +393,6 @@ def machine(record: dict[str, Any]) -> str:
 
 # A table is there once its benchmark has been run.
 OF = {
-    "generate": generate_of,
     "training": training_of,
     "methods": methods_of,
     "faults": faults_of,
@@ -394,10 +404,11 @@ OF = {
 """Tables that show one file of a benchmark, which has the table's name."""
 
 FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")}
-FILES |= {"kernels": "kernels_*.json", "summary": "generate.json"}
+FILES |= {"kernels": "kernels_*.json", "generate": "generate*.json", "summary": "generate.json"}
 MAKERS: dict[str, Callable[[], str]] = {
     "summary": lambda: summary_of(read(MEASURED / "generate.json")),
     "masks": masks_table,
+    "generate": generate_table,
     "kernels": kernels_table,
     "quality": quality_table,
     **{name: partial(measured_table, name) for name in OF},

@@ -62,14 +62,17 @@ def bootstrap(draw: Callable[[random.Random], float], samples: int = 1000) -> tu
     return round(found[samples // 40], 4), round(found[-samples // 40 - 1], 4)
 
 
-def marian(tiny: bool) -> MarianMTModel:
-    """A model with the shape of Marian-base and random weights, or one that is good for trying a script only."""
+def marian(tiny: bool, layers: tuple[int, int] = (6, 6)) -> MarianMTModel:
+    """A model with the width of Marian-base and random weights, or one that is good for trying a script only.
+
+    ``layers`` are those of the encoder and of the decoder; a tiny model has one each.
+    """
     torch.manual_seed(0)
-    vocabulary, d_model, layers = (200, 64, 1) if tiny else (32_000, 512, 6)
+    vocabulary, d_model = (200, 64) if tiny else (32_000, 512)
     settings: dict[str, Any] = {
         f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in (("layers", layers), ("attention_heads", d_model // 64), ("ffn_dim", 4 * d_model))
+        for side, count in zip(("encoder", "decoder"), (1, 1) if tiny else layers, strict=True)
+        for name, value in (("layers", count), ("attention_heads", d_model // 64), ("ffn_dim", 4 * d_model))
     }
     settings |= {"eos_token_id": 0, "pad_token_id": vocabulary - 1, "decoder_start_token_id": vocabulary - 1}
     settings |= {"bos_token_id": None, "forced_eos_token_id": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import subprocess
@@ -79,24 +80,43 @@ def test_copies_exceed_what_they_are_to_exceed() -> None:
     assert [len(candidate.copies(size)) for size in (0, 9, 10, 25)] == [1, 1, 2, 3]
 
 
-def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+@pytest.mark.parametrize("ctranslate2", [False, True], ids=["alone", "beside CTranslate2"])
+def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctranslate2: bool) -> None:
+    if ctranslate2:
+        pytest.importorskip("ctranslate2")
+    else:
+        monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
     file = tmp_path / "generate.json"
-    record = run(generate, monkeypatch, file, "--tiny")
-    assert [(row["beams"], row["batch"]) for row in record["rows"]] == [(1, 1), (1, 16), (4, 1), (4, 16)]
+    record = run(generate, monkeypatch, file, "--tiny", "--batches", "1", "4", "16")
+    assert [(row["beams"], row["batch"]) for row in record["rows"]] == list(itertools.product((1, 4), (1, 4, 16)))
     for row in record["rows"]:
-        assert row["tokens_per_second"].keys() == record["candidates"].keys()
-    assert record["same_tokens"]["2:4 fp32"] == 1.0
-    assert record["missing"].keys() == set(generate.THEIRS)
+        loops = set() if row["batch"] == 4 else set(generate.LOOPS)
+        assert row["tokens_per_second"].keys() == record["candidates"].keys() - set(generate.LOOPS) | loops
+    assert record["same_tokens"]["2:4 fp32"] == record["same_tokens"]["dense fp32"] == 1.0
+    assert record["missing"].keys() == (set() if ctranslate2 else set(generate.THEIRS))
     assert record["bytes"]["2:4 int8"] < record["bytes"]["2:4 fp32"] < record["bytes"]["dense fp32"]
     table = file.with_suffix(".md").read_text(encoding="utf-8")
-    assert_table(table, ["model", "file", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
-    assert "Not measured: CTranslate2 int8" in table
+    assert_table(table, ["1 thread, CPU time", "file", "greedy, batch 1", "beam 4, batch 16"])
+    assert ("Not measured: CTranslate2 int8" in table) == (not ctranslate2)
     summary = tables.summary_of(record)
     assert_table(summary, ["model", "bytes", "greedy, batch 1, 1 thr.", "beam 4, batch 16, 1 thr."])
-    [last] = [line for line in summary.splitlines() if line.startswith("| 2:4 int8 / ")]
+    last = [line for line in summary.splitlines() if line.startswith("| 2:4 int8 / ")][-1]
     speeds = record["rows"][0]["tokens_per_second"]
     assert last.split(" | ")[2] == f"{speeds['2:4 int8'] / speeds['dense int8']:.2f}"
+
+
+def test_a_few_candidates_of_another_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ["--batches", "4", "--candidates", "dense int8", "2:4 int8", "--shape", "6+2"]
+    record = run(generate, monkeypatch, tmp_path / "generate_6+2.json", "--tiny", *few)
+    assert record["baseline"] == "dense int8"
+    assert [set(row["tokens_per_second"]) for row in record["rows"]] == [{"dense int8", "2:4 int8"}] * 2
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    assert tables.generate_table().startswith("| 1 thread, CPU time | file | greedy, batch 4 |")
+
+
+def test_the_layers_of_a_shape() -> None:
+    config = timing.marian(False, (2, 1)).config
+    assert (config.encoder_layers, config.decoder_layers) == (2, 1)
 
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
