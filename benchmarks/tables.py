@@ -185,6 +185,32 @@ def summary_of(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def real_text_of(record: dict[str, Any]) -> str:
+    """Of each candidate what a whole text costs, its BLEU, and how many sentences come out as in transformers' loop."""
+    lines = table_head(
+        ["text", "candidate", "CPU s", "wall s", "tokens/CPU s", "process CPU s", "MiB", "BLEU", "same sentences"]
+    )
+    for row in record["rows"]:
+        text = f"{row['text']}, {'greedy' if row['beams'] == 1 else 'beam ' + str(row['beams'])}"
+        cells = [f"{row[cost]:,.2f}" for cost in ("cpu_s", "wall_s")]
+        cells += [f"{row['tokens'] / row['cpu_s']:,.0f}", f"{row['process_cpu_s']:,.1f}", f"{row['peak_mib']:,.0f}"]
+        cells += [f"{row['bleu']:.2f}", f"{row['same']:.1%}" if "same" in row else ""]
+        lines.append(table_row([text, row["candidate"], *cells]))
+    found = [gap for row in record["rows"] for gap in row.get("gaps", ())]
+    ties = f", their two translations at most {max(found):.0e} apart" if found else ""
+    sentences = max(row["sentences"] for row in record["rows"])
+    lines += [
+        "",
+        f"{record['model']}, the first {sentences:,} sentences of each, 64 a batch, {record['threads']} thread(s); "
+        f"medians of {record['rounds']} fresh processes in turns, of transformers' loop one; process: all of it, from "
+        f"the first import on. Same sentences: as in transformers' loop on the same file. Sentences that differ in "
+        f"fp32: {len(found)}{ties}. BLEU: `{record['signature']}`. transformers "
+        f"{record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {machine(record)}",
+        *(f"\nNot measured: {name} ({why})." for name, why in record["missing"].items()),
+    ]
+    return "\n".join(lines)
+
+
 def decoding(row: dict[str, Any]) -> str:
     """Beam and batch of a measurement in a few words."""
     return f"{'greedy' if row['beams'] == 1 else 'beam ' + str(row['beams'])}, batch {row['batch']}"
@@ -393,6 +419,7 @@ def machine(record: dict[str, Any]) -> str:
 
 # A table is there once its benchmark has been run.
 OF = {
+    "real_text": real_text_of,
     "training": training_of,
     "methods": methods_of,
     "faults": faults_of,

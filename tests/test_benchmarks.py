@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from benchmarks import generate, gpu, kernels, memory, methods, scaling, startup, tables, timing, training
+from benchmarks import generate, gpu, kernels, memory, methods, real_text, scaling, startup, tables, timing, training
+from hf_nmsparse import NMSparseConfig, save_packed, sparsify
 from hf_nmsparse.kernels import library, native
 from hf_nmsparse.srste import METHODS
 from tests.test_layering import imports
+from tests.tiny import marian, tokenizer
 
 pytestmark = pytest.mark.skipif(library.status().unit is None, reason=library.status().reason)
 
@@ -112,6 +115,56 @@ def test_a_few_candidates_of_another_shape(tmp_path: Path, monkeypatch: pytest.M
     assert [set(row["tokens_per_second"]) for row in record["rows"]] == [{"dense int8", "2:4 int8"}] * 2
     monkeypatch.setattr(tables, "MEASURED", tmp_path)
     assert tables.generate_table().startswith("| 1 thread, CPU time | file | greedy, batch 4 |")
+
+
+def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+    model = marian()
+    model.generation_config = GenerationConfig(max_length=8, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    sparsify(model, NMSparseConfig("2:4"))
+    save_packed(model, tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    (tmp_path / "news").mkdir()
+    for side, line in (("en", "A man sleeps in the {}."), ("de", "Ein Mann schläft im {}.")):
+        lines = "\n".join(line.format("garden " * count) for count in (3, 1, 2))
+        (tmp_path / "news" / f"test.{side}").write_text(f"{lines}\n", encoding="utf-8")
+    file = tmp_path / "real_text.json"
+    arguments = [str(tmp_path / "packed"), f"{tmp_path / 'news'}:test", "--rounds", "1", "--beams", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--note", "a test", "--output", str(file)])
+    real_text.main()
+    record = tables.read(file)
+    rows = {row["candidate"]: row for row in record["rows"]}
+    assert rows.keys() == {*real_text.ENGINE, *real_text.LOOP}
+    assert rows["engine, 2:4 fp32"]["same"] == 1.0
+    assert rows["engine, 2:4 fp32"]["gaps"] == []
+    assert all(0 < row["cpu_s"] < row["process_cpu_s"] and row["sentences"] == 3 for row in rows.values())
+    assert record["missing"].keys() == {real_text.CTRANSLATE2}
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["text", "candidate", "BLEU", "same sentences"])
+
+
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    held = bytearray(b"x") * (300 << 20)  # which a child's peak must not show
+    command = [sys.executable, "-c", "from benchmarks.real_text import peak_mib; print(peak_mib())"]
+    process = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
+    assert 1 < float(process.stdout) < 150
+    assert real_text.peak_mib() > len(held) >> 20
+
+
+def test_how_far_two_translations_are_apart(tmp_path: Path) -> None:
+    model = marian().eval()
+    model.generation_config = GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    source, pair = [5, 6, 1], ([7, 8, 9], [7, 4])
+    logs = []
+    for row in pair:
+        given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[0, *row]])}
+        with torch.no_grad():
+            scores = model(**given).logits[0].log_softmax(-1)
+        logs.append(scores[range(len(row) + 1), [*row, 1]])
+    [greedy] = real_text.gaps(tmp_path, [[], source], {1: pair}, 1)
+    assert greedy == pytest.approx(abs(float(logs[0][1] - logs[1][1])), rel=1e-3)
+    [beams] = real_text.gaps(tmp_path, [[], source], {1: pair}, 4)
+    assert beams == pytest.approx(abs(float(logs[0].mean() - logs[1].mean())), rel=1e-3)
 
 
 def test_the_layers_of_a_shape() -> None:
