@@ -13,8 +13,8 @@ On one thread the seconds are those of the CPU, which a busy neighbour changes l
 clock. CTranslate2 is measured where it is installed, ``pip install ctranslate2``, in a process of its own (two OpenMP
 runtimes in one process slow torch's threads to half their speed), which takes the time itself. Everybody's tokens are
 checked against those of transformers. The dense int8 candidate has the package's int8 kernels in the same engine and
-no sparsity: what is between it and the 2:4 one is what sparsity brings. Transformers' loop takes most of the time, so
-that it is measured with 1 and 16 sentences only, and sentences by the 64 take fewer turns.
+no sparsity: what is between it and the 2:4 one is what sparsity brings. Transformers' loop takes long, so that it is
+measured with 1 and 16 sentences only.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ THEIRS = {"CTranslate2 fp32": ("float32", None), "CTranslate2 int8": ("int8", "i
 CANDIDATES = (*LOOPS, *THEIRS, *ENGINE)
 
 LOOP_BATCHES = (1, 16)
-LARGE_BATCH, LARGE_ROUNDS = 64, 3
-TURN_SENTENCES = 8  # smaller batches are translated several times in a turn
+TURN_SENTENCES = 4  # in a turn a single sentence is translated so many times, but in transformers' loop
 
 
 class Turn(NamedTuple):
@@ -222,7 +221,7 @@ def agreement(found: list[list[int]], expected: list[list[int]]) -> float:
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, rounds=5)
+    parser = timing.arguments(__doc__, rounds=3)
     parser.add_argument("--shape", default="6+6", choices=("6+6", "6+2", "12+1"), help="layers of encoder and decoder")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES, metavar="NAME")
@@ -269,14 +268,13 @@ def main() -> None:
                         if beams == 1 and batch in LOOP_BATCHES:
                             tokens[name] = found
                     seconds: dict[str, list[float]] = {name: [] for name in present}
-                    rounds = min(options.rounds, LARGE_ROUNDS) if batch >= LARGE_BATCH else options.rounds
-                    times = max(1, TURN_SENTENCES // batch)
-                    for name in timing.turns(present, rounds):
+                    for name in timing.turns(present, options.rounds):
+                        times = 1 if name in LOOPS else max(1, TURN_SENTENCES // batch)
                         turns = [candidates[name](source, beams) for _ in range(times)]
                         taken = [turn.cpu if threads == 1 else turn.wall for turn in turns]
                         seconds[name].append(statistics.fmean(taken))
                     speeds = {name: round(batch * length / statistics.median(seconds[name]), 1) for name in present}
-                    setting = {"beams": beams, "batch": batch, "threads": threads, "rounds": rounds}
+                    setting = {"beams": beams, "batch": batch, "threads": threads}
                     rows.append(setting | {"tokens_per_second": speeds})
                     print(f"{tables.decoding(rows[-1])}, {threads} threads: tokens a second", end="")
                     print(*(f" {name} {speed:.0f}" for name, speed in speeds.items()), sep=",", flush=True)

@@ -46,10 +46,12 @@ def translator(name: str, folder: Path, beams: int, threads: int) -> Callable[[R
     if name == CTRANSLATE2:
         return by_ctranslate2(folder, beams, threads)
     import torch
+    import transformers
     from transformers import AutoModelForSeq2SeqLM
 
     from hf_nmsparse import generation
 
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
     padding, end = model.config.pad_token_id, model.config.eos_token_id
@@ -220,6 +222,7 @@ def main() -> None:
     from hf_nmsparse.corpus import load_corpus
     from hf_nmsparse.metrics import score
 
+    transformers.logging.disable_progress_bar()
     machine, rows, missing = timing.machine(), [], {}
     try:
         version = f"CTranslate2 {importlib.import_module('ctranslate2').__version__}"

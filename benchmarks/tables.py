@@ -145,7 +145,7 @@ def generate_of(record: dict[str, Any]) -> str:
     lines += [
         f"Tokens a second, and in brackets the speed-up over {baseline}; bytes of the model file. "
         f"{record['model']}, random weights, {record['source_tokens']} tokens in, {record['new_tokens']} out, medians "
-        f"of up to {record['rounds']} interleaved turns."
+        f"of {record['rounds']} interleaved turns."
         + (f" Greedy tokens that agree with those of transformers in fp32: {same}." if same else "")
         + f" transformers {record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {machine(record)}",
         *(f"\nNot measured: {name} ({why})." for name, why in record["missing"].items()),
