@@ -158,7 +158,7 @@ def notes(runs: list[Evaluation]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": table,
-    "methods": methods_table,
+    "sparse_method": methods_table,
     **tables.TABLES,
     **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
@@ -168,7 +168,7 @@ def home(name: str) -> Path:
     """The file that shows a table."""
     if name == "summary":
         return ROOT / "README.md"
-    of_the_recipe = name in ("results", "faults", "methods") or name.startswith("study ")
+    of_the_recipe = name in ("results", "faults", "sparse_method") or name.startswith("study ")
     return ROOT / ("recipes" if of_the_recipe else "benchmarks") / "README.md"
 
 
