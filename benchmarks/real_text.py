@@ -216,7 +216,7 @@ def main() -> None:
     options = parser.parse_args()
 
     import transformers
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     from benchmarks import tables, timing
     from hf_nmsparse.corpus import load_corpus
@@ -262,7 +262,7 @@ def main() -> None:
         **machine,
         "transformers": transformers.__version__,
         "ctranslate2": version,
-        "model": str(options.model),
+        "model": timing.describe(AutoModelForSeq2SeqLM.from_pretrained(options.model)),
         "rounds": options.rounds,
         "threads": options.threads,
         "signature": result.signature,
