@@ -381,6 +381,19 @@ def test_without_an_engine_transformers_runs() -> None:
 class TestChanges:
     """The engine follows the model."""
 
+    @NEEDS_ENGINE
+    @pytest.mark.parametrize("compute", ["fp32", "int8"])
+    def test_it_is_kept_between_calls_of_a_packed_model(self, compute: str, tmp_path: Path) -> None:
+        model = marian()
+        sparsify(model, NMSparseConfig("2:4"))
+        finalize(model)
+        save_packed(model, tmp_path)
+        asked = NMSparseQuantizationConfig(compute=compute)
+        loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=asked)
+        first = engine_for(loaded)
+        loaded.generate(**batch_of(sentences(4, 9, 2)), max_new_tokens=3)
+        assert engine_for(loaded) is first
+
     def test_it_is_kept_and_renewed(self, runner: str) -> None:
         model = copy.deepcopy(trained("marian"))
         batch = batch_of(sentences(4, 9, 2))

@@ -304,7 +304,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, weights: Iterable[Packed], tables: Iterable[Table]) -> None:
-        weights = list(weights)
+        weights, config = list(weights), EngineConfig.from_buffer_copy(config)
         # Beside the rounding of int8 activations that of fp16 is nothing, and it halves what attention reads.
         config.half_cache = any(weight.format.endswith("int8") for weight in weights)
         self._borrowed: list[Array] = []  # what C++ reads lives as long as the engine
