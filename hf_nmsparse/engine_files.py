@@ -52,7 +52,7 @@ class LoadedEngine:
     formats: Mapping[str, int]
 
 
-def load_engine(folder: Path, compute: str = "auto", threads: int = 1) -> LoadedEngine:
+def load_engine(folder: Path, compute: str = "auto", threads: int = 1, half_cache: bool = False) -> LoadedEngine:
     """The engine of the model in a folder: packed, or dense in safetensors files.
 
     Args:
@@ -60,6 +60,7 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1) -> Loaded
         compute: ``"auto"`` computes packed files in the numbers that they hold and dense ones in fp32; ``"int8"``,
             ``"bf16"`` and ``"fp32"`` say in what all products are computed.
         threads: How many threads prepare the weights.
+        half_cache: Whether the decoder keeps keys and values in fp16.
 
     Raises:
         PackedFormatError: A file is damaged or breaks a rule of the format.
@@ -71,6 +72,7 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1) -> Loaded
     config = read_object(folder / "config.json")
     record, dtype = _record(config, folder), _dtype(config)
     spec = read(config, bf16=compute == "auto" and record is not None and dtype == "bfloat16")
+    spec.config.half_cache = half_cache
     for side in (spec.config.encoder, spec.config.decoder):
         if side.positions > _MOST_POSITIONS:
             raise ValueError(f"translator: at most {_MOST_POSITIONS:,} positions, config.json says {side.positions:,}")

@@ -84,6 +84,9 @@ class Translator:
         tgt_lang: The target language where a call names none.
         shortlist: Whether the shortlist in the folder is used, where `nmsparse shortlist` has left one: the head is
             computed for a sentence's candidates alone.
+        half_cache: Whether the decoder keeps keys and values in fp16. That is half the memory, and a few percent faster
+            in large batches; with int8 about 4 sentences of 100 come out otherwise than in transformers' loop, where it
+            is 1 with fp32.
         revision: Branch, tag or commit on the Hub.
         token: For the Hub, as ``from_pretrained`` takes it.
 
@@ -101,6 +104,7 @@ class Translator:
         src_lang: str | None = None,
         tgt_lang: str | None = None,
         shortlist: bool = True,
+        half_cache: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> None:
@@ -110,7 +114,7 @@ class Translator:
         self._folder = _folder(os.fspath(model), revision, token)
         self._threads = _cpus() if threads is None else threads
         self._languages = src_lang, tgt_lang
-        loaded = load_engine(self._folder, compute, self._threads)
+        loaded = load_engine(self._folder, compute, self._threads, half_cache)
         self._engine, self._spec, self.formats = loaded.engine, loaded.spec, loaded.formats
         candidates = read_shortlist(self._folder) if shortlist else None
         self._has_shortlist = candidates is not None

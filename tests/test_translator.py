@@ -189,6 +189,17 @@ def test_eight_threads_at_once_give_the_same(translator: Translator) -> None:
             assert found == expected[beams]
 
 
+def test_caches_in_fp16_round_scores_and_no_more(folder: Path, translator: Translator) -> None:
+    texts = [text for text in TEXTS if text.strip()]
+    half = Translator(folder, threads=1, half_cache=True)
+    rounded, exact = (
+        np.concatenate([row.token_scores for row in one.score(texts, texts)]) for one in (half, translator)
+    )
+    assert not np.array_equal(rounded, exact)
+    # Keys and values are off by 2**-12 of themselves at most, and log-probabilities here are below 16.
+    assert np.abs(rounded - exact).max() < 16 * 2**-8
+
+
 def test_prefixes_and_what_is_said_of_a_translation(translator: Translator) -> None:
     prefixes = [(5, 6), (), (7,)]
     found = translator.translate_ids(ROWS[:3], prefixes=prefixes, max_new_tokens=6, return_attention=True)

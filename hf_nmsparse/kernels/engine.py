@@ -304,9 +304,6 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, weights: Iterable[Packed], tables: Iterable[Table]) -> None:
-        weights, config = list(weights), EngineConfig.from_buffer_copy(config)
-        # Beside the rounding of int8 activations that of fp16 is nothing, and it halves what attention reads.
-        config.half_cache = any(weight.format.endswith("int8") for weight in weights)
         self._borrowed: list[Array] = []  # what C++ reads lives as long as the engine
         handle = ctypes.c_void_p()
         _call("nms_engine_new", ctypes.byref(config), ctypes.byref(handle))
