@@ -186,7 +186,8 @@ def test_doctor_on_a_library_that_is_turned_off(
     unloaded.setenv("HF_NMSPARSE_NATIVE", "0")
     code, facts = told(capsys)
     assert code == 1
-    assert list(facts) == ["native library", "reason", "vector unit", "threads", "torch", "CPU"]
+    assert list(facts) == ["native library", "reason", "vector unit", "engine", "threads", "torch", "CPU"]
+    assert facts["engine"] == "the native library is not used: HF_NMSPARSE_NATIVE=0 turns it off"
     assert facts["native library"] == "not used"
     assert facts["reason"] == "HF_NMSPARSE_NATIVE=0 turns it off"
 
