@@ -496,7 +496,7 @@ def _doctor(args: argparse.Namespace) -> None:
             read(config)
         except ValueError as error:
             reason = reason or str(error).removeprefix("engine: ")
-        print(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
+        _row(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
 
 
 def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_nmsparse.engine_spec import Spec, TableSource, WeightSource, read
 from hf_nmsparse.kernels import engine, native
-from hf_nmsparse.kernels.engine import EarlyStopping, Engine, Packed, SearchConfig, Table, UnknownTokenError
+from hf_nmsparse.kernels.engine import EarlyStopping, Engine, Packed, SearchConfig, Table, UnableError
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.kernels.watched import state_of, watch
 from hf_nmsparse.layers import NMLinear
@@ -189,8 +189,8 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if isinstance(request, _Request):
             try:
                 return _translate(_engine(model, spec), spec, request)
-            except UnknownTokenError:
-                pass  # it counts for positions in a way that the engine does not know
+            except UnableError:
+                pass  # padding among the tokens, or too many of them: transformers knows what to do
     return stock(model, *args, **kwargs)
 
 

@@ -28,7 +28,7 @@ from hf_nmsparse.kernels.engine import (
     SideConfig,
     Table,
     TableSlot,
-    UnknownTokenError,
+    UnableError,
     WeightSlot,
 )
 
@@ -254,4 +254,4 @@ def _beams(
 
 def _check(search: SearchConfig, token: int) -> None:
     if token == search.unknown_token != -1:
-        raise UnknownTokenError("engine: a translation took a token that has no position")
+        raise UnableError("engine: a translation took a token that has no position")

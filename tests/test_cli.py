@@ -157,8 +157,13 @@ class TestArguments:
         tiny.marian().save_pretrained(known)
         unknown.mkdir()
         (unknown / "config.json").write_text('{"model_type": "gpt2"}')
-        main(["doctor", str(known), str(unknown)])
-        lines = capsys.readouterr().out.splitlines()[-2:]
+        steers = tmp_path / "a\x1b[2Jb"  # what a terminal would follow
+        steers.mkdir()
+        shutil.copy(unknown / "config.json", steers)
+        main(["doctor", str(known), str(unknown), str(steers)])
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        lines = out.splitlines()[-3:-1]
         engine_is_here = engine.why_not() is None
         assert lines[0].startswith(f"{known}: " + ("the engine translates" if engine_is_here else "transformers"))
         assert lines[1].startswith(f"{unknown}: transformers translates: ")

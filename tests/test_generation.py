@@ -23,7 +23,7 @@ from hf_nmsparse import NMSparseConfig, finalize, generation, save_packed, set_c
 from hf_nmsparse.engine_spec import FAMILIES
 from hf_nmsparse.generation import engine_for, generate, why_not
 from hf_nmsparse.kernels import engine, native
-from hf_nmsparse.kernels.engine import UnknownTokenError
+from hf_nmsparse.kernels.engine import UnableError
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from tests.reference_engine import ReferenceEngine
 from tests.test_engine_spec import tiny_model
@@ -460,7 +460,7 @@ class TestChanges:
 
 
 def refuse(model: Any, spec: Any) -> Any:
-    raise UnknownTokenError("engine: refused")
+    raise UnableError("engine: refused")
 
 
 @pytest.fixture(scope="module")

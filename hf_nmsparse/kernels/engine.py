@@ -32,7 +32,7 @@ __all__ = [
     "SideConfig",
     "Table",
     "TableSlot",
-    "UnknownTokenError",
+    "UnableError",
     "WeightSlot",
     "why_not",
 ]
@@ -43,7 +43,7 @@ NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.int8): 2
 """Number types of tables; numpy has no bf16, so its bits stand in uint16."""
 
 NO_LAYER = -1
-_UNKNOWN_TOKEN = 2  # what the library returns where a hypothesis takes `SearchConfig.unknown_token`
+_UNABLE = 2  # `unable` of csrc/engine/error.h
 _ROOM = 512  # bytes of a message
 
 
@@ -267,8 +267,11 @@ class Hypothesis:
     attention: Array | None = None
 
 
-class UnknownTokenError(ValueError):
-    """A hypothesis took the token that `SearchConfig.unknown_token` names, so that nothing is translated."""
+class UnableError(ValueError):
+    """What is asked is right, and the engine cannot do it, so that nothing is translated.
+
+    A hypothesis took the token that `SearchConfig.unknown_token` names, or outgrew the model's positions.
+    """
 
 
 def why_not() -> str | None:
@@ -287,7 +290,7 @@ def _call(name: str, *arguments: Any) -> None:
     message = ctypes.create_string_buffer(_ROOM)
     code = getattr(library.library(), name)(*arguments, message, _ROOM)
     if code:
-        kind = UnknownTokenError if code == _UNKNOWN_TOKEN else ValueError
+        kind = UnableError if code == _UNABLE else ValueError
         raise kind(f"engine: {message.value.decode(errors='replace')}")
 
 
@@ -406,7 +409,7 @@ class Engine:
             For each sentence up to ``search.returned`` translations, the best first.
 
         Raises:
-            UnknownTokenError: A hypothesis took ``search.unknown_token``.
+            UnableError: A hypothesis took ``search.unknown_token``, or outgrew the model's positions.
             ValueError: An id, a length or a setting is not possible.
         """
         count = len(sources)
