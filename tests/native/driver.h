@@ -94,4 +94,17 @@ struct Random {
 
 Random draw;
 
+// The arguments `[--guard] NUMBER UNIT` of a driver that goes through so many cases on one unit; returns the number, or -1
+// where this machine has not the unit, which is said.
+inline int64_t cases_to_run(int count, char** arguments) {
+    guard = count == 4 && std::strcmp(arguments[1], "--guard") == 0;
+    const int first = guard ? 2 : 1;
+    std::signal(SIGABRT, on_signal);
+    if (guard) std::signal(SIGSEGV, on_signal);
+    require(count == first + 2, "name the number of cases and the unit");
+    if (nms_select_unit(arguments[first + 1])) return std::atoll(arguments[first]);
+    std::printf("%s: not on this machine\n", arguments[first + 1]);
+    return -1;
+}
+
 }  // namespace

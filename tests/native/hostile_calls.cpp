@@ -146,16 +146,8 @@ void mutate(const RandomModel& model) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    guard = count == 4 && std::string(arguments[1]) == "--guard";
-    const int first = guard ? 2 : 1;
-    std::signal(SIGABRT, on_signal);
-    if (guard) std::signal(SIGSEGV, on_signal);
-    require(count == first + 2, "name the number of mutations and the unit");
-    const int64_t mutations = std::atoll(arguments[first]);
-    if (!nms_select_unit(arguments[first + 1])) {
-        std::printf("%s: not on this machine\n", arguments[first + 1]);
-        return 0;
-    }
+    const int64_t mutations = cases_to_run(count, arguments);
+    if (mutations < 0) return 0;
     for (int64_t done = 0; done < mutations;) {
         RandomModel model(static_cast<Precision>(draw.below(3)));
         if (!model.config.decoder.positions) continue;  // which end the translations that shall be endless

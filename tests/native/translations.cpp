@@ -297,16 +297,8 @@ void check_model(int64_t number) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    guard = count == 4 && std::string(arguments[1]) == "--guard";
-    const int first = guard ? 2 : 1;
-    std::signal(SIGABRT, on_signal);
-    if (guard) std::signal(SIGSEGV, on_signal);
-    require(count == first + 2, "name the number of models and the unit");
-    const int64_t models = std::atoll(arguments[first]);
-    if (!nms_select_unit(arguments[first + 1])) {
-        std::printf("%s: not on this machine\n", arguments[first + 1]);
-        return 0;
-    }
+    const int64_t models = cases_to_run(count, arguments);
+    if (models < 0) return 0;
     for (int64_t number = 0; number < models; number++) check_model(number);
     std::printf("%s: translations of %lld models are right\n", nms_unit(), static_cast<long long>(models));
     return 0;
