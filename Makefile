@@ -43,13 +43,13 @@ bench: .venv/installed  ## masks, layers, whole models and training steps: half 
 	$(BIN)/python -m benchmarks.training
 
 # torch first: its own line picks the build that the index has for this machine, and nothing later replaces it.
-.venv/installed: pyproject.toml tests/constraints.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/*)
+.venv/installed: pyproject.toml tests/constraints.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/* hf_nmsparse/kernels/csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint tests/constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv-oldest/installed: pyproject.toml tests/constraints-oldest.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/*)
+.venv-oldest/installed: pyproject.toml tests/constraints-oldest.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/* hf_nmsparse/kernels/csrc/*/*)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint tests/constraints-oldest.txt --editable '.[plot]' \
 	    hypothesis packaging peft pytest sentencepiece tensorboard

@@ -21,14 +21,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from transformers.utils import logging
 
-from hf_nmsparse.cli import _copy_files_beside, _decoded, _device, _plain, main
+from hf_nmsparse.cli import main
+from hf_nmsparse.commands import _copy_files_beside, _device
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import engine
+from hf_nmsparse.line_files import _decoded
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.metrics import compare, score
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.sparse_model import sparsify
+from hf_nmsparse.terminal import plain
 from tests import tiny
 from tests.test_plots import write_run
 from tests.test_texts import FAMILIES
@@ -246,18 +249,18 @@ class TestStandardStreams:
 HOSTILE = "\nforged\x1b[31m\x9b\x07\r\x08\u202e\u2028\ud800"
 
 
-def plain(text: str) -> bool:
+def is_plain(text: str) -> bool:
     return all(char.isprintable() or char == "\n" for char in text)
 
 
 class TestNothingSteersTheTerminal:
     @given(st.text(alphabet=st.characters(exclude_categories=[])))
     def test_any_text(self, text: str) -> None:
-        assert plain(_plain(text))
-        assert _plain(text).count("\n") == text.count("\n")
+        assert is_plain(plain(text))
+        assert plain(text).count("\n") == text.count("\n")
 
     def test_ordinary_text_is_left_as_it_is(self) -> None:
-        assert _plain("größer: 日本語\n") == "größer: 日本語\n"
+        assert plain("größer: 日本語\n") == "größer: 日本語\n"
 
     @pytest.mark.parametrize("key", ["producer", "targets", "ignored", "pattern", "values", "format_version"])
     def test_what_config_json_carries(
@@ -272,8 +275,8 @@ class TestNothingSteersTheTerminal:
         captured = capsys.readouterr()
         assert "\\x1b[31m" in (captured.out if status == 0 else captured.err)
         assert "\nforged" not in captured.out + captured.err
-        assert plain(captured.out)
-        assert plain(captured.err)
+        assert is_plain(captured.out)
+        assert is_plain(captured.err)
 
     def test_keys_of_a_checkpoint(self, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(models / "dense", tmp_path / "m")
@@ -303,7 +306,7 @@ class TestNothingSteersTheTerminal:
         error = capsys.readouterr().err
         assert error.startswith("nmsparse: ")
         assert error.count("\n") == 1
-        assert plain(error)
+        assert is_plain(error)
 
 
 class TestReading:
@@ -641,7 +644,7 @@ class TestTranslate:
     def test_chunks_of_a_file_keep_the_order(
         self, models: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("hf_nmsparse.cli._CHUNK", 4)
+        monkeypatch.setattr("hf_nmsparse.commands._CHUNK", 4)
         (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in SENTENCES), encoding="utf-8")
         files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
         assert main(["translate", "--model", str(models / name), *files, "--max-length", "6"]) == 0

@@ -36,7 +36,8 @@ BANDS = {
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
     "translation": {"shortlist", "texts", "text_tokenizer", "translator", "positions", "pipeline"},
-    "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards", "cli", "__main__"},
+    "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards"},
+    "commands": {"terminal", "line_files", "commands", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
 }
 TORCH_ALONE = ("ground", "kernels", "idea", "model")

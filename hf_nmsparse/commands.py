@@ -1,0 +1,480 @@
+"""What the commands of ``nmsparse`` do. Each takes the arguments that `hf_nmsparse.cli` has read."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from hf_nmsparse.line_files import check_output, is_one_file, read_lines, reading, writing
+from hf_nmsparse.terminal import make_record_plain, named, one_line, row, say
+
+__all__ = ["convert", "doctor", "evaluate", "export", "inspect", "learn_shortlist", "pack", "plot", "translate"]
+
+# torch and transformers take seconds to import: each command imports what it needs.
+
+# What a folder holds beside the model: the tokenizer, whose class names more, the settings of generation, the card.
+_FILES_BESIDE = (
+    "README.md",
+    "generation_config.json",
+    "chat_template*",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*vocab*",
+    "merges.txt",
+    "*.spm",
+    "*.model",
+    "shortlist.safetensors",
+)
+
+# So many lines of a file are sorted by length together; longer chunks save little and delay the output.
+_CHUNK = 4096
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Checks a packed model and prints what is sparse in it."""
+    from hf_nmsparse.packed_files import check_folder
+    from hf_nmsparse.packed_format import packed_bytes
+
+    found = check_folder(args.path)
+    pattern = found.pattern
+    row(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
+    row(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
+    row(f"sparse layers  {len(found.layers)}, every one valid")
+    row(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
+    row(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
+    row(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
+    row(f"dense bytes    {found.dense_bytes:,}")
+    row(f"written by     {found.producer or 'unknown'}, format version {found.format_version}")
+    row(f"standalone     {'yes, with trust_remote_code=True' if found.standalone else 'no, this package reads it'}")
+    if args.layers:
+        for name, (rows, columns) in found.layers.items():
+            row(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, found.values):,} bytes")
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Writes a trained model as packed files."""
+    from hf_nmsparse.layers import sparse_layers
+    from hf_nmsparse.saving import save_packed
+
+    with _new_folder(args.target) as target:
+        model, _ = _load(args.source, tokenizer=False)
+        if sparse_layers(model):
+            if args.pattern is not None:
+                raise ValueError(f"{args.source} knows its own pattern; leave out --pattern")
+        elif args.pattern is None:
+            raise ValueError(f"{args.source} says nothing of sparsity; if its weights are masked, give --pattern 2:4")
+        else:
+            _mark_masked_layers(model, args.pattern)
+        save_packed(model, target, values=args.values, embeddings=args.embeddings, standalone=args.standalone)
+        _copy_files_beside(args.source, target)
+    inspect(argparse.Namespace(path=os.path.realpath(args.target), layers=False))
+
+
+def _mark_masked_layers(model: Any, text: str) -> None:
+    """Makes N:M layers of the linear layers whose weights keep to the pattern already."""
+    from hf_nmsparse.config import NMSparseConfig
+    from hf_nmsparse.masks import count_violations
+    from hf_nmsparse.pattern import NMPattern
+    from hf_nmsparse.sparse_model import select_layers, sparsify
+
+    pattern = NMPattern.parse(text)
+    chosen, _ = select_layers(model, NMSparseConfig(pattern))
+    masked = [name for name, layer in chosen.items() if not count_violations(layer.weight, pattern)]
+    if not masked:
+        raise ValueError(f"no linear layer of the model is {pattern} sparse; train it before it is packed")
+    for name in chosen:
+        if name not in masked:
+            say(f"nmsparse: {name} is not {pattern} sparse and stays dense", error=True)
+    sparsify(model, NMSparseConfig(pattern, masked if len(masked) < len(chosen) else None))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a sparse model as dense files."""
+    from hf_nmsparse.saving import export_dense
+
+    with _new_folder(args.target) as target:
+        model, _ = _load(args.source, tokenizer=False)
+        export_dense(model, target)
+        _copy_files_beside(args.source, target)
+    say(f"{args.target}: dense")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes a sparse-24-bitmask checkpoint as dense files."""
+    from hf_nmsparse.compressed_tensors import convert_bitmask
+
+    with _new_folder(args.target) as target:
+        count = convert_bitmask(args.source, target)
+    say(f"{args.target}: dense, {count} weights are 2:4 sparse")
+
+
+def translate(args: argparse.Namespace) -> None:
+    """Translates lines of text."""
+    with reading(args.input) as source:
+        check_output(args.output, args.input)
+        chunks = _translations(args, source, _CHUNK if Path(args.input).is_file() else args.batch_size)
+        first = next(chunks, [])  # whatever fails fails before the output is touched
+        with writing(args.output) as target:
+            for chunk in chain([first], chunks):
+                target.writelines(f"{text}\n" for text in chunk)
+                target.flush()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Translates a test set and scores it."""
+    from hf_nmsparse.evaluation import versions
+    from hf_nmsparse.metrics import compare, score
+
+    # Whatever can be wrong is found before the translation rather than after it.
+    sources, references = read_lines(args.source), read_lines(args.reference)
+    baseline = None if args.baseline is None else read_lines(args.baseline)
+    for name, lines in ((args.reference, references), (args.baseline, baseline)):
+        if lines is not None and len(lines) != len(sources):
+            raise ValueError(
+                f"{args.source} has {len(sources)} lines and {name} has {len(lines)}; they must be aligned"
+            )
+    if not sources:
+        raise ValueError(f"{args.source} is empty")
+    score(references, references, args.tokenize)
+    for output, other in ((args.output, None), (args.json, args.output)):
+        check_output(output, args.source, args.reference, args.baseline)
+        if output is not None and other is not None and is_one_file(output, other):
+            raise ValueError(f"{output} is given as --output and as --json; name two files")
+
+    hypotheses = [text for chunk in _translations(args, iter(sources), _CHUNK) for text in chunk]
+    if args.output is not None:
+        with writing(args.output) as file:
+            file.writelines(f"{text}\n" for text in hypotheses)
+    result = score(hypotheses, references, args.tokenize)
+    say(result)
+    asked = (
+        "model",
+        "source",
+        "reference",
+        "baseline",
+        "beams",
+        "max_length",
+        "compute",
+        "head",
+        "src_lang",
+        "tgt_lang",
+    )
+    record = {
+        **asdict(result),
+        "against_baseline": None,
+        "arguments": {key: getattr(args, key) for key in asked},
+        "versions": versions(),
+    }
+    if baseline is not None:
+        comparison = compare(hypotheses, baseline, references, tokenize=args.tokenize)
+        say(comparison)
+        record["against_baseline"] = {
+            **asdict(comparison),
+            "difference": comparison.difference,
+            "verdict": comparison.verdict,
+        }
+    if args.json is not None:
+        with writing(args.json) as file:
+            file.write(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def learn_shortlist(args: argparse.Namespace) -> None:
+    """Learns a model's shortlist from a corpus."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from hf_nmsparse.engine_spec import read
+    from hf_nmsparse.shortlist import coverage, learn, save
+    from hf_nmsparse.texts import languages_of
+
+    if not Path(args.model).is_dir():
+        raise ValueError(f"no folder {args.model}")
+    config = AutoConfig.from_pretrained(args.model)
+    spec = read(config.to_dict())
+    tokenizer = _load_tokenizer(args.model)
+    if languages_of(tokenizer):
+        raise ValueError(f"{args.model} has several languages, and a shortlist is of one pair")
+    has_settings = (Path(args.model) / "generation_config.json").is_file()
+    settings: Any = GenerationConfig.from_pretrained(args.model) if has_settings else config
+    forced = ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    given = [getattr(settings, name, None) for name in forced]
+    keep = {token for one in given if one is not None for token in (one if isinstance(one, list) else [one])}
+    texts = list(_translated_pairs(args) if args.translate else _pairs(args))
+    sources = tokenizer([source for source, _ in texts])["input_ids"]
+    targets = tokenizer(text_target=[target for _, target in texts])["input_ids"]
+    source_vocabulary, target_vocabulary = spec.config.encoder.vocabulary, spec.config.target_vocabulary
+    shortlist = learn(
+        zip(sources, targets, strict=True),
+        source_vocabulary,
+        target_vocabulary,
+        keep=keep,
+        per_token=args.per_token,
+        always=args.always,
+        copies=source_vocabulary == target_vocabulary and not getattr(tokenizer, "separate_vocabs", False),
+    )
+    kept, found = coverage(shortlist, list(zip(sources, targets, strict=True)))
+    file = save(shortlist, args.model)
+    say(f"{file}: {kept:,.0f} of {target_vocabulary:,} tokens a sentence, with {found:.1%} of the targets' tokens")
+
+
+def _pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The sentence pairs of ``--corpus``."""
+    from hf_nmsparse.pairs import read_pairs
+
+    files = tuple(map(Path, args.corpus))
+    if len(files) > 2:
+        raise ValueError(f"--corpus takes a file of pairs, or a source and its target, got {len(files)} files")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no file {file}")
+    for pair in read_pairs(files, args.source_lang, args.target_lang):
+        yield pair["source"], pair["target"]
+
+
+def _translated_pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The lines of ``--corpus`` with the model's own translations."""
+    from hf_nmsparse.pipeline import translate
+
+    if len(args.corpus) != 1:
+        raise ValueError(f"--translate takes one file of source text, got {len(args.corpus)}")
+    lines = [line for line in read_lines(args.corpus[0]) if line.strip()]
+    model, tokenizer = _load(args.model)
+    _mask_for_good(model)
+    return zip(lines, translate(model, tokenizer, lines, 64), strict=True)
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draws finished runs."""
+    from hf_nmsparse.plots import plot_runs, read_runs
+
+    for file in plot_runs(read_runs(args.runs), args.output, args.format):
+        say(file)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Prints which kernels this machine runs, and what translates the models that are named."""
+    from hf_nmsparse.engine_spec import read
+    from hf_nmsparse.kernels import engine
+    from hf_nmsparse.kernels.__main__ import main as doctor
+    from hf_nmsparse.packed_files import read_object
+
+    for model in args.models:
+        if not (model / "config.json").is_file():
+            raise ValueError(f"doctor: {model} holds no config.json; name the folder of a model")
+    doctor()
+    for model in args.models:
+        config, reason = read_object(model / "config.json"), engine.why_not()
+        try:
+            read(config)
+        except ValueError as error:
+            reason = reason or str(error).removeprefix("engine: ")
+        row(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
+
+
+def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:
+    """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
+    given = {"num_beams": args.beams, "max_length": args.max_length}
+    settings = {key: value for key, value in given.items() if value is not None}
+    translate = _on_engine(args, settings) or _on_torch(args, settings)
+
+    def translated(sentences: list[str]) -> list[str]:
+        return [" ".join(text.splitlines()) for text in translate(sentences)]
+
+    return map(translated, iter(lambda: list(islice(lines, chunk)), []))
+
+
+def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]] | None:
+    """Translates on the native engine; None for what that does not run, which transformers may know or refuse."""
+    chosen = args.head is not None or args.compute in ("dense", "reference")
+    if os.environ.get("HF_NMSPARSE_ENGINE") == "0" or chosen or not _on_cpu(args.device):
+        return None
+    from hf_nmsparse.translator import Translator
+
+    try:
+        translator = Translator(args.model, compute=args.compute or "auto", threads=args.threads)
+        translator.check(**settings)
+    except ValueError:
+        return None
+
+    def translate(sentences: list[str]) -> list[str]:
+        languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
+        found = translator.translate(sentences, batch_size=args.batch_size, **languages, **settings)
+        return [translation.text for translation in found]
+
+    return translate
+
+
+def _on_cpu(device: str | None) -> bool:
+    """Whether a CPU is to translate. Only where there may be a GPU is torch asked, which takes a second to import."""
+    if device is not None:
+        return device == "cpu"
+    for name in ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libamdhip64.so"):
+        with suppress(OSError):  # no such driver
+            ctypes.CDLL(name)
+            return _device(None) == "cpu"
+    return True
+
+
+def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]]:
+    """Translates with the model of transformers."""
+    import torch
+
+    from hf_nmsparse.compute import set_compute
+    from hf_nmsparse.pipeline import translate
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = _device(args.device)
+    model, tokenizer = _load(args.model)
+    _mask_for_good(model)
+    if args.compute is not None or args.head is not None:
+        set_compute(model, args.compute or "auto", args.head)
+    model.to(device)
+
+    def translated(sentences: list[str]) -> list[str]:
+        languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
+        try:
+            return translate(model, tokenizer, sentences, args.batch_size, **languages, **settings)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--device {device}: {error}; give a smaller --batch-size") from error
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # what is raised for settings that do not fit the model is up to each model
+            raise ValueError(f"{args.model} cannot translate: {named(error)}") from error
+
+    return translated
+
+
+def _device(name: str | None) -> str:
+    """The device to compute on: the one that was named, if numbers can be had there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that were devices once
+            torch.zeros(1, device=name).item()
+    except Exception as error:  # what is raised is up to each device: AssertionError, ModuleNotFoundError and others
+        raise ValueError(f"--device {name}: {str(error).strip()}") from error
+    return name
+
+
+def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
+    """The model in a folder or on the Hub, and its tokenizer.
+
+    Nobody is asked whether to run code that comes with them: the terminal may be where the sentences come from.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_nmsparse.loading import load_seq2seq
+    from hf_nmsparse.packed_format import PackedFormatError
+
+    disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(make_record_plain)
+    if not Path(source).is_dir() and (Path(source).exists() or source.count("/") != 1):
+        raise ValueError(f"no folder {source}, and no 'user/name' on the Hub either")
+    try:
+        model = load_seq2seq(source, trust_remote_code=False)
+        if (Path(source) / "generation_config.json").exists():  # the model passes over a damaged one in silence
+            GenerationConfig.from_pretrained(source)
+    except (PackedFormatError, OSError):
+        raise
+    except Exception as error:  # what is raised for damaged files is up to each reader
+        kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+        raise ValueError(f"{source} cannot be loaded: {kind}{str(error).strip()}") from error
+    return model, _load_tokenizer(source) if tokenizer else None
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # up to each tokenizer: TypeError among others, and no Exception where Rust panics
+        raise ValueError(f"{source}: no tokenizer could be loaded: {str(error).strip()}") from error
+
+
+def _mask_for_good(model: Any) -> None:
+    """Lets the layers of a training checkpoint run as plain linear layers, without a new mask in every forward."""
+    from hf_nmsparse.layers import NMLinear
+
+    for module in [module for module in model.modules() if isinstance(module, NMLinear)]:
+        module.finalize()
+        module.to_linear()
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder whose files move to ``path`` together, which was not there, or was empty.
+
+    Where the block fails nothing of it stays, and what another process has put there does.
+    """
+    from safetensors import SafetensorError
+
+    from hf_nmsparse.files import model_folder
+
+    place = Path(os.path.realpath(path))
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"{path} is there already; give a new folder")
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    written = str(path)
+    try:
+        with model_folder(place) as beside:
+            # A folder of its own, for who saves a model locks where it goes, and the one beside is locked.
+            folder = Path(written := tempfile.mkdtemp(dir=beside))
+            yield folder
+            for file in folder.iterdir():
+                file.replace(beside / file.name)
+            folder.rmdir()
+    except BaseException as error:
+        for left in made:
+            with suppress(OSError):  # another process has put something there
+                left.rmdir()
+        if isinstance(error, SafetensorError):  # of a full disk, where others raise OSError
+            raise ValueError(f"{path} could not be written: {error}") from error
+        if isinstance(error, ValueError) and written in str(error):
+            raise ValueError(str(error).replace(written, str(path))) from error
+        raise
+
+
+def _copy_files_beside(source: str, target: Path) -> None:
+    """Copies tokenizer, generation settings and card as they are; of a Hub model the tokenizer is loaded and saved."""
+    if not Path(source).is_dir():
+        _load_tokenizer(source).save_pretrained(target)
+        return
+    for pattern in (*_FILES_BESIDE, *_tokenizer_files(source)):
+        for file in Path(source).glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def _tokenizer_files(folder: str) -> set[str]:
+    """What the class of the tokenizer in a folder calls its files; nothing where there is none that loads."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it would be used with
+            return set(_load_tokenizer(folder).vocab_files_names.values())
+    except ValueError as error:
+        if (Path(folder) / "tokenizer_config.json").exists():
+            say(f"nmsparse: {one_line(error)}; its files of unusual names stay behind", error=True)
+        return set()
