@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -16,6 +16,7 @@ from hf_nmsparse.generation_settings import Search, read_settings, search_of
 from hf_nmsparse.kernels.engine import Array, Hypothesis
 from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
+from hf_nmsparse.streaming import pieces
 from hf_nmsparse.text_tokenizer import load_tokenizer
 from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, longest_text, read_texts
 
@@ -24,6 +25,8 @@ __all__ = ["Scored", "Translation", "Translator"]
 _CHUNK = 4096  # sentences of an iterable that are sorted and translated together
 _WATCHED = 256  # sentences whose attention is held at a time
 _STEP = 0x9E3779B97F4A7C15  # between the seeds of two sentences, as in csrc/engine/engine.cpp
+
+_Watch = Callable[[int, list[int]], None]  # as the engine calls it
 
 # What is on the Hub beside these is not the model's weights or its tokenizer.
 _FILES = ["*.json", "*.safetensors", "*.spm", "*.model", "*.txt"]
@@ -182,7 +185,7 @@ class Translator:
         """
         sentences = list(read_texts(texts, "translate"))
         asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
-        return self._translated(sentences, src_lang, tgt_lang, asked, 0)
+        return self._with_texts(self._done(self._task(sentences, src_lang, tgt_lang, asked), 0))
 
     def translate_iterable(
         self, texts: Iterable[str], *, chunk_size: int = _CHUNK, **arguments: Any
@@ -203,8 +206,44 @@ class Translator:
         languages = arguments.pop("src_lang", None), arguments.pop("tgt_lang", None)
         asked = _Asked.of(arguments)
         while chunk := list(islice(waiting, chunk_size)):
-            yield from self._translated(chunk, *languages, asked, first)
+            yield from self._with_texts(self._done(self._task(chunk, *languages, asked), first))
             first += len(chunk)
+
+    def stream(
+        self, text: str, *, src_lang: str | None = None, tgt_lang: str | None = None, seed: int = 0, **settings: Any
+    ) -> Iterator[str]:
+        """Translates one sentence and gives its text piece by piece, each as soon as it is sure.
+
+        With beams that is what all of them begin with. The pieces put together are the text that `translate` gives.
+        Where transformers' tokenizer is a slow one, whose text may change with what follows, there is one piece.
+
+        Args:
+            text: The text.
+            src_lang: As in `translate`.
+            tgt_lang: As in `translate`.
+            seed: As in `translate`.
+            **settings: As in `translate`, but for ``num_return_sequences``.
+
+        Returns:
+            The pieces. The translation begins with the first that is asked for, and ends where the iterator is closed.
+
+        Raises:
+            ValueError: As `translate` does, at once.
+        """
+        asked = _Asked(settings, seed=seed)
+        if not isinstance(text, str):
+            raise ValueError(f"stream: takes one text, got {type(text).__name__}; translate takes several")
+        task = self._task([text], src_lang, tgt_lang, asked)
+        if task.search.config.returned > 1:
+            raise ValueError("stream: gives one translation; leave num_return_sequences out")
+        tokenizer = self.tokenizer
+        grows = getattr(tokenizer, "is_fast", True)
+
+        def translate(tell: Callable[[Sequence[int]], None]) -> Sequence[int]:
+            watch = (lambda _, tokens: tell(tokens[1:])) if grows else None
+            return self._done(task, 0, watch)[0].tokens
+
+        return pieces(translate, self._text_of)
 
     def translate_ids(
         self,
@@ -306,10 +345,8 @@ class Translator:
         """
         self._search(_Asked(settings))
 
-    def _translated(
-        self, texts: list[str], src_lang: str | None, tgt_lang: str | None, asked: _Asked, first: int
-    ) -> list[Translation]:
-        """Translates texts of which ``first`` others came before."""
+    def _task(self, texts: list[str], src_lang: str | None, tgt_lang: str | None, asked: _Asked) -> _Task:
+        """What there is to do for some texts: all that can be refused is refused here."""
         direction = self._direction(src_lang, tgt_lang)
         for name, value in direction.settings.items():
             given = asked.settings.get(name)
@@ -322,14 +359,18 @@ class Translator:
             check_target(self._model, self.tokenizer, own)
         asked = asked.with_settings(direction.settings)
         search = self._search(asked)
-        todo = [place for place, text in enumerate(texts) if text.strip()]
-        rows = self._encoded([texts[place] for place in todo], direction)
-        found: list[Any] = [None] * len(todo)
-        self._run(search, rows, [()] * len(rows), range(len(rows)), [first + place for place in todo], asked, found)
-        translations = [Translation("", ())] * len(texts)
-        for place, translation in zip(todo, found, strict=True):
+        places = [place for place, text in enumerate(texts) if text.strip()]
+        return _Task(len(texts), places, self._encoded([texts[place] for place in places], direction), asked, search)
+
+    def _done(self, task: _Task, first: int, watch: _Watch | None = None) -> list[Translation]:
+        """The translations of a task before which ``first`` texts came, without their texts."""
+        rows, seeds = task.rows, [first + place for place in task.places]
+        found: list[Any] = [None] * len(rows)
+        self._run(task.search, rows, [()] * len(rows), range(len(rows)), seeds, task.asked, found, watch)
+        translations = [Translation("", ())] * task.count
+        for place, translation in zip(task.places, found, strict=True):
             translations[place] = translation
-        return self._with_texts(translations)
+        return translations
 
     def _direction(self, src_lang: str | None, tgt_lang: str | None) -> Direction:
         own = self._languages
@@ -364,6 +405,7 @@ class Translator:
         seeds: Sequence[int],
         asked: _Asked,
         found: list[Any],
+        watch: _Watch | None = None,
     ) -> None:
         """Translates the rows at some places, each with a seed of its own place, into ``found``."""
         config = search.config
@@ -385,28 +427,44 @@ class Translator:
                 search.eos,
                 search.banned,
                 search.begin_banned,
+                watch,
             )
             for place, best in zip(chosen, hypotheses, strict=True):
                 found[place] = _translation(best, len(prefixes[place]) + 1, tuple(rows[place]), search)
             start = end
 
-    def _with_texts(self, translations: list[Translation]) -> list[Translation]:
+    def _text_of(self, tokens: Sequence[int]) -> str:
         tokenizer = self.tokenizer
-
-        def text_of(one: Translation) -> Translation:
-            text = tokenizer.decode(one.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            return Translation(
-                text,
-                one.tokens,
-                one.score,
-                one.token_scores,
-                tuple(map(text_of, one.alternatives)),
-                one.attention,
-                one.source,
-            )
-
         with self._lock:
-            return [text_of(one) if one.tokens else one for one in translations]
+            text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _with_texts(self, translations: Iterable[Translation]) -> list[Translation]:
+        return [
+            replace(one, text=self._text_of(one.tokens), alternatives=tuple(self._with_texts(one.alternatives)))
+            if one.tokens
+            else one
+            for one in translations
+        ]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some texts as the engine takes them.
+
+    Attributes:
+        count: How many texts there are.
+        places: Of those that are not blank.
+        rows: Their ids.
+        asked: What the call asks for.
+        search: How the engine goes about it.
+    """
+
+    count: int
+    places: list[int]
+    rows: list[list[int]]
+    asked: _Asked
+    search: Search
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import IntEnum
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,42 @@ def test_a_head_below_the_embedding_knows_its_targets() -> None:
 def test_ids_and_lengths_are_checked(sources: list[list[int]], prompts: list[list[int]]) -> None:
     with one_line():
         tokens_of(tiny(positions=24), sources, prompts)
+
+
+@needs_engine
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_watched_grows_into_the_translation(beams: int, threads: int) -> None:
+    told: dict[int, list[list[int]]] = {}
+    sources = [[5, 6, 7], [8], [9, 5, 5, 5, 8]]
+    search = SearchConfig(max_length=12, threads=threads, beams=beams)
+    prompts = [[START], [START, 6], [START]]
+    watched = tiny().translate(sources, search, prompts, [EOS], watch=lambda s, ids: told.setdefault(s, []).append(ids))
+    for sentence, states in told.items():
+        best = watched[sentence][0].tokens.tolist()
+        assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(states))
+        assert states[-1] == best
+        assert states[0][: len(prompts[sentence])] == prompts[sentence]
+        if beams == 1:  # each step is sure
+            assert [len(state) for state in states] == list(range(len(states[0]), len(best) + 1))
+    assert sorted(told) == [0, 1, 2]
+    assert [[one.tokens.tolist() for one in each] for each in watched] == tokens_of(
+        tiny(), sources, prompts, beams=beams
+    )
+
+
+@needs_engine
+def test_what_a_watcher_raises_ends_the_translation() -> None:
+    calls = []
+
+    def watch(sentence: int, tokens: list[int]) -> None:
+        calls.append(sentence)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny().translate([[5, 6]], SearchConfig(max_length=12, threads=1), [[START]], [EOS], watch=watch)
+    assert calls == [0]
+    assert tokens_of(tiny(), [[5, 6]])
 
 
 @needs_engine

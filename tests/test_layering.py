@@ -35,7 +35,7 @@ BANDS = {
         *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
-    "translation": {"shortlist", "texts", "text_tokenizer", "translator", "positions", "pipeline"},
+    "translation": {"shortlist", "texts", "text_tokenizer", "streaming", "translator", "positions", "pipeline"},
     "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards"},
     "commands": {"terminal", "line_files", "commands", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports

@@ -236,6 +236,28 @@ def test_blank_texts_have_blank_translations(translator: Translator) -> None:
     assert found[2] == Translation("", ())
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 4}, {"do_sample": True, "seed": 3}, {"no_repeat_ngram_size": 2}]
+)
+def test_a_stream_is_the_translation_in_pieces(translator: Translator, settings: dict[str, Any]) -> None:
+    texts = [text for text in TEXTS if text.strip()]
+    whole = [one.text for text in texts for one in translator.translate([text], max_length=24, **settings)]
+    streams = [list(translator.stream(text, max_length=24, **settings)) for text in texts]
+    assert ["".join(pieces) for pieces in streams] == whole
+    assert all(map(all, streams))  # no piece is empty
+    if settings.get("num_beams") is None:
+        assert max(map(len, streams)) > 5
+
+
+def test_a_stream_that_is_closed_leaves_the_translator_as_it_was(translator: Translator) -> None:
+    expected = translator.translate(TEXTS, max_length=24)
+    stream = translator.stream(TEXTS[1], max_length=60, min_length=50)
+    assert next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert translator.translate(TEXTS, max_length=24) == expected
+    assert list(translator.stream("  ")) == []
+
+
 def test_a_process_that_translates_has_no_torch(folder: Path) -> None:
     code = (
         "import sys; from hf_nmsparse import Translator;"
@@ -373,13 +395,15 @@ class TestWhatIsRefused:
         assert message in str(error.value)
 
     def test_ids(self, translator: Translator) -> None:
-        for rows, message in (
+        cases: list[tuple[Any, str]] = [
             ([[5, 300]], "source tokens are below 300, got 300"),
             ([[-1]], "source tokens are below 300, got -1"),
             ([[]], "the source has 0 tokens"),
             ([[2**40]], "does not fit 32 bits"),
+            ([[5.7]], "token ids are whole numbers in rows"),
             ([[5] * 65], "the source has 65 tokens, and the model takes 64"),
-        ):
+        ]
+        for rows, message in cases:
             with pytest.raises(ValueError, match=r"^engine: [^\n]+$") as error:
                 translator.translate_ids(rows, max_length=10)
             assert message in str(error.value)
@@ -387,6 +411,12 @@ class TestWhatIsRefused:
             translator.translate_ids([[5], [6]], prefixes=[[1]])
 
     def test_texts(self, translator: Translator) -> None:
+        with pytest.raises(ValueError, match="stream: takes one text, got list; translate takes several"):
+            translator.stream(["Der Garten"])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="stream: gives one translation; leave num_return_sequences out"):
+            translator.stream("Der Garten", num_beams=2, num_return_sequences=2)
+        with pytest.raises(ValueError, match="num_beams"):  # before anything is asked of it
+            translator.stream("Der Garten", num_beams=0)
         with pytest.raises(ValueError, match="expected a list of texts, got one text"):
             translator.translate("Der Garten")
         with pytest.raises(ValueError, match="sentence 1 is no text but int"):

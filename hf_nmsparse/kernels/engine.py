@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.int8): 2
 NO_LAYER = -1
 _UNABLE = 2  # `unable` of csrc/engine/error.h
 _ROOM = 512  # bytes of a message
+_WATCHER = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
 
 
 class Side(IntEnum):
@@ -394,6 +396,7 @@ class Engine:
         eos: Sequence[int],
         banned: Sequence[Sequence[int]] = (),
         begin_banned: Sequence[int] = (),
+        watch: Callable[[int, list[int]], None] | None = None,
     ) -> list[list[Hypothesis]]:
         """Translates sentences.
 
@@ -404,6 +407,9 @@ class Engine:
             eos: The ids that end a translation.
             banned: Lists of ids that must not be generated, one after the other where a list has several.
             begin_banned: Ids that the first generated token is not one of.
+            watch: Called after each step with the place of a sentence and the ids that its translation is sure to begin
+                with, the prompt's first. What it raises ends the translation and is raised here. With several threads
+                each calls it.
 
         Returns:
             For each sentence up to ``search.returned`` translations, the best first.
@@ -427,8 +433,18 @@ class Engine:
         inputs = [_lengths(sources), _flat(sources), _lengths(prompts), _flat(prompts)]
         longest = int(inputs[0].max(initial=0))
         attention = np.zeros((*tokens.shape, longest), np.float32) if search.attention else None
-        _call(
-            "nms_engine_translate",
+        raised: list[BaseException] = []
+
+        def watched(sentence: int, settled: Any, length: int) -> int:
+            try:
+                watch(sentence, settled[:length])  # type: ignore[misc]
+            except BaseException as error:  # nothing passes through C++ but a number
+                raised.append(error)
+                return 0
+            return 1
+
+        watcher = None if watch is None else _WATCHER(watched)
+        arguments = (
             self._handle,
             ctypes.byref(search),
             count,
@@ -437,7 +453,14 @@ class Engine:
             *(tokens.ctypes.data, lengths.ctypes.data, scores.ctypes.data),
             None if token_scores is None else token_scores.ctypes.data,
             None if attention is None else attention.ctypes.data,
+            watcher,
         )
+        try:
+            _call("nms_engine_translate", *arguments)
+        except ValueError:
+            if raised:
+                raise raised[0] from None
+            raise
         return [
             [
                 Hypothesis(
@@ -483,9 +506,11 @@ class Engine:
 
 def _flat(rows: Iterable[Sequence[int]]) -> Array:
     try:
-        return np.fromiter(chain.from_iterable(rows), np.int32)
+        return np.fromiter(map(index, chain.from_iterable(rows)), np.int32)
     except OverflowError:
         raise ValueError("engine: a token id does not fit 32 bits; check the tokenizer") from None
+    except TypeError as error:
+        raise ValueError(f"engine: token ids are whole numbers in rows: {error}") from None
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> Array:

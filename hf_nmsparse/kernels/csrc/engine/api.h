@@ -57,6 +57,10 @@ enum TableSlot : int32_t {
     table_slots = 8,
 };
 
+// Called after each step with a sentence and the first tokens of its translation, prompt included, which no later step
+// changes. 0 ends the call.
+using Watcher = int32_t (*)(int64_t sentence, const int32_t* tokens, int64_t count);
+
 enum EarlyStopping : int32_t { stop_if_no_better = 0, stop_when_full = 1, stop_never_early = 2 };
 
 struct SearchConfig {

@@ -159,7 +159,7 @@ std::shared_ptr<const Shortlist> Engine::shortlist_for(const SearchRules& rules)
 }
 
 std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, const Sentences& sources,
-                                                   const Sentences& prompts) {
+                                                   const Sentences& prompts, Watcher watcher) {
     check(sources, prompts);
     const SearchConfig& config = rules.config;
     const std::shared_ptr<const Shortlist> shortlist = shortlist_for(rules);
@@ -233,6 +233,10 @@ std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, con
                         else
                             search.advance(head && !logits ? best.data() + r : nullptr);
                         r += own;
+                        if (watcher) {
+                            const Search::Settled settled = search.settled();
+                            if (!watcher(chosen[i], settled.tokens, settled.count)) refuse("the caller has ended it");
+                        }
                         if (search.is_done())
                             batch.release(static_cast<int64_t>(i));
                         else

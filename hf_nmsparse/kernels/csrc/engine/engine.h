@@ -23,12 +23,13 @@ class Engine {
     explicit Engine(const EngineConfig& config) : model(config) {}
 
     // The best hypotheses of each sentence, best first. `attention` of a hypothesis is a row of source weights for each
-    // token behind the prompt, if the rules ask for it.
+    // token behind the prompt, if the rules ask for it. `watcher` may be null; threads call it each for its own sentences.
     struct Translation {
         std::vector<Hypothesis> hypotheses;
         std::vector<std::vector<float>> attention;
     };
-    std::vector<Translation> translate(const SearchRules& rules, const Sentences& sources, const Sentences& prompts);
+    std::vector<Translation> translate(const SearchRules& rules, const Sentences& sources, const Sentences& prompts,
+                                       Watcher watcher);
 
     // Of translations that begin from now on and whose rules ask for it.
     void use(std::shared_ptr<const Shortlist> shortlist);

@@ -259,6 +259,19 @@ int32_t Search::sample(const float* scores) {
     return tokens[kept - 1].second;
 }
 
+Search::Settled Search::settled() {
+    const std::vector<int32_t>& first = finished_.empty() ? beams_[0].tokens : finished_[0].tokens;
+    const auto shared = [&](const auto& hypotheses) {
+        const size_t at = static_cast<size_t>(settled_);
+        return std::all_of(hypotheses.begin(), hypotheses.end(), [&](const auto& hypothesis) {
+            return at < hypothesis.tokens.size() && hypothesis.tokens[at] == first[at];
+        });
+    };
+    if (done_) settled_ = static_cast<int64_t>(first.size());
+    while (settled_ < static_cast<int64_t>(first.size()) && shared(beams_) && shared(finished_)) settled_++;
+    return {first.data(), settled_};
+}
+
 void Search::choose_greedy(const Candidate& candidate) {
     Beam& beam = beams_[0];
     beam.ancestors.push_back(0);

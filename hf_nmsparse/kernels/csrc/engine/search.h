@@ -61,6 +61,14 @@ class Search {
     void advance(float* logits, int64_t stride, const Unit& unit);
 
     bool is_done() const { return done_; }
+
+    // The first tokens of what will be best, as far as all hypotheses share them: no later step changes them.
+    struct Settled {
+        const int32_t* tokens;
+        int64_t count;
+    };
+    Settled settled();
+
     std::vector<Hypothesis> take_hypotheses() { return std::move(finished_); }
 
   private:
@@ -87,7 +95,7 @@ class Search {
     double uniform();  // in [0, 1)
 
     const SearchRules& rules_;
-    int64_t prompt_length_, position_ = 0;
+    int64_t prompt_length_, position_ = 0, settled_ = 0;
     std::vector<Beam> beams_, next_;
     std::vector<Candidate> candidates_;
     std::vector<Hypothesis> finished_;
