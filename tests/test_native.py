@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -89,10 +90,21 @@ SIZES = [(256, 512), (96, 2048), (333, 68), (130, 260)]
 ROWS = (1, 2, 3, 5, 8, 16, 31, 65, 520)
 
 
+def has_neon(unit: str) -> bool:
+    """Whether an AArch64 machine has the unit; every one has NEON, and all of Apple's dot products."""
+    if unit != "neon_dotprod":
+        return unit == "neon"
+    info = Path("/proc/cpuinfo")
+    return sys.platform == "darwin" or (info.exists() and "asimddp" in info.read_text(encoding="utf-8"))
+
+
 def lacks(unit: str) -> str | None:
     """Why this machine cannot run a unit, as torch sees it."""
     if unit == "scalar":
         return None
+    machine = platform.machine().lower()
+    if unit.startswith("neon") or machine in ("aarch64", "arm64"):
+        return None if machine in ("aarch64", "arm64") and has_neon(unit) else f"it is {machine}"
     capability = torch.backends.cpu.get_cpu_capability()
     if unit == "avx2":
         return None if capability in ("AVX2", "AVX512") else f"torch finds {capability}"
@@ -167,7 +179,7 @@ def check_what_another_unit_left(folder: Path, unit: str) -> None:
         assert distance(layer(left["x"]), left["dense"].double()) < BOUNDS[name], name
     for name in (*loaded, "dense_int8"):  # the head is exported with its float weight
         exported = torch.export.load(folder / f"{name}.pt2").module()
-        if name == "dense_int8" or unit in native._UNITS_OF[left["lanes"]].split():
+        if name == "dense_int8" or unit in native._UNITS_OF[left["lanes"]]:
             assert distance(exported(left["x"]).detach(), left["dense"].double()) < BOUNDS[name], name
             continue
         message = rf"are no {name} weight of \[8, 16\] for the unit {unit}: they are for .*; export the model here"
@@ -220,7 +232,7 @@ def process(code: str, fails: bool = False, **environment: str) -> str:
 def test_a_unit_that_is_none_is_refused() -> None:
     code = "from hf_nmsparse.kernels import library; library.status()"
     message = process(code, fails=True, HF_NMSPARSE_UNIT="avx3")
-    assert "HF_NMSPARSE_UNIT: 'avx3' is none of avx512_bf16, avx512, avx2, scalar, or this machine has it" in message
+    assert "HF_NMSPARSE_UNIT: 'avx3' is none of avx512_bf16, avx512, avx2, neon_dotprod, neon, scalar, or this machine has it" in message
 
 
 def test_without_the_library_everything_computes_dense(tmp_path: Path) -> None:
@@ -301,7 +313,7 @@ def largest_error(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> 
 
     Each of the roundings of a sum of n products adds at most 2^-24 of the sum of magnitudes; the last term is for
     products below the smallest normal number, which units for bf16 take for zero. With int8 each x is off by half a
-    step of its row's 127 or 255 levels, and rows too small for a scale in fp32 count as zero.
+    step of its row's 127 to 255 levels, and rows too small for a scale in fp32 count as zero.
     """
     magnitudes = x.abs() @ weight.abs().T
     error = (x.shape[-1] + 4) * 2.0**-24 * magnitudes + x.shape[-1] * 2.0**-126
@@ -693,7 +705,7 @@ def test_what_the_line_says_of_a_weight() -> None:
     refused(changed(b"NMSX"), "fp32", 8, 16, "another version of hf_nmsparse, or are no weight; export the model again")
     refused(changed(order=2), "fp32", 8, 16, "another version of hf_nmsparse, or are no weight; export the model again")
     refused(packed[64:], "fp32", 8, 16, "another version of hf_nmsparse, or are no weight; export the model again")
-    others = {8: "avx512 and avx512_bf16", 16: "avx2 and scalar"}[lanes]
+    others = {8: "avx512, avx512_bf16", 16: "avx2, neon, neon_dotprod, scalar"}[lanes]
     refused(changed(lanes=24 - lanes), "fp32", 8, 16, f"they are for {others}; export the model here, or where it was")
     refused(changed(lanes=4), "fp32", 8, 16, "they are for units of 4 lanes")
     refused(packed[:-1], "fp32", 8, 16, "they are cut short")

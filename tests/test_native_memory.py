@@ -22,8 +22,8 @@ from hf_nmsparse.kernels.library import UNITS
 
 KERNELS = Path(__file__).parents[1] / "hf_nmsparse" / "kernels"
 DRIVERS = Path(__file__).parent / "native"
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMPILER, VALGRIND = shutil.which("g++"), shutil.which("valgrind")
+CROSS_COMPILER, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 SANITIZERS = [
     "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero",
     "-fno-sanitize-recover=all",
@@ -33,7 +33,7 @@ STOP = {"ASAN_OPTIONS": "abort_on_error=1", "UBSAN_OPTIONS": "abort_on_error=1:p
 SECONDS = 600  # for a process, on a busy machine
 
 # What a driver says at its end.
-PRODUCTS = r"\d+ products are right"
+PRODUCTS = r"\d+ products are right, bits [0-9a-f]{16}"
 MODELS = r"translations of \d+ models are right"
 CALLS = r"\d+ calls with \d+ mutations end well"
 
@@ -49,26 +49,28 @@ def run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def compile_(*arguments: str | Path) -> None:
-    assert COMPILER is not None
-    result = run([COMPILER, *arguments])
+def compile_(compiler: str | None, *arguments: str | Path) -> None:
+    assert compiler is not None
+    result = run([compiler, *arguments])
     assert result.returncode == 0, result.stderr
 
 
-def sources() -> dict[str, list[str]]:
-    """The sources of the library on this machine and the flags of each, as CMake has them but for warnings."""
+def sources(machine: str) -> dict[str, list[str]]:
+    """The sources of the library on a kind of machine and the flags of each, as CMake has them but for warnings."""
     text = (KERNELS / "CMakeLists.txt").read_text()
     for name, value in re.findall(r"set\((\w+)\s([^)]*)\)", text):
         text = text.replace(f"${{{name}}}", value)
     match = re.search(r"target_compile_options\(nmsparse PRIVATE ([^)]*)\)", text)
     assert match is not None
     flags = re.findall(r"-f[\w=-]+", match[1])
-    used = text if X86 else text.split("if(CMAKE_SYSTEM_PROCESSOR", maxsplit=1)[0]
+    used, *choices = re.split(r'if\(CMAKE_SYSTEM_PROCESSOR MATCHES "([^"]+)"\)', text)
+    for pattern, choice in zip(choices[::2], choices[1::2], strict=True):
+        used += choice if re.search(pattern, machine) else ""
     files = dict.fromkeys(sorted(re.findall(r"csrc/([\w/]+\.cpp)", used)), flags)
     for name, value in re.findall(r"set_source_files_properties\(csrc/(\w+\.cpp)([^)]*)\)", used):
-        files[name] = flags + re.findall(r"(?<!\w)-m\w+", value)
-    vector_units = {name for name in files if name.startswith("unit_avx")}
-    assert all(("-mavx2" in files[name]) or ("-mavx512f" in files[name]) for name in vector_units), files
+        files[name] = flags + re.findall(r"(?<!\w)-[mf][\w=.+-]+", value)
+    for_all = {name for name in files if name.startswith("unit_") and not any(f.startswith("-m") for f in files[name])}
+    assert for_all <= {"unit_scalar.cpp", "unit_neon.cpp"}, files
     return files
 
 
@@ -78,10 +80,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("plain"), "-O3")
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Makes a program of each driver with these options of the compiler."""
+def build(
+    folder: Path, *options: str, compiler: str | None = COMPILER, machine: str = platform.machine()
+) -> Path:
+    """Makes a program of each driver with these options of the compiler, which compiles for this kind of machine."""
     common: list[str | Path] = ["-g1", "-std=c++17", "-I", KERNELS / "csrc", *options]
-    files = sources()
+    files = sources(machine)
     drivers = sorted(DRIVERS.glob("*.cpp"))
     paths = {name: KERNELS / "csrc" / name for name in files} | {path.name: path for path in drivers}
     jobs: list[tuple[str | Path, ...]] = []
@@ -94,25 +98,26 @@ def build(folder: Path, *options: str) -> Path:
     own = folder / "own_scratch"
     renamed = (*files["runtime.cpp"], *common, "-Dscratch=library_scratch", "-c", paths["runtime.cpp"], "-o", own)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda arguments: compile_(*arguments), [*jobs, renamed]))
+        list(pool.map(lambda arguments: compile_(compiler, *arguments), [*jobs, renamed]))
     objects = {path.stem: path for path in folder.glob("*.o")}
     library = [path for stem, path in objects.items() if stem not in {driver.stem for driver in drivers}]
     for driver in drivers:
         parts = [own if driver.stem == "odd_sizes" and path.stem == "runtime" else path for path in library]
-        compile_(*common, objects[driver.stem], *parts, "-pthread", "-o", folder / driver.stem)
+        compile_(compiler, *common, objects[driver.stem], *parts, "-pthread", "-o", folder / driver.stem)
     return folder
 
 
-def check(command: Sequence[str | Path], units: Sequence[str], says: str) -> None:
-    """Runs the command once for each unit; units that this machine lacks say so."""
-    known = [unit for unit in units[::-1] if X86 or unit == "scalar"]  # the scalar unit first, which takes longest
+def check(command: Sequence[str | Path], units: Sequence[str], says: str) -> list[str]:
+    """Runs the command once for each unit; units that this machine lacks say so. Returns those that it has."""
+    ordered = units[::-1]  # the scalar unit first, which takes longest
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda unit: run([*command, unit]), known))
-    for unit, result in zip(known, results, strict=True):
+        results = list(pool.map(lambda unit: run([*command, unit]), ordered))
+    for unit, result in zip(ordered, results, strict=True):
         assert result.returncode == 0, f"{unit}: {result.stdout}{result.stderr}"
         assert result.stderr == "", unit
         expected = says if unit == "scalar" else f"({says}|not on this machine)"
         assert re.fullmatch(rf"{unit}: {expected}\n", result.stdout)
+    return [unit for unit, result in zip(ordered, results, strict=True) if "not on this machine" not in result.stdout]
 
 
 def sanitized(folder: Path, *options: str) -> Path:

@@ -21,7 +21,7 @@ __all__ = ["FORMATS", "UNITS", "Status", "library", "status"]
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
 """How a packed weight lies in memory, by the names of the modes of computing; the last three are dense weights'."""
 
-UNITS = ("avx512_bf16", "avx512", "avx2", "scalar")
+UNITS = ("avx512_bf16", "avx512", "avx2", "neon_dotprod", "neon", "scalar")
 
 _ABI = 6
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
@@ -122,5 +122,5 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     unit = loaded.nms_unit().decode()
     reason = "the fastest unit of this machine" if wanted is None else "HF_NMSPARSE_UNIT asks for this unit"
     if unit == "scalar" and wanted is None:
-        reason = "this machine has neither AVX2 nor AVX-512, so dense layers are faster"
+        reason = "this machine has neither AVX2 nor NEON, so dense layers are faster"
     return loaded, Status(path, unit, reason)

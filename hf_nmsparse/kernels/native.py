@@ -37,7 +37,7 @@ __all__ = [
 
 _HEADER = struct.Struct("=4siiiqq32x")  # what a packed weight begins with: `Header` in csrc/common.h
 _MAGIC, _ORDER = b"NMSW", 1
-_UNITS_OF = {8: "avx2 and scalar", 16: "avx512 and avx512_bf16"}  # by their lanes
+_UNITS_OF = {8: ("avx2", "neon", "neon_dotprod", "scalar"), 16: ("avx512", "avx512_bf16")}  # by their lanes
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _VALUES = {name: VALUE_DTYPES[name.removeprefix("dense_")] for name in FORMATS}
@@ -301,8 +301,8 @@ def _what_is_wrong(packed: Tensor, format: str, out_features: int, in_features: 
     magic, order, lanes, kind, rows, columns = _HEADER.unpack(head)
     if (magic, order) != (_MAGIC, _ORDER):
         return "they were made by another version of hf_nmsparse, or are no weight; export the model again"
-    if unit not in _UNITS_OF.get(lanes, "").split():
-        made_for = _UNITS_OF.get(lanes, f"units of {lanes} lanes")
+    if unit not in _UNITS_OF.get(lanes, ()):
+        made_for = ", ".join(_UNITS_OF.get(lanes, (f"units of {lanes} lanes",)))
         return f"they are for {made_for}; export the model here, or where it was with HF_NMSPARSE_UNIT={unit}"
     if (kind, rows, columns) != (FORMATS[format], out_features, in_features):
         known = dict(enumerate(FORMATS)).get(kind, f"format {kind}")

@@ -265,6 +265,15 @@ void describe_weight(Format format, int64_t out, int64_t in) {
              static_cast<long long>(in));
 }
 
+// The bits of all products so far; units that only differ in speed have the same.
+uint64_t bits_of_products = 0;
+
+void count_bits(const Numbers& y) {
+    const uint8_t* bytes = y.memory.get();
+    for (int64_t i = 0; i < y.count * static_cast<int64_t>(y.size); i++)
+        bits_of_products = (bits_of_products ^ bytes[i]) * 0x100000001b3;  // FNV-1a
+}
+
 // Every shape with some of the row counts; the rest of a case is drawn. Returns the number of products.
 int64_t check_products() {
     using Sizes = std::vector<int64_t>;
@@ -289,7 +298,9 @@ int64_t check_products() {
                     const Numbers* used = draw.coin() ? &bias : nullptr;
                     describe_product(w, x, used);
                     exact_scratch = !exact_scratch;
-                    check(w, x, used, multiply(w, x, used));
+                    const Numbers y = multiply(w, x, used);
+                    check(w, x, used, y);
+                    count_bits(y);
                 }
                 turn++;  // so that no shape meets the same row counts every time
             }
@@ -586,13 +597,15 @@ int main(int count, char** arguments) {
         }
         require(unit == nms_unit(), "another unit is chosen");
         draw = Random();
+        bits_of_products = 0xcbf29ce484222325;
         const int64_t products = check_products();
         check_strange_rows();
         if (!thin) check_widest();
         check_threads();
         check_callers();
         check_masks();
-        std::printf("%s: %lld products are right\n", unit.c_str(), static_cast<long long>(products));
+        std::printf("%s: %lld products are right, bits %016llx\n", unit.c_str(), static_cast<long long>(products),
+                    static_cast<unsigned long long>(bits_of_products));
     }
     return 0;
 }

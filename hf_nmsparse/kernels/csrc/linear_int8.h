@@ -15,7 +15,7 @@ struct LinearInt8 {
     static constexpr int64_t lanes = V::lanes;
     static constexpr int R = 2;  // vectors of rows of a block
 
-    // One row of x as unsigned bytes: x is about scale * (byte - zero), and zero itself is exact. A row with a number
+    // One row of x as bytes, whose sign is the unit's affair: x is about scale * (byte - zero), and zero itself is exact. A row with a number
     // that is not finite gets the scale NaN.
     static NMS_NOINLINE void quantise(const float* x, int64_t in, uint8_t* bytes, int64_t width, float* scale,
                                       int32_t* zero) {
@@ -35,14 +35,15 @@ struct LinearInt8 {
             check = V::fma(v, none, check);
         }
         const float finite = V::total(check);
-        const float step = V::highest(high) / V::int8_levels - V::lowest(low) / V::int8_levels;
+        constexpr float levels = V::int8_most - V::int8_least;
+        const float step = V::highest(high) / levels - V::lowest(low) / levels;
         const float inverse = step > 0.0f && finite == 0.0f ? 1.0f / step : 0.0f;
         const bool usable = inverse > 0.0f && inverse <= 3e38f;
         const float bottom = usable ? -V::lowest(low) * inverse : 0.0f;
-        *zero = static_cast<int32_t>(bottom + 0.5f);
+        *zero = static_cast<int32_t>(bottom + 0.5f) + static_cast<int32_t>(V::int8_least);
         *scale = (usable ? step : 0.0f) + finite;
         const F times = V::set(usable ? inverse : 0.0f), shift = V::set(static_cast<float>(*zero));
-        const F least = V::set(0.0f), most = V::set(V::int8_levels);
+        const F least = V::set(V::int8_least), most = V::set(V::int8_most);
         for (k = 0; k < in; k += lanes) {
             const F v = k + lanes <= in ? V::load(x + k) : V::load(x + k, static_cast<int>(in - k));
             const F level = V::fma(v, times, shift);

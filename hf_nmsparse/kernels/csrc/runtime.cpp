@@ -3,6 +3,12 @@
 
 #include <cstdlib>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace nms {
 
 namespace {
@@ -18,6 +24,22 @@ struct Scratch {
     ~Scratch() { std::free(memory); }
 };
 
+#if defined(__aarch64__)
+// Whether the system says that the machine has sdot; one that is not asked is taken to be without.
+bool has_dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP, which old headers lack
+    return getauxval(AT_HWCAP) & asimddp;
+#elif defined(__APPLE__)
+    int32_t has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
+}
+#endif
+
 bool available(const Unit& unit) {
     if (&unit == &scalar_unit) return true;
 #if defined(__x86_64__)
@@ -28,13 +50,18 @@ bool available(const Unit& unit) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
     return &unit == &avx512_unit ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
+#elif defined(__aarch64__)
+    return &unit == &neon_unit || has_dot_products();  // NEON is part of AArch64
+#else
     return false;
+#endif
 }
 
 const Unit* const units[] = {
 #if defined(__x86_64__)
     &avx512_bf16_unit, &avx512_unit, &avx2_unit,
+#elif defined(__aarch64__)
+    &neon_dotprod_unit, &neon_unit,
 #endif
     &scalar_unit};
 

@@ -32,7 +32,8 @@ struct Avx2 {
     static constexpr int lanes = 8;
     static constexpr int few_rows_tile = 4;
     static constexpr int int8_rows_tile = 4;
-    static constexpr float int8_levels = 127.0f;  // so that maddubs, which sums two products in 16 bits, cannot saturate
+    // So that maddubs, which sums two products in 16 bits, cannot saturate.
+    static constexpr float int8_least = 0.0f, int8_most = 127.0f;
 
     using Float = __m256;
     using Int = __m256i;

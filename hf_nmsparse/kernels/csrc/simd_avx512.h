@@ -13,7 +13,7 @@ struct Avx512 {
     static constexpr int lanes = 16;
     static constexpr int few_rows_tile = 8;
     static constexpr int int8_rows_tile = 8;
-    static constexpr float int8_levels = 255.0f;  // vpdpbusd sums in 32 bits
+    static constexpr float int8_least = 0.0f, int8_most = 255.0f;  // vpdpbusd sums in 32 bits
 
     using Float = __m512;
     using Int = __m512i;

@@ -15,7 +15,7 @@ struct Scalar {
     static constexpr int int8_rows_tile = 2;
     // Activations take seven bits: on machines without VNNI a pair of u8 x s8 products is summed in 16 bits, and
     // 2 * 127 * 127 fits them. The scalar unit computes the same numbers.
-    static constexpr float int8_levels = 127.0f;
+    static constexpr float int8_least = 0.0f, int8_most = 127.0f;
 
     struct Float {
         float lane[lanes];

@@ -20,7 +20,8 @@ struct Product {
 enum Activation : int32_t { relu = 0, gelu = 1, gelu_tanh = 2, silu = 3, activations = 4 };
 
 // Rows of numbers that products take: fp32, zeros behind a row's numbers up to the next multiple of 32; and, for int8
-// weights, bytes of which a row is about scale * (byte - zero), up to the next multiple of 64.
+// weights, bytes, signed or not as the unit multiplies them, of which a row is about scale * (byte - zero), up to the next
+// multiple of 64.
 struct Rows {
     float* x;
     int64_t stride;
@@ -145,6 +146,9 @@ extern const Unit avx2_unit;
 extern const Unit avx512_unit;
 extern const Unit avx512_bf16_unit;
 void multiply_pairs_avx512(const Product& product);
+#elif defined(__aarch64__)
+extern const Unit neon_unit;
+extern const Unit neon_dotprod_unit;
 #endif
 
 }  // namespace nms
