@@ -2,7 +2,8 @@
 
 The drivers in ``native`` are linked with the library's sources and run with buffers that end before pages that trap,
 then under AddressSanitizer and UndefinedBehaviorSanitizer, ThreadSanitizer and valgrind. ``odd_sizes`` is for products
-and masks, ``translations`` for what the engine computes, ``hostile_calls`` for what it refuses.
+and masks, ``translations`` for what the engine computes, ``hostile_calls`` for what it refuses. Where
+there is a cross compiler, qemu runs them for AArch64 too.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("plain"), "-O3")
 
 
-def build(
-    folder: Path, *options: str, compiler: str | None = COMPILER, machine: str = platform.machine()
-) -> Path:
+def build(folder: Path, *options: str, compiler: str | None = COMPILER, machine: str = platform.machine()) -> Path:
     """Makes a program of each driver with these options of the compiler, which compiles for this kind of machine."""
     common: list[str | Path] = ["-g1", "-std=c++17", "-I", KERNELS / "csrc", *options]
     files = sources(machine)
@@ -164,3 +163,66 @@ def test_valgrind_finds_nothing(plain: Path) -> None:
     check([*valgrind, plain / "odd_sizes", "--thin"], units, PRODUCTS)
     check([*valgrind, plain / "hostile_calls", "100"], units, CALLS)
     check([*valgrind, plain / "translations", "3"], ["avx2"], MODELS)  # a minute a model
+
+
+# ---- the units of AArch64 on a machine of another kind ----
+
+SYSROOT = Path("/usr/aarch64-linux-gnu")  # where Debian's cross compiler has the libraries of its programs
+# What qemu plays, and the units that such a machine has; an instruction beyond it ends the program.
+EMULATED = {"cortex-a72": ["scalar", "neon"], "neoverse-n1": ["scalar", "neon", "neon_dotprod"]}
+
+emulates = pytest.mark.skipif(
+    CROSS_COMPILER is None or QEMU is None or not SYSROOT.is_dir(),
+    reason="aarch64-linux-gnu-g++ or qemu-aarch64 is not installed",
+)
+
+
+def emulator(cpu: str) -> list[str | Path]:
+    assert QEMU is not None
+    return [QEMU, "-cpu", cpu, "-L", SYSROOT]
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the drivers, as programs of AArch64."""
+    return build(tmp_path_factory.mktemp("crossed"), "-O3", compiler=CROSS_COMPILER, machine="aarch64")
+
+
+@pytest.mark.long
+@emulates
+@pytest.mark.parametrize("cpu", EMULATED)
+def test_the_units_of_aarch64(cpu: str, crossed: Path) -> None:
+    here = emulator(cpu)
+    assert check([*here, crossed / "odd_sizes", "--guard"], UNITS, PRODUCTS) == EMULATED[cpu]
+    check([*here, crossed / "translations", "--guard", "6"], ["neon_dotprod", "neon"], MODELS)
+    check([*here, crossed / "translations", "--guard", "1"], ["scalar"], MODELS)
+    check([*here, crossed / "hostile_calls", "--guard", "1000"], UNITS, CALLS)
+
+
+@pytest.mark.long
+@emulates
+def test_the_units_of_aarch64_compute_the_same_bits(crossed: Path) -> None:
+    ran = run([*emulator("neoverse-n1"), crossed / "odd_sizes", "--thin", "neon", "neon_dotprod"])
+    assert ran.returncode == 0, ran.stdout
+    without, with_dot_products = ran.stdout.splitlines()
+    assert with_dot_products.replace("neon_dotprod", "neon") == without
+
+
+@pytest.mark.long
+@emulates
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_cmake_builds_the_library_of_aarch64(tmp_path: Path) -> None:
+    """Which picks the fastest unit of the machine that it runs on."""
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}"]
+    steps: list[list[str | Path]] = [["-S", KERNELS, "-B", tmp_path, *target], ["--build", tmp_path, "--parallel", "2"]]
+    for step in steps:
+        built = run(["cmake", *step])
+        assert built.returncode == 0, built.stdout + built.stderr
+        assert "warning" not in built.stdout + built.stderr
+    asks = tmp_path / "asks.cpp"
+    asks.write_text(
+        '#include <cstdio>\nextern "C" const char* nms_unit();\nint main() { std::puts(nms_unit()); }\n', "utf-8"
+    )
+    compile_(CROSS_COMPILER, asks, tmp_path / "libnmsparse.so", f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "asks")
+    for cpu, units in EMULATED.items():
+        assert run([*emulator(cpu), tmp_path / "asks"]).stdout == f"{units[-1]}\n"
