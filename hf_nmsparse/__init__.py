@@ -11,6 +11,7 @@ from hf_nmsparse import registration
 from hf_nmsparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hf_nmsparse.calibration import Calibration
     from hf_nmsparse.compute import set_compute
     from hf_nmsparse.config import NMSparseConfig
     from hf_nmsparse.optimizer import SparseStep
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hf_nmsparse.translator import Translation, Translator
 
 __all__ = [
+    "Calibration",
     "NMPattern",
     "NMSparseConfig",
     "NMSparseQuantizationConfig",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": "calibration",
     "NMPattern": "pattern",
     "NMSparseConfig": "config",
     "NMSparseQuantizationConfig": "quantization_config",

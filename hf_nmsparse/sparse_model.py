@@ -12,11 +12,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from hf_nmsparse.calibration import Calibration, prune_layers
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
 from hf_nmsparse.layers import NMLinear, sparse_layers
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
 from hf_nmsparse.packed_layers import KernelLinear
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.permutation import permute_channels
 from hf_nmsparse.sharding import is_sharded, local
 from hf_nmsparse.srste import soft_scale
 from hf_nmsparse.wrappers import is_of_peft, unwrapped
@@ -29,7 +31,13 @@ _NO_TARGET = "no target rule matches"
 _ADAPTED = ("base_model", "model", "base_layer")
 
 
-def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) -> dict[str, str]:
+def sparsify(
+    model: nn.Module,
+    config: NMSparseConfig,
+    trained: bool = False,
+    calibration: Calibration | None = None,
+    permute: bool = False,
+) -> dict[str, str]:
     """Turns the linear layers that ``config`` selects into N:M layers, in place.
 
     Adapters of PEFT stay dense, and the layers that they adapt become sparse. Weights stay dense masters; the forward
@@ -37,25 +45,41 @@ def sparsify(model: nn.Module, config: NMSparseConfig, trained: bool = False) ->
     model remembers ``config`` in its own configuration, so that a checkpoint of the training loads as a sparse model
     again; that is a copy of what it was built with, which other models may share.
 
+    Without ``calibration`` the masks are those of the magnitudes. With it the model is pruned at once by what the
+    layers see of a text: pruned masters become zero, so that magnitudes rank the same masks. A training goes on from
+    there: a pruned weight comes back where its gradient brings it above one that was kept.
+
     Args:
         model: Any module with ``nn.Linear`` layers, or what torch.compile or DDP made of it.
         config: Pattern and rules.
         trained: Whether the weights are masters of a training under ``config``. Otherwise a soft threshold scales
             them first, so that the thresholded weights come closest to the dense ones.
+        calibration: The batch, and the method that prunes with it.
+        permute: Whether input channels are put in an order first under which more magnitude is kept. The dense model
+            stays what it was but for rounding; see `permutation` for which layers this can be done.
 
     Returns:
         The linear layers that stay dense, by name, with the reason.
 
     Raises:
         ValueError: A rule matches no linear layer, or no layer would become sparse, or the model is sparse already, or
-            one of the two is something else.
+            one of the two is something else, or the weights are ``trained`` and would be pruned or permuted; or what
+            `permute_channels` and `prune_layers` refuse, the latter with layers pruned already.
     """
     model = _itself(model, "sparsify")
     if not isinstance(config, NMSparseConfig):
         raise ValueError(f"sparsify: takes a configuration such as NMSparseConfig('2:4'), got {config!r}")
     if sparse_layers(model):
         raise ValueError("sparsify: the model is sparse already; load the dense checkpoint to change pattern or rules")
+    if trained and (permute or calibration is not None):
+        raise ValueError("sparsify: trained masters know their masks; leave out calibration and permute")
+    if not isinstance(calibration, Calibration | None):
+        raise ValueError(f"sparsify: takes a Calibration, got {type(calibration).__name__}; see Calibration.of_pairs")
     chosen, dense = select_layers(model, config)
+    if permute:
+        permute_channels(model, chosen, config.pattern)
+    if calibration is not None:
+        prune_layers(model, chosen, config.pattern, calibration)
     for layer in chosen.values():
         sparse = NMLinear.from_linear(layer, config.pattern, config.soft)
         if config.soft and not trained:

@@ -18,10 +18,10 @@ CSRC = PACKAGE / "kernels" / "csrc"
 BANDS = {
     "ground": {"version", "pattern", "number_types", "packed_format", "rounding"},
     "kernels": {"kernels"},
-    "idea": {"masks", "srste", "schedule", "packing"},
+    "idea": {"masks", "srste", "schedule", "packing", "one_shot"},
     "model": {
         *("config", "sharding", "layers", "packed_layers", "sparse_model", "optimizer", "padding", "losses"),
-        "wrappers",
+        *("wrappers", "calibration", "permutation"),
     },
     "files": {
         *("files", "sparsity_record", "quantization_config", "packed_files", "checkpoint_fit", "saving", "standalone"),
