@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hf_nmsparse.losses import decoder_inputs
 from hf_nmsparse.one_shot import ONE_SHOT
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.positions import positions_of
 from hf_nmsparse.sharding import is_sharded
 
 __all__ = ["Calibration", "prune_layers"]
@@ -61,12 +62,16 @@ class Calibration:
             pairs: Rows with ``input_ids`` and ``labels``, lists of tokens.
             count: Pairs of the batch. SparseGPT wants more tokens than the widest layer has inputs: 256 pairs of 20
                 tokens for 2,048.
-            longest: Pairs with a side of more tokens are passed over: all others would be padded to their length.
+            longest: Pairs with a side of more tokens are passed over, since all others would be padded to their length;
+                so are those for which the model has no positions.
             method: As `Calibration` takes it.
 
         Raises:
             ValueError: No pair is short enough.
         """
+        # Where two lengths are the same, a side is padded by a token or two beyond its longest sentence.
+        positions = [positions_of(part) for part in (model.get_encoder(), model.get_decoder())]
+        longest = min([longest, *(limit - 2 for limit in positions if limit is not None)])
         rows = (tuple(torch.as_tensor(list(pair[name])) for name in ("input_ids", "labels")) for pair in pairs)
         short = list(islice((row for row in rows if all(0 < len(side) <= longest for side in row)), count))
         if not short:

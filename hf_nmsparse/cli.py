@@ -1,4 +1,4 @@
-"""The command ``nmsparse``: inspect, pack, export, translate, evaluate, shortlist, plot, doctor."""
+"""The command ``nmsparse``: inspect, prune, pack, export, translate, evaluate, shortlist, plot, doctor."""
 
 from __future__ import annotations
 
@@ -59,21 +59,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", action="store_true", help="list every sparse layer")
     command.set_defaults(run=commands.inspect)
 
+    command = subparsers.add_parser("prune", help="prune a dense model by a text, and write it as packed files")
+    command.add_argument("source", metavar="MODEL", help="folder of the dense model, or its name on the Hub")
+    command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help="source text, which the model translates itself, or source and target, one sentence a line",
+    )
+    command.add_argument("--pattern", default="2:4", help="N:M, N of M weights are kept (default: 2:4)")
+    command.add_argument(
+        "--method",
+        choices=("sparsegpt", "wanda", "magnitude"),
+        default="sparsegpt",
+        help="how weights are chosen (default: sparsegpt, which corrects those that stay); magnitude reads no text",
+    )
+    command.add_argument(
+        "--lines", type=_positive, default=256, metavar="N", help="use the first N sentences (default: 256)"
+    )
+    command.add_argument(
+        "--permute", action="store_true", help="put inner channels in an order first under which more is kept"
+    )
+    command.add_argument("--src-lang", metavar="CODE", help="source language of a multilingual model, such as eng_Latn")
+    command.add_argument("--tgt-lang", metavar="CODE", help="target language of a multilingual model")
+    _add_packing_arguments(command)
+    command.set_defaults(run=commands.prune)
+
     command = subparsers.add_parser("pack", help="write a trained model as packed files")
     command.add_argument("source", metavar="SRC", help="training checkpoint, packed model, or masked dense model")
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
-    command.add_argument("--values", choices=("fp32", "fp16", "bf16", "int8"), help="number type of the weights")
-    command.add_argument(
-        "--embeddings",
-        choices=("float", "int8"),
-        help="number type of embeddings and output projection (with int8: int8)",
-    )
     command.add_argument("--pattern", help="N:M, for a dense model whose weights are masked but not marked as such")
-    command.add_argument(
-        "--standalone",
-        action="store_true",
-        help="add the code with which transformers alone reads it, given trust_remote_code=True",
-    )
+    _add_packing_arguments(command)
     command.set_defaults(run=commands.pack)
 
     command = subparsers.add_parser("export", help="write a sparse model as dense files that any tool reads")
@@ -144,6 +161,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder of a model")
     command.set_defaults(run=commands.doctor)
     return parser
+
+
+def _add_packing_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--values", choices=("fp32", "fp16", "bf16", "int8"), help="number type of the weights")
+    command.add_argument(
+        "--embeddings",
+        choices=("float", "int8"),
+        help="number type of embeddings and output projection (with int8: int8)",
+    )
+    command.add_argument(
+        "--standalone",
+        action="store_true",
+        help="add the code with which transformers alone reads it, given trust_remote_code=True",
+    )
 
 
 def _add_model_arguments(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,18 @@ from typing import Any
 from hf_nmsparse.line_files import check_output, is_one_file, read_lines, reading, writing
 from hf_nmsparse.terminal import make_record_plain, named, one_line, row, say
 
-__all__ = ["convert", "doctor", "evaluate", "export", "inspect", "learn_shortlist", "pack", "plot", "translate"]
+__all__ = [
+    "convert",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+    "learn_shortlist",
+    "pack",
+    "plot",
+    "prune",
+    "translate",
+]
 
 # torch and transformers take seconds to import: each command imports what it needs.
 
@@ -65,6 +77,61 @@ def inspect(args: argparse.Namespace) -> None:
     if args.layers:
         for name, (rows, columns) in found.layers.items():
             row(f"{name}  {rows}x{columns}  {packed_bytes(rows, columns, pattern, found.values):,} bytes")
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Prunes a dense model by a text, and writes it as packed files."""
+    from hf_nmsparse.config import NMSparseConfig
+    from hf_nmsparse.layers import sparse_layers
+    from hf_nmsparse.saving import save_packed, values_name
+    from hf_nmsparse.sparse_model import sparsify
+
+    config = NMSparseConfig(args.pattern)
+    if (args.calibration is None) != (args.method == "magnitude"):
+        needs = "reads no text; leave out --calibration" if args.calibration else "needs a text; give --calibration"
+        raise ValueError(f"prune: --method {args.method} {needs}")
+    with _new_folder(args.target) as target:
+        model, _ = _load(args.source, tokenizer=False)
+        if sparse_layers(model):
+            raise ValueError(f"prune: {args.source} is sparse already; give the dense model")
+        values = args.values or values_name(model.dtype)
+        model.float()
+        calibration = None if args.calibration is None else _calibration(model, args)
+        sparsify(model, config, calibration=calibration, permute=args.permute)
+        save_packed(model, target, values=values, embeddings=args.embeddings, standalone=args.standalone)
+        _copy_files_beside(args.source, target)
+    inspect(argparse.Namespace(path=os.path.realpath(args.target), layers=False))
+
+
+def _calibration(model: Any, args: argparse.Namespace) -> Any:
+    """The batch of ``--calibration``, its targets from the second file or translated by the model itself."""
+    from hf_nmsparse.calibration import Calibration
+    from hf_nmsparse.texts import direction_of, encode
+
+    if len(args.calibration) > 2:
+        raise ValueError(f"--calibration takes a source, or a source and its target, got {len(args.calibration)} files")
+    tokenizer = _load_tokenizer(args.source)
+    direction = direction_of(model, tokenizer, args.src_lang, args.tgt_lang)
+    if len(args.calibration) == 2:
+        pairs = list(islice(_pairs(args.calibration, "--calibration"), args.lines))
+        sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+    else:
+        with reading(args.calibration[0]) as lines:
+            sources = list(islice((line for line in lines if line.strip()), args.lines))
+        settings = ("beams", "max_length", "compute", "head", "threads", "device")
+        how = {**vars(args), "model": args.source, "batch_size": 64, **dict.fromkeys(settings)}
+        targets = [text for chunk in _translations(argparse.Namespace(**how), iter(sources), _CHUNK) for text in chunk]
+    if args.tgt_lang is not None and hasattr(tokenizer, "tgt_lang"):  # which marks the targets
+        tokenizer.tgt_lang = args.tgt_lang
+    rows = zip(
+        encode(tokenizer, [direction.prompt + text for text in sources], math.inf, direction.frame),
+        encode(tokenizer, targets, math.inf, target=True),
+        strict=True,
+    )
+    pairs_of_tokens = [{"input_ids": source, "labels": target} for source, target in rows]
+    found = Calibration.of_pairs(model, pairs_of_tokens, args.lines, method=args.method)
+    say(f"calibrated on {len(found.inputs['input_ids'])} of {len(sources)} sentences")
+    return found
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -214,7 +281,11 @@ def learn_shortlist(args: argparse.Namespace) -> None:
     forced = ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id")
     given = [getattr(settings, name, None) for name in forced]
     keep = {token for one in given if one is not None for token in (one if isinstance(one, list) else [one])}
-    texts = list(_translated_pairs(args) if args.translate else _pairs(args))
+    texts = list(
+        _translated_pairs(args)
+        if args.translate
+        else _pairs(args.corpus, "--corpus", args.source_lang, args.target_lang)
+    )
     sources = tokenizer([source for source, _ in texts])["input_ids"]
     targets = tokenizer(text_target=[target for _, target in texts])["input_ids"]
     source_vocabulary, target_vocabulary = spec.config.encoder.vocabulary, spec.config.target_vocabulary
@@ -232,17 +303,19 @@ def learn_shortlist(args: argparse.Namespace) -> None:
     say(f"{file}: {kept:,.0f} of {target_vocabulary:,} tokens a sentence, with {found:.1%} of the targets' tokens")
 
 
-def _pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """The sentence pairs of ``--corpus``."""
+def _pairs(
+    names: list[str], option: str, source_lang: str = "source", target_lang: str = "target"
+) -> Iterator[tuple[str, str]]:
+    """The sentence pairs of the files that an option names."""
     from hf_nmsparse.pairs import read_pairs
 
-    files = tuple(map(Path, args.corpus))
+    files = tuple(map(Path, names))
     if len(files) > 2:
-        raise ValueError(f"--corpus takes a file of pairs, or a source and its target, got {len(files)} files")
+        raise ValueError(f"{option} takes a file of pairs, or a source and its target, got {len(files)} files")
     for file in files:
         if not file.is_file():
             raise ValueError(f"no file {file}")
-    for pair in read_pairs(files, args.source_lang, args.target_lang):
+    for pair in read_pairs(files, source_lang, target_lang):
         yield pair["source"], pair["target"]
 
 

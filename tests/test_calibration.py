@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_nmsparse import calibration, one_shot
+from hf_nmsparse import calibration as module
+from hf_nmsparse import one_shot
 from hf_nmsparse.calibration import Calibration, prune_layers
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
@@ -42,6 +43,11 @@ def test_the_first_pairs_that_are_short_enough() -> None:
     assert given["input_ids"][:, 0].tolist() == [3, 5]
     with pytest.raises(ValueError, match="calibration: no pair of 1 to 1 tokens a side; give other text"):
         Calibration.of_pairs(marian(), pairs[1:], longest=1)
+    long = [{"input_ids": [5] * length, "labels": [1] * length} for length in (62, 63, 5)]  # a model of 64 positions
+    model = marian()
+    calibration = Calibration.of_pairs(model, long)
+    assert calibration.inputs["attention_mask"].sum(dim=1).tolist() == [62, 5]
+    sparsify(model, NMSparseConfig("2:4"), calibration=calibration)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, model: Any, given: Calibration) -> dic
         found[len(found)] = inputs
         return one_shot.wanda(weight, inputs, pattern)
 
-    monkeypatch.setattr(calibration, "ONE_SHOT", {given.method: method})
+    monkeypatch.setattr(module, "ONE_SHOT", {given.method: method})
     chosen, _ = select_layers(model, NMSparseConfig("2:4"))
     prune_layers(model, chosen, TWO_OF_FOUR, given)
     return found
@@ -118,7 +124,7 @@ def test_masks_of_magnitudes_agree(text: str, method: str, permute: bool) -> Non
     layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
     assert len(layers) == 32
     assert all(count_violations(layer.weight, layer.pattern) == 0 for layer in layers)
-    assert all(module.training for module in model.modules())
+    assert all(layer.training for layer in model.modules())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finalize(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -172,7 +178,7 @@ def test_errors_name_the_layer_and_leave_no_hook() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             sparsify(model, config, calibration=Calibration(inputs))
-        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert not any(layer._forward_pre_hooks for layer in model.modules())
     with pytest.raises(ValueError, match="trained masters know their masks; leave out calibration and permute"):
         sparsify(model, config, trained=True, permute=True)
     with pytest.raises(ValueError, match=r"takes a Calibration, got dict; see Calibration\.of_pairs"):

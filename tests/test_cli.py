@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from transformers.utils import logging
 
+from hf_nmsparse.calibration import Calibration
 from hf_nmsparse.cli import main
 from hf_nmsparse.commands import _copy_files_beside, _device
 from hf_nmsparse.config import NMSparseConfig
@@ -28,9 +29,11 @@ from hf_nmsparse.kernels import engine
 from hf_nmsparse.line_files import _decoded
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.metrics import compare, score
+from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
-from hf_nmsparse.sparse_model import sparsify
+from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
+from hf_nmsparse.sparse_model import finalize, sparsify
 from hf_nmsparse.terminal import plain
 from tests import tiny
 from tests.test_plots import write_run
@@ -109,7 +112,14 @@ class TestArguments:
         ("argv", "message"),
         [
             ([], "COMMAND"),
-            (["prune"], "invalid choice: 'prune'"),
+            (["quantize"], "invalid choice: 'quantize'"),
+            (["prune", "a", "{tmp}/new", "--method", "random"], "invalid choice: 'random'"),
+            (["prune", "a", "{tmp}/new"], "prune: --method sparsegpt needs a text; give --calibration"),
+            (
+                ["prune", "a", "{tmp}/new", "--method", "magnitude", "--calibration", "{tmp}/file"],
+                "prune: --method magnitude reads no text; leave out --calibration",
+            ),
+            (["prune", "a", "{tmp}/new", "--calibration", "{tmp}/file", "--pattern", "4:2"], "N:M needs 1 <= N < M"),
             (["inspect"], "PATH"),
             (["translate"], "--model; see nmsparse translate --help"),
             (["translate", "--model", "m", "--beams", "0"], "--beams: needs a number of at least 1, got '0'"),
@@ -458,6 +468,7 @@ class TestPackAndExport:
         (tmp_path / "empty").mkdir()
         script = f"""
 import resource, sys
+from hf_nmsparse.calibration import Calibration
 from hf_nmsparse.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 for command in ("pack", "export"):
@@ -627,6 +638,71 @@ for command in ("pack", "export"):
         command, source, target, *rest = argv
         fails([command, str(models / source), str(models / target), *rest], message, capsys)
         assert not (models / "new").exists()
+
+
+class TestPrune:
+    @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+    def test_from_dense_to_packed(
+        self, models: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The files hold what `sparsify` makes of the same pairs; tokenizer and settings go along."""
+        for name, lines in (("source", ["The garden is big.", "A man"]), ("target", ["Der Garten ist groß.", "Mann"])):
+            (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = [] if method == "magnitude" else ["--calibration", str(tmp_path / "source"), str(tmp_path / "target")]
+        argv = ["prune", str(models / "dense"), str(tmp_path / "packed"), "--method", method, *text]
+        assert main([*argv, "--pattern", "4:8", "--permute"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert out[: len(out) - 9] == ([] if method == "magnitude" else ["calibrated on 2 of 2 sentences"])
+        assert out[-9:-7] == ["pattern        4:8, 4 of every 8 weights are kept", "values         fp32"]
+        model, tokenizer = MarianMTModel.from_pretrained(models / "dense"), tiny.tokenizer()
+        calibration = None
+        if method != "magnitude":
+            texts = [(tmp_path / name).read_text(encoding="utf-8").splitlines() for name in ("source", "target")]
+            rows = zip(*(tokenizer(lines)["input_ids"] for lines in texts), strict=True)
+            pairs = [{"input_ids": source, "labels": target} for source, target in rows]
+            calibration = Calibration.of_pairs(model, pairs, method=method)
+        sparsify(model, NMSparseConfig("4:8"), calibration=calibration, permute=True)
+        finalize(model)
+        packed = AutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path / "packed", quantization_config=NMSparseQuantizationConfig(compute="dense")
+        )
+        for name, tensor in packed.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+        assert translations(tmp_path / "packed")[2] == ""
+
+    @pytest.mark.parametrize("values", ["bf16", "int8"])
+    def test_the_model_translates_the_text_itself(
+        self, models: Path, tmp_path: Path, values: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "source").write_text("\n".join([*SENTENCES, "x " * 200]), encoding="utf-8")
+        shutil.copytree(models / "dense", tmp_path / "dense")
+        settings = json.loads((tmp_path / "dense/generation_config.json").read_text())
+        (tmp_path / "dense/generation_config.json").write_text(json.dumps(settings | {"max_length": 20}))
+        argv = ["prune", str(tmp_path / "dense"), str(tmp_path / "packed"), "--calibration", str(tmp_path / "source")]
+        assert main([*argv, "--values", values, "--lines", "6"]) == 0
+        assert "calibrated on 5 of 6 sentences" in capsys.readouterr().out  # and the blank one is none
+        assert check_folder(tmp_path / "packed").values == values
+
+    @pytest.mark.parametrize(
+        ("source", "argv", "message"),
+        [
+            ("packed", ["--method", "magnitude"], "packed is sparse already; give the dense model"),
+            ("training", ["--method", "magnitude"], "training is sparse already; give the dense model"),
+            ("dense", ["--calibration", "{tmp}/none"], "no file {tmp}/none"),
+            ("dense", ["--calibration", "{tmp}/text", "{tmp}/text", "{tmp}/text"], "got 3 files"),
+            ("dense", ["--calibration", "{tmp}/text", "{tmp}/short"], "are not aligned"),
+            ("dense", ["--calibration", "{tmp}/blank"], "calibration: no pair of 1 to 62 tokens a side"),
+            ("dense", ["--calibration", "{tmp}/text", "--src-lang", "en"], "leave out src_lang, got 'en'"),
+        ],
+    )
+    def test_refusals(
+        self, models: Path, tmp_path: Path, source: str, argv: list[str], message: str, capsys: Any
+    ) -> None:
+        for name, text in (("text", "A man\nA man\n"), ("short", "Mann\n"), ("blank", "\n\n")):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        given = [part.format(tmp=tmp_path) for part in argv]
+        fails(["prune", str(models / source), str(tmp_path / "new"), *given], message.format(tmp=tmp_path), capsys)
+        assert not (tmp_path / "new").exists()
 
 
 class TestTranslate:

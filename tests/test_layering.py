@@ -21,7 +21,7 @@ BANDS = {
     "idea": {"masks", "srste", "schedule", "packing", "one_shot"},
     "model": {
         *("config", "sharding", "layers", "packed_layers", "sparse_model", "optimizer", "padding", "losses"),
-        *("wrappers", "calibration", "permutation"),
+        *("wrappers", "positions", "calibration", "permutation"),
     },
     "files": {
         *("files", "sparsity_record", "quantization_config", "packed_files", "checkpoint_fit", "saving", "standalone"),
@@ -35,7 +35,7 @@ BANDS = {
         *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
-    "translation": {"shortlist", "texts", "text_tokenizer", "streaming", "translator", "positions", "pipeline"},
+    "translation": {"shortlist", "texts", "text_tokenizer", "streaming", "translator", "pipeline"},
     "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards"},
     "commands": {"terminal", "line_files", "commands", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
