@@ -57,7 +57,7 @@ class Evaluation:
         pattern: N:M; None for a dense model.
         targets: The rules that chose the sparse layers; None where every linear layer was taken.
         decay: lambda of SR-STE; None where the method has none.
-        options: What the run has beside: schedule and distillation, by the names of `SparseTrainingArguments`.
+        options: What the run has beside: its start, schedule and distillation, by the names of the recipe's arguments.
         values: Number type in the file: fp32, fp16, bf16 or int8.
         base_model: The model it was trained from; None for training from scratch.
         train_seconds: Wall time of the training.

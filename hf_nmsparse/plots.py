@@ -55,6 +55,8 @@ class LoggedRun:
         for key, value in run.options.items():
             if key.startswith("sparse_"):
                 words.append(f"{key.removeprefix('sparse_').replace('_', ' ')} {value:g}")
+        words += [f"from {run.options['start']}"] if "start" in run.options else []
+        words += ["permuted"] if "permute" in run.options else []
         if "distill_from" in run.options:
             words.append(f"distilled {run.options['distill_weight']:g}")
             if run.options["distill_temperature"] != 1:

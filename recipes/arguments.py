@@ -14,18 +14,23 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from hf_nmsparse import SparseTrainingArguments
+from hf_nmsparse.one_shot import ONE_SHOT
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.settings import read_settings
+from hf_nmsparse.srste import METHODS
 from recipes.run_files import hypotheses_file
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "wmt14_transformer_base_2of4.yaml"
 
+STARTS = ("magnitude", *ONE_SHOT)
+
 # Of the recipe's arguments, what is counted.
 COUNTS = (
     "max_train_pairs",
     "token_processes",
+    "calibration_pairs",
     "tokens_per_step",
     "max_length",
     "d_model",
@@ -81,6 +86,15 @@ class RecipeArguments:
     pattern: str = field(default="2:4", metadata={"help": "N:M, N of M weights are kept."})
     targets: list[str] | None = field(default=None, metadata={"help": "Layers to make sparse; every Linear if None."})
     ignore: list[str] | None = field(default=None, metadata={"help": "Layers that stay dense; heads if None."})
+    start: str = field(
+        default="magnitude",
+        metadata={
+            "help": "How a checkpoint is pruned before the training: magnitude leaves the masters dense, and wanda and "
+            "sparsegpt prune them by what the layers see of the first training pairs."
+        },
+    )
+    calibration_pairs: int = field(default=256, metadata={"help": "So many training pairs for wanda and sparsegpt."})
+    permute: bool = field(default=False, metadata={"help": "Put inner channels in an order first that keeps more."})
     values: str = field(default="bf16", metadata={"help": "Number type of the packed file: fp32, fp16, bf16, int8."})
     standalone: bool = field(default=False, metadata={"help": "Add the code with which transformers alone reads it."})
     average: int = field(default=1, metadata={"help": "Average the dense masters of the last so many checkpoints."})
@@ -97,6 +111,10 @@ class RecipeArguments:
         NMPattern.parse(self.pattern)
         if self.values not in VALUE_DTYPES:
             raise ValueError(f"values: is one of {', '.join(VALUE_DTYPES)}, got {self.values!r}")
+        if self.start not in STARTS:
+            raise ValueError(f"start: is one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.model is None and self.is_pruned:
+            raise ValueError("start, permute: prune a trained model, and this one is from scratch; give model")
         for name in COUNTS:
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -107,6 +125,18 @@ class RecipeArguments:
             file = hypotheses_file(Path(self.baseline), self.split)
             if not file.is_file():
                 raise ValueError(f"baseline: {file} is missing; run the dense configuration first")
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the weights of the checkpoint are changed before the training."""
+        return self.start != "magnitude" or self.permute
+
+    def start_options(self) -> dict[str, Any]:
+        """How the training begins, where it is not as usual, for the record of the run."""
+        options: dict[str, Any] = {"permute": True} if self.permute else {}
+        if self.start != "magnitude":
+            options |= {"start": self.start, "calibration_pairs": self.calibration_pairs}
+        return options
 
 
 class Parser(HfArgumentParser):
@@ -202,6 +232,8 @@ def check(recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
         raise ValueError("standalone: is for packed models and this run ends in a dense one; leave it out")
     if ends_dense and recipe.push_to is not None:
         raise ValueError("push_to: sends packed models and this run ends in a dense one; leave it out")
+    if recipe.is_pruned and (args.sparse_method == "dense" or METHODS[args.sparse_method].random_mask):
+        raise ValueError(f"start, permute: choose masks, and sparse_method {args.sparse_method!r} has none of them")
     if recipe.average > (args.save_total_limit or recipe.average):
         raise ValueError(
             f"average: {recipe.average} checkpoints, and save_total_limit keeps {args.save_total_limit}; raise it"

@@ -35,6 +35,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
 from hf_nmsparse import (
+    Calibration,
     NMSparseConfig,
     SparseTrainer,
     SparseTrainingArguments,
@@ -71,7 +72,10 @@ from recipes.threads import take_all_cores
 TOKENIZER_PAIRS, SHUFFLED = 1_000_000, 100_000
 
 # What a run cannot go on with if it is another than at its beginning; and of a model from scratch.
-OF_THE_MODEL = ("model", "source_lang", "target_lang", "pattern", "targets", "ignore")
+OF_THE_MODEL = (
+    *("model", "source_lang", "target_lang", "pattern", "targets", "ignore"),
+    *("start", "calibration_pairs", "permute"),
+)
 OF_THE_TOKENIZER = ("vocab_size", "max_length")
 FROM_SCRATCH = (*OF_THE_TOKENIZER, "d_model", "layers", "heads", "ffn")
 
@@ -137,8 +141,10 @@ def main() -> None:
             if split in corpus
         }
 
-    # The linear layers of the blocks become N:M layers: their weights stay dense masters, the forward masks them.
-    make_sparse(model, recipe, args)
+    # The linear layers of the blocks become N:M layers: their weights stay dense masters, the forward masks them. What
+    # prunes them at once has done so before the first checkpoint.
+    begun = last_complete_checkpoint(output)
+    make_sparse(model, recipe, args, tokens["train"] if begun is None else None)
 
     trainer = SparseTrainer(
         model=model,
@@ -148,7 +154,7 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
+    trainer.train(resume_from_checkpoint=begun)
     masters = trainer.gathered()
     if not trainer.is_world_process_zero():
         return
@@ -311,11 +317,18 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
     return model
 
 
-def make_sparse(model: PreTrainedModel, recipe: RecipeArguments, args: SparseTrainingArguments) -> None:
-    """Gives the model its N:M layers, if the method has any."""
-    if args.sparse_method != "dense":
-        soft = METHODS[args.sparse_method].soft
-        sparsify(model, NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, soft))
+def make_sparse(
+    model: PreTrainedModel, recipe: RecipeArguments, args: SparseTrainingArguments, pairs: Rows | None = None
+) -> None:
+    """Gives the model its N:M layers, if the method has any, pruned by ``pairs`` where a training begins with it."""
+    if args.sparse_method == "dense":
+        return
+    config = NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, METHODS[args.sparse_method].soft)
+    if pairs is None or recipe.start == "magnitude":
+        sparsify(model, config, permute=recipe.permute and pairs is not None)
+        return
+    calibration = Calibration.of_pairs(model, pairs, recipe.calibration_pairs, method=recipe.start)
+    sparsify(model, config, calibration=calibration, permute=recipe.permute)
 
 
 def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeArguments, output: Path) -> list[str]:
@@ -360,7 +373,7 @@ def evaluate(
         pattern=recipe.pattern if sparse else None,
         targets=recipe.targets if sparse else None,
         decay=args.sparse_decay or None,
-        options=args.sparse_options(),
+        options={**recipe.start_options(), **args.sparse_options()},
         seed=args.seed,
         steps=trainer.state.global_step,
         train_seconds=logged["train_seconds"],

@@ -182,6 +182,15 @@ def test_arguments_that_are_refused(argument: list[str], message: str) -> None:
         (("--learning_rate", "-1"), "learning_rate: needs a finite number of at least 0, got -1.0"),
         (("--beams", "0"), "beams: needs at least 1, got 0"),
         (("--push_to", "a/b", "--sparse_method", "dense"), "push_to: sends packed models and this run ends in a dense"),
+        (("--start", "random"), "start: is one of magnitude, wanda, sparsegpt, got 'random'"),
+        (("--start", "wanda"), "start, permute: prune a trained model, and this one is from scratch; give model"),
+        (("--permute", "true"), "start, permute: prune a trained model, and this one is from scratch; give model"),
+        (
+            ("--start", "wanda", "--model", "m", "--sparse_method", "dense"),
+            "start, permute: choose masks, and sparse_method 'dense' has none of them",
+        ),
+        (("--permute", "true", "--model", "m", "--sparse_method", "random"), "sparse_method 'random' has none of them"),
+        (("--calibration_pairs", "0"), "calibration_pairs: needs at least 1, got 0"),
         (("--baseline", "nowhere"), "baseline: nowhere/test.hypotheses.txt is missing; run the dense"),
     ],
 )

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from transformers import NllbTokenizer
 
+from hf_nmsparse import Calibration, NMSparseConfig, save_packed, sparsify
 from hf_nmsparse.evaluation import Evaluation
 from hf_nmsparse.metrics import SentenceStatistics, score
 from hf_nmsparse.packed_files import check_folder
@@ -31,7 +32,7 @@ from recipes.wmt_en_de import card_name, describe, keep_settings, load_model, lo
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14
 from tests.recipe_runs import PAIRS, launch, run_recipe, tiny, write_corpus
-from tests.tiny import bart, hf, t5, tokenizer
+from tests.tiny import bart, hf, marian, t5, tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -173,6 +174,30 @@ def test_whole_runs(tmp_path: Path) -> None:
     [*_, last] = (row for row in curve if "loss" in row)
     seconds = Evaluation.read(sparse / "evaluation.json").train_seconds
     assert seconds == pytest.approx(last["train_seconds"], rel=1e-5)  # six digits in the curve
+
+
+def test_a_checkpoint_is_pruned_by_the_first_pairs(tmp_path: Path) -> None:
+    """Once, before the training: with a learning rate of 0 the packed model is the pruned one, resumed or not."""
+    corpus, model = write_corpus(tmp_path / "corpus"), marian(init_std=0.3)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    settings = {"model": tmp_path / "dense", "start": "wanda", "permute": "true", "calibration_pairs": 20}
+    training = {"learning_rate": 0, "max_steps": 2, "save_steps": 1, "average": 1, "values": "fp32"}
+    arguments = [config, *tiny(corpus, tmp_path / "run", **settings, **training)]
+    run_recipe(*arguments)
+    pairs = [dict(zip(("input_ids", "labels"), tokenizer()(list(pair))["input_ids"], strict=True)) for pair in PAIRS]
+    calibration = Calibration.of_pairs(model, pairs, 20, method="wanda")
+    sparsify(model, NMSparseConfig("2:4"), calibration=calibration, permute=True)
+    save_packed(model, tmp_path / "packed")
+    weights = (tmp_path / "packed" / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "packed" / "model.safetensors").read_bytes() == weights
+    evaluation = Evaluation.read(tmp_path / "run" / "evaluation.json")
+    assert evaluation.options == {"permute": True, "start": "wanda", "calibration_pairs": 20}
+    run_recipe(*arguments, "--max_steps", "3")
+    assert (tmp_path / "run" / "packed" / "model.safetensors").read_bytes() == weights
+    [line] = run_recipe(*arguments, "--start", "sparsegpt", fails=True).strip().splitlines()[-1:]
+    assert "start: the run in" in line
 
 
 def test_a_dense_tail_ends_in_a_dense_model(tmp_path: Path) -> None:
