@@ -149,9 +149,11 @@ def _gains(size: Tensor, pattern: NMPattern) -> Tensor:
         sure[..., member] = largest[..., :-1].sum(dim=-1)
         next_one[..., member] = largest[..., -1]
     sure, next_one = sure.reshape(rows, columns), next_one.reshape(rows, columns)
-    fixed = sure.sum(dim=0)
     # [i, j]: what i's group keeps with column j in i's place
-    with_other = torch.stack([torch.maximum(next_one, size[:, j, None]).sum(dim=0) for j in range(columns)], dim=1)
-    with_other += fixed[:, None]
+    with_other, larger = size.new_empty(columns, columns), torch.empty_like(next_one)
+    for column in range(columns):
+        torch.maximum(next_one, size[:, column, None], out=larger)
+        with_other[:, column] = larger.sum(dim=0)
+    with_other += sure.sum(dim=0)[:, None]
     now = torch.diagonal(with_other)
     return with_other + with_other.t() - now[:, None] - now
