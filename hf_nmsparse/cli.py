@@ -1,4 +1,4 @@
-"""The command ``nmsparse``: inspect, prune, pack, export, translate, evaluate, shortlist, plot, doctor."""
+"""The command ``nmsparse``: inspect, prune, pack, export, translate, evaluate, shortlist, plot, report, doctor."""
 
 from __future__ import annotations
 
@@ -156,6 +156,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path("plots"), metavar="DIR", help="where the pictures go")
     command.add_argument("--format", choices=("png", "svg"), default="png", help="kind of the pictures")
     command.set_defaults(run=commands.plot)
+
+    command = subparsers.add_parser("report", help="write one HTML page on finished runs of the recipe, side by side")
+    command.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="output folder; the others are compared with the first"
+    )
+    command.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    command.add_argument(
+        "--comet", type=Path, metavar="MODEL", help="score with this checkpoint of COMET too, one that you trust"
+    )
+    command.set_defaults(run=commands.report)
 
     command = subparsers.add_parser("doctor", help="print which kernels this machine runs, and what translates a model")
     command.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder of a model")

@@ -32,6 +32,7 @@ __all__ = [
     "pack",
     "plot",
     "prune",
+    "report",
     "translate",
 ]
 
@@ -337,6 +338,21 @@ def plot(args: argparse.Namespace) -> None:
 
     for file in plot_runs(read_runs(args.runs), args.output, args.format):
         say(file)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes a page on finished runs."""
+    from hf_nmsparse.comet_metric import comet_judge
+    from hf_nmsparse.report_page import page
+    from hf_nmsparse.run_report import read_report
+
+    check_output(args.output)
+    named = None if args.comet is None else f"COMET {args.comet.name}"
+    found = page(read_report(args.runs, named, None if args.comet is None else comet_judge(args.comet)))
+    with writing(args.output) as file:
+        file.write(found)
+    if args.output != "-":
+        say(args.output)
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ __all__ = [
     "SentenceStatistics",
     "compare",
     "compare_statistics",
+    "interval",
     "reference_streams",
     "score",
 ]
@@ -109,7 +110,11 @@ class SentenceStatistics:
     @property
     def bleu(self) -> float:
         """Corpus BLEU of all sentences."""
-        return _corpus_bleu(self.counts)
+        return self.bleu_of(slice(None))
+
+    def bleu_of(self, rows: np.ndarray | slice) -> float:
+        """Corpus BLEU of some sentences, by their places; one that is named twice counts twice."""
+        return _corpus_bleu(self.counts[rows])
 
     def write(self, path: Path) -> None:
         """Writes them as JSON, without the numbers that follow from the lengths."""
@@ -132,6 +137,26 @@ class SentenceStatistics:
         lengths = rows[:, 4:5]
         totals = np.maximum(lengths - np.arange(4), 0)  # n-grams in a sentence of so many words
         return cls(np.hstack([rows[:, :4], totals, rows[:, 4:]]), signature)
+
+
+def interval(
+    score_of: Callable[[np.ndarray], float], sentences: int, samples: int = 1000, seed: int = 12345
+) -> tuple[float, float]:
+    """The 95% interval of a corpus score by bootstrap over its sentences (Koehn, EMNLP 2004).
+
+    Args:
+        score_of: The score of the sentences at some places, such as `SentenceStatistics.bleu_of`.
+        sentences: How many there are.
+        samples: Bootstrap samples.
+        seed: Seed of the resampling, as in `compare`.
+    """
+    drawn = np.random.default_rng(seed).choice(sentences, size=(samples, sentences), replace=True)
+    return _middle(np.array([score_of(rows) for rows in drawn]))
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    """What holds the middle 95% of the values."""
+    return float(np.quantile(values, 0.025, method="lower")), float(np.quantile(values, 0.975, method="higher"))
 
 
 @dataclass(frozen=True)
@@ -253,16 +278,13 @@ def compare_statistics(
         means = []
         for side in sides:
             trainings = rng.integers(len(side), size=len(side)) if len(side) > 1 else [0]
-            means.append(np.mean([_corpus_bleu(side[training].counts[rows]) for training in trainings]))
+            means.append(np.mean([side[training].bleu_of(rows) for training in trainings]))
         differences[sample] = means[0] - means[1]
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return Comparison(
         bleu=float(np.mean([system.bleu for system in sides[0]])),
         bleu_baseline=float(np.mean([system.bleu for system in sides[1]])),
-        interval=(
-            float(np.quantile(differences, 0.025, method="lower")),
-            float(np.quantile(differences, 0.975, method="higher")),
-        ),
+        interval=_middle(differences),
         p=min(1.0, 2 * (int(rarer) + 1) / (samples + 1)),
         samples=samples,
         seed=seed,

@@ -1,12 +1,15 @@
-"""Pictures of runs: flips against steps, BLEU against sparsity and against lambda, and the course of each layer."""
+"""Pictures of runs: loss and flips against steps, BLEU against sparsity and lambda, and the course of each layer."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +19,15 @@ from hf_nmsparse.run_logs import read_curve, read_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "LoggedRun", "plot_runs", "read_run", "read_runs"]
+    Picture = Callable[[Axes], None]
+
+__all__ = ["FORMATS", "LoggedRun", "has_matplotlib", "inline_plots", "plot_runs", "read_run", "read_runs"]
 
 FORMATS = ("png", "svg")
 _SEED = re.compile(r"-s[0-9]+$")  # how the name of a study's run ends
+_INK = "#010203"  # stands in an inline plot for the colour of the text around it
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,15 @@ def read_run(folder: Path) -> LoggedRun:
     """
     for file in ("evaluation.json", "curve.json"):
         if not (folder / file).is_file():
-            raise ValueError(f"plot: {folder} holds no {file}; give folders of finished runs of the recipe")
+            raise ValueError(f"runs: {folder} holds no {file}; give folders of finished runs of the recipe")
     layers = folder / "layers.parquet"
     evaluation, curve = Evaluation.read(folder / "evaluation.json"), read_curve(folder / "curve.json")
     needed = ("distill_weight", "distill_temperature") if "distill_from" in evaluation.options else ()
     drawn = {key: value for key, value in evaluation.options.items() if key.startswith("sparse_")}
     _check_numbers(folder / "evaluation.json", {**drawn, **{key: evaluation.options.get(key) for key in needed}})
+    plotted = ("step", "loss", "eval_loss", "flip_rate")
     for row in curve:
-        _check_numbers(folder / "curve.json", {key: row[key] for key in ("step", "flip_rate") if key in row})
+        _check_numbers(folder / "curve.json", {key: row[key] for key in plotted if key in row})
     return LoggedRun(
         _place(folder).name,
         evaluation,
@@ -111,7 +119,7 @@ def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
     places = [_place(folder).parts for folder in folders]
     for index, folder in enumerate(folders):
         if any(folder.samefile(other) for other in folders[:index]):
-            raise ValueError(f"plot: {folder} is given twice; name each run once")
+            raise ValueError(f"runs: {folder} is given twice; name each run once")
     names = [run.name for run in runs]
     for depth in range(2, max(map(len, places), default=0) + 1):
         shared = {name for name in names if names.count(name) > 1}
@@ -144,59 +152,122 @@ def plot_runs(runs: Sequence[LoggedRun], output: Path, format: str = "png") -> l
     """
     if format not in FORMATS:
         raise ValueError(f"plot: format is one of {', '.join(FORMATS)}, got {format!r}")
-    try:
-        from cycler import cycler  # matplotlib's own
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("plot: needs matplotlib; pip install 'hf-nmsparse[plot]'") from error
+    if not has_matplotlib():
+        raise ValueError("plot: needs matplotlib; pip install 'hf-nmsparse[plot]'")
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"plot: several runs are named {name!r}; read them with read_runs")
-    pictures: dict[str, Callable[[Axes], None]] = {}
+    pictures = _of_settings(runs)
+    for run in runs:
+        if run.layers:
+            pictures[f"layers-{run.name}"] = partial(_layers, run=run)
+    if not pictures:
+        raise ValueError("plot: nothing to draw; give at least one sparse run")
+    output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, picture in pictures.items():
+        file = output / f"{name}.{format}"
+        with _drawn(name, picture) as figure:
+            figure.savefig(file, dpi=120, metadata={"Date": None} if format == "svg" else None)
+        files.append(file)
+    return files
+
+
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn here."""
+    return find_spec("matplotlib") is not None
+
+
+def inline_plots(runs: Sequence[LoggedRun]) -> dict[str, str]:
+    """The pictures that compare runs as elements of a page, by name: loss, and what `plot_runs` draws of settings.
+
+    Lines and letters have the colour of the text around them, and no identifier of one picture is one of another.
+
+    Args:
+        runs: What `read_runs` gave.
+    """
+    from matplotlib import pyplot
+
+    colours: dict[Any, str] = {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK}
+    colours |= {"xtick.color": _INK, "ytick.color": _INK}
+    pictures: dict[str, Picture] = {"loss": partial(_loss, settings=_by(_settings, runs)), **_of_settings(runs)}
+    found = {}
+    for name, picture in pictures.items():
+        with pyplot.rc_context(colours), _drawn(name, picture) as figure, BytesIO() as file:
+            for legend in figure.legends:
+                legend.get_frame().set_alpha(0)
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+            text = file.getvalue().decode()
+        text = re.sub("<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+        found[name] = re.sub(r'( id="|"#|url\(#)', rf"\g<1>{name}-", text.replace(_INK, "currentColor"))
+    return found
+
+
+@contextmanager
+def _drawn(name: str, picture: Picture) -> Iterator[Figure]:
+    """The figure of a picture; without a date and with fixed ids the same runs give the same file."""
+    from cycler import cycler  # matplotlib's own
+    from matplotlib import pyplot
+
+    layers = name.startswith("layers-")
+    with pyplot.rc_context({"svg.hashsalt": name}):
+        figure, axes = pyplot.subplots(figsize=(9, 8 if layers else 4.5), layout="constrained")
+        # Each colour serves again with another line before curves look alike.
+        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * pyplot.rcParams["axes.prop_cycle"])
+        picture(axes)
+        if not layers:
+            axes.grid(alpha=0.3)
+            figure.legend(fontsize="small", loc="outside right upper")
+        try:
+            yield figure
+        finally:
+            pyplot.close(figure)
+
+
+def _of_settings(runs: Sequence[LoggedRun]) -> dict[str, Picture]:
+    """The pictures that compare settings, those that there are numbers for."""
+    pictures: dict[str, Picture] = {}
     sparse = [run for run in runs if run.evaluation.pattern is not None]
     if any("flip_rate" in row for run in sparse for row in run.curve):
-        pictures["flips"] = lambda axes: _flips(axes, _by(lambda run: run.settings, runs))
+        pictures["flips"] = partial(_flips, settings=_by(_settings, runs))
     dense = _baseline(runs)
     for name, of, draw_scores in (("sparsity", _pattern, _sparsity), ("decay", _lambda, _decay)):
         *groups, level = _of_shared_seeds([*_differing(sparse, of), dense], of)
         if groups:
             pictures[name] = partial(draw_scores, groups=groups, dense=level)
+    return pictures
+
+
+def _loss(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
+    """Loss of the training as it was logged, and on the validation split with points, in one colour a setting."""
+    for number, (label, runs) in enumerate(settings.items()):
+        for key, style, words in (
+            ("loss", {"linewidth": 1, "alpha": 0.5}, "training"),
+            ("eval_loss", {"marker": "o", "markersize": 4}, "validation"),
+        ):
+            steps, means = _course(runs, key)
+            if steps:
+                label_of = f"{_plain(_with_seeds(label, runs))}: {words}"
+                axes.plot(steps, means, color=f"C{number % 10}", linestyle="-", label=label_of, **style)
+    axes.set(xlabel="optimizer step", ylabel="loss")
+
+
+def _course(runs: Iterable[LoggedRun], key: str) -> tuple[list[float], list[float]]:
+    """The steps at which something was logged, and its mean over the runs."""
+    points: dict[float, list[float]] = {}
     for run in runs:
-        if run.layers:
-            pictures[f"layers-{run.name}"] = lambda axes, run=run: _layers(axes, run)  # type: ignore[misc]
-    if not pictures:
-        raise ValueError("plot: nothing to draw; give at least one sparse run")
-    output.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, draw in pictures.items():
-        layers = name.startswith("layers-")
-        figure, axes = pyplot.subplots(figsize=(9, 8 if layers else 4.5), layout="constrained")
-        # Each colour serves again with another line before curves look alike.
-        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * pyplot.rcParams["axes.prop_cycle"])
-        draw(axes)
-        if not layers:
-            axes.grid(alpha=0.3)
-            figure.legend(fontsize="small", loc="outside right upper")
-        file = output / f"{name}.{format}"
-        # Without the date and with fixed ids the same runs give the same file.
-        with pyplot.rc_context({"svg.hashsalt": name}):
-            figure.savefig(file, dpi=120, metadata={"Date": None} if format == "svg" else None)
-        pyplot.close(figure)
-        files.append(file)
-    return files
+        for row in run.curve:
+            if key in row:
+                points.setdefault(row["step"], []).append(row[key])
+    steps = sorted(points)
+    return steps, [statistics.fmean(points[step]) for step in steps]
 
 
 def _flips(axes: Axes, settings: dict[str, list[LoggedRun]]) -> None:
-    curves: list[tuple[list[float], list[int], str]] = []
+    curves: list[tuple[list[float], list[float], str]] = []
     for label, runs in settings.items():
-        points: dict[int, list[float]] = {}
-        for run in runs:
-            for row in run.curve:
-                if "flip_rate" in row:
-                    points.setdefault(row["step"], []).append(row["flip_rate"])
-        steps = sorted(points)
-        rates = [statistics.fmean(points[step]) for step in steps]
+        steps, rates = _course(runs, "flip_rate")
         if any(rates):  # fixed masks have no place on a log scale
             curves.append((rates, steps, _with_seeds(label, runs)))
     for rates, steps, label in sorted(curves, key=lambda curve: -curve[0][-1]):  # the legend is read as the curves end
@@ -272,6 +343,10 @@ def _level(axes: Axes, dense: Sequence[LoggedRun]) -> None:
         axes.axhline(level, linestyle="--", color="gray", label=_with_seeds("dense", dense))
 
 
+def _settings(run: LoggedRun) -> str:
+    return run.settings
+
+
 def _pattern(run: LoggedRun) -> str | None:
     return run.evaluation.pattern
 
@@ -307,8 +382,9 @@ def _of_shared_seeds(groups: list[list[LoggedRun]], of: Callable[[LoggedRun], An
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for TeX."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib does not take for TeX, and in which every character can be drawn or is named."""
+    shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(shown).replace("$", r"\$")
 
 
 def _with_seeds(label: str, runs: Sequence[LoggedRun]) -> str:

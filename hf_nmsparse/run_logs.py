@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,12 @@ def read_layers(file: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{file}: cannot be read as Parquet: {error}") from error
     if not rows or not {"step", "layer", *LAYER_MEASURES} <= rows[0].keys():
         raise ValueError(f"{file}: a table of layers has step, layer and {', '.join(LAYER_MEASURES)}")
+    for row in rows:
+        numbers = {"step": row["step"], **{key: row[key] for key in LAYER_MEASURES if row[key] is not None}}
+        wrong = [key for key, value in numbers.items() if not isinstance(value, int | float) or not isfinite(value)]
+        if wrong or not isinstance(row["layer"], str):
+            key = (wrong or ["layer"])[0]
+            raise ValueError(f"{file}: {key} cannot be {row[key]!r}; the recipe writes the file")
     return rows
 
 

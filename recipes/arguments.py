@@ -17,9 +17,9 @@ from hf_nmsparse import SparseTrainingArguments
 from hf_nmsparse.one_shot import ONE_SHOT
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.run_files import hypotheses_file
 from hf_nmsparse.settings import read_settings
 from hf_nmsparse.srste import METHODS
-from recipes.run_files import hypotheses_file
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "wmt14_transformer_base_2of4.yaml"

@@ -26,7 +26,7 @@ from hf_nmsparse import export_dense
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.plots import plot_runs, read_run
-from recipes.run_files import hypotheses_file, read_lines, reference_file, source_file
+from hf_nmsparse.run_files import hypotheses_file, read_lines, reference_file, source_file
 
 SHOWN = 5
 MEASURED = 32

@@ -61,11 +61,11 @@ from hf_nmsparse.packed_files import check_folder, read_object
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.preemption import Preempted
+from hf_nmsparse.run_files import hypotheses_file, one_line, read_lines, reference_file, source_file, write_lines
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from recipes.arguments import RecipeArguments, parse
 from recipes.homeassistant import homeassistant_corpus
-from recipes.run_files import hypotheses_file, one_line, read_lines, reference_file, source_file, write_lines
 from recipes.threads import take_all_cores
 
 # Of a stream: how many pairs the tokenizer is trained on, and among how many the next one is drawn.

@@ -36,7 +36,10 @@ BANDS = {
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
     "translation": {"shortlist", "texts", "text_tokenizer", "streaming", "translator", "pipeline"},
-    "tools": {"metrics", "evaluate_metric", "evaluation", "run_logs", "plots", "cards"},
+    "tools": {
+        *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),
+        *("run_files", "run_logs", "plots", "comet_metric", "run_report", "report_page"),  # on finished runs
+    },
     "commands": {"terminal", "line_files", "commands", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
 }

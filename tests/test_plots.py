@@ -152,7 +152,7 @@ def test_every_run_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert [run.name for run in runs] == ["x-run", "y-run", "z-run", "other"]
     assert [file.name for file in plot_runs(runs, tmp_path / "plots")][1:] == [f"layers-{run.name}.png" for run in runs]
     assert read_run(Path()).name == "run"
-    with pytest.raises(ValueError, match=r"plot: .*run is given twice; name each run once"):
+    with pytest.raises(ValueError, match=r"runs: .*run is given twice; name each run once"):
         read_runs([Path(), folders[0]])
     with pytest.raises(ValueError, match="plot: several runs are named 'run'; read them with read_runs"):
         plot_runs([read_run(folder) for folder in folders], tmp_path / "plots")

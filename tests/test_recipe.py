@@ -25,9 +25,9 @@ from hf_nmsparse import Calibration, NMSparseConfig, save_packed, sparsify
 from hf_nmsparse.evaluation import Evaluation
 from hf_nmsparse.metrics import SentenceStatistics, score
 from hf_nmsparse.packed_files import check_folder
+from hf_nmsparse.run_files import read_lines
 from hf_nmsparse.run_logs import read_curve, read_layers
 from recipes.arguments import DEFAULT, parse
-from recipes.run_files import read_lines
 from recipes.wmt_en_de import card_name, describe, keep_settings, load_model, load_tokenizer, run
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14

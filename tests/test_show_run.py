@@ -10,8 +10,8 @@ import pytest
 from transformers import GenerationConfig
 
 from hf_nmsparse import NMSparseConfig, save_packed, sparsify
+from hf_nmsparse.run_files import hypotheses_file, reference_file, source_file, write_lines
 from recipes import show_run
-from recipes.run_files import hypotheses_file, reference_file, source_file, write_lines
 from tests.test_plots import write_run
 from tests.tiny import marian, tokenizer
 

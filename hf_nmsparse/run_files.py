@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+__all__ = ["hypotheses_file", "one_line", "read_lines", "reference_file", "source_file", "splits_of", "write_lines"]
+
+_TRANSLATED = ".hypotheses.txt"
+
 
 def source_file(output: Path, split: str) -> Path:
     """Where a run keeps the source texts of a split."""
@@ -18,7 +22,12 @@ def reference_file(output: Path, split: str) -> Path:
 
 def hypotheses_file(output: Path, split: str) -> Path:
     """Where it keeps its translations of them."""
-    return output / f"{split}.hypotheses.txt"
+    return output / f"{split}{_TRANSLATED}"
+
+
+def splits_of(output: Path) -> list[str]:
+    """The splits that a run keeps translations of."""
+    return sorted(file.name.removesuffix(_TRANSLATED) for file in output.glob(f"?*{_TRANSLATED}"))
 
 
 def one_line(text: str) -> str:
@@ -32,5 +41,12 @@ def write_lines(file: Path, lines: Iterable[str]) -> None:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file, without what ends them."""
-    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    """The lines of a text file, without what ends them.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8, at byte {error.start}; the recipe writes it anew") from error
