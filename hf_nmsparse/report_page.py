@@ -138,7 +138,7 @@ def _scores(report: Report) -> str:
             "<dt>COMET</dt><dd>not asked for: <code>pip install unbabel-comet</code>, then "
             "<code>nmsparse report RUN... --comet MODEL.ckpt</code> with a model that is on the disk</dd>"
         )
-    return _table(head, rows) + f"<dl>{''.join(notes)}</dl>"
+    return _table(head, rows, "scores") + f"<dl>{''.join(notes)}</dl>"
 
 
 def _evaluations(report: Report) -> list[Evaluation]:
@@ -193,7 +193,7 @@ def _layers(run: LoggedRun) -> str:
         )
     steps = sorted({row["step"] for row in run.layers})
     head = ["layer", "density", f"flip rate, step {steps[0]:,} to {steps[-1]:,}", "highest", *last]
-    return _table(head, rows, "layers")
+    return f"<details open><summary>{len(rows)} layers</summary>{_table(head, rows, 'layers')}</details>"
 
 
 _LAST = {"flip_rate": "last", "sad": "SAD, last", "kept": "kept |w|", "pruned": "pruned |w|"}

@@ -189,16 +189,17 @@ def _read(run: LoggedRun, folder: Path) -> ReportedRun:
     evaluation = run.evaluation
     texts = {split: _texts(folder, split) for split in splits_of(folder)}
     scored, kept = texts.get(evaluation.split), folder / "sentences.json"
-    statistics = SentenceStatistics.read(kept) if kept.is_file() else None if scored is None else scored.bleu
-    for found, file in ((statistics, "its sentences.json"), (None if scored is None else scored.bleu, "its texts")):
-        if found is None:
-            continue
+    sources = {kept.name: SentenceStatistics.read(kept)} if kept.is_file() else {}
+    if scored is not None:
+        sources["its texts"] = scored.bleu
+    for name, found in sources.items():
         if len(found.counts) != evaluation.sentences or abs(found.bleu - evaluation.bleu) > 0.01:
             raise ValueError(
                 f"{folder}: evaluation.json says BLEU {evaluation.bleu:.2f} of {evaluation.sentences} sentences "
-                f"({evaluation.signature}), and {file} give {found.bleu:.2f} of {len(found.counts)} "
+                f"({evaluation.signature}), and {name} give {found.bleu:.2f} of {len(found.counts)} "
                 f"({found.signature}); evaluate the run again"
             )
+    statistics = next(iter(sources.values()), None)
     return ReportedRun(
         run,
         texts,

@@ -304,6 +304,7 @@ class TestNothingSteersTheTerminal:
             ["inspect", HOSTILE],
             ["pack", HOSTILE, "new"],
             ["plot", HOSTILE],
+            ["report", HOSTILE],
             ["translate", "--model", "m", "--input", HOSTILE],
             ["translate", "--model", "m", "--beams", HOSTILE],
             ["translate", "--model", "m", "--device", HOSTILE],
@@ -1104,3 +1105,19 @@ class TestPlot:
 
     def test_no_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fails(["plot", str(tmp_path)], "holds no evaluation.json; give folders of finished runs of the recipe", capsys)
+
+
+class TestReport:
+    def test_a_page(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run, page = str(write_run(tmp_path / "run", 30.0, method="dense")), tmp_path / "report.html"
+        assert main(["report", run, "--output", str(page)]) == 0
+        assert capsys.readouterr().out == f"{page}\n"
+        written = page.read_text(encoding="utf-8")
+        assert main(["report", run, "--output", "-"]) == 0
+        assert capsys.readouterr().out == written
+
+    def test_what_is_wrong(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = str(write_run(tmp_path / "run", 30.0, method="dense"))
+        fails(["report", str(tmp_path)], "holds no evaluation.json; give folders of finished runs", capsys)
+        fails(["report", run, "--output", str(tmp_path)], "is a folder; name a file", capsys)
+        fails(["report", run, "--comet", "none", "--output", "-"], "--comet: no file none", capsys)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from hf_nmsparse.metrics import SentenceStatistics, compare, compare_statistics, score
+from hf_nmsparse.metrics import SentenceStatistics, compare, compare_statistics, interval, score
 
 REFERENCES = [
     "The cat sat on the mat today .",
@@ -264,3 +264,12 @@ class TestTokenizers:
         monkeypatch.setattr("hf_nmsparse.metrics.BLEU.__init__", end)
         with pytest.raises(ValueError, match="tokenize '13a' is not ready on this machine: 1"):
             score(REFERENCES, REFERENCES)
+
+
+def test_the_interval_of_a_score_is_that_of_its_resamples() -> None:
+    statistics = SentenceStatistics.of(["Ein Mann im Haus", "Zwei"], ["Ein Mann im Haus", "Drei"])
+    low, high = interval(statistics.bleu_of, 2)  # of both, of the bad one alone and of the good one alone
+    assert [low, high] == pytest.approx([0, 100])
+    assert low < statistics.bleu < high
+    same = SentenceStatistics.of(["Ein Mann im Haus"] * 3, ["Ein Mann im Haus"] * 3)
+    assert list(interval(same.bleu_of, 3)) == pytest.approx([100, 100])

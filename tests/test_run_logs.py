@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from hf_nmsparse.run_logs import layer_rows, read_curve, read_layers, write_curve, write_layers
+from hf_nmsparse.run_logs import LAYER_MEASURES, layer_rows, read_curve, read_layers, write_curve, write_layers
 
 LOG: list[dict[str, Any]] = [
     {
@@ -61,4 +63,12 @@ def test_what_is_no_curve_is_refused(tmp_path: Path, content: str) -> None:
 def test_what_is_no_table_of_layers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "layers.parquet").write_text("no table")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        read_layers(tmp_path / "layers.parquet")
+
+
+@pytest.mark.parametrize(("key", "value"), [("layer", 1), ("step", "x"), ("sad", float("nan")), ("kept", "<b>")])
+def test_layers_of_something_else_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    rows = [{"step": 1, "layer": "a", **dict.fromkeys(LAYER_MEASURES), key: value}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "layers.parquet")
+    with pytest.raises(ValueError, match=f"layers.parquet: {key} cannot be "):
         read_layers(tmp_path / "layers.parquet")
