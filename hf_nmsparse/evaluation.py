@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -26,14 +26,21 @@ __all__ = ["Evaluation", "evaluation_record", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the vector unit of the kernels."""
+    """Versions of what a result depends on, and the vector unit of the kernels; "none" for what is not installed."""
     packages = ("torch", "transformers", "accelerate", "datasets", "sacrebleu")
     return {
         "python": platform.python_version(),
         "hf_nmsparse": __version__,
-        **{package: version(package) for package in packages},
+        **{package: _version(package) for package in packages},
         "kernels": library.status().unit or "none",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 @dataclass(frozen=True)

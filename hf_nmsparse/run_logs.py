@@ -8,9 +8,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
 __all__ = ["LAYER_MEASURES", "layer_rows", "read_curve", "read_layers", "write_curve", "write_layers"]
 
 LAYER_MEASURES = ("sad", "flip_rate", "changed", "kept", "pruned")
@@ -67,6 +64,9 @@ def write_layers(log: Log, file: Path) -> None:
     """Writes `layer_rows` as Parquet; no file where no layer was logged."""
     rows = layer_rows(log)
     if rows:
+        import pyarrow
+        from pyarrow import parquet
+
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
@@ -76,6 +76,9 @@ def read_layers(file: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: The file is no such table.
     """
+    import pyarrow  # here and above: curves are written on machines that have no pyarrow
+    from pyarrow import parquet
+
     try:
         rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hf_nmsparse import evaluation
 from hf_nmsparse.evaluation import Evaluation, evaluation_record, versions
 from hf_nmsparse.metrics import Comparison, Score, score
 
@@ -54,6 +56,14 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
 def test_versions_name_all_that_counts() -> None:
     names = {"python", "torch", "transformers", "accelerate", "datasets", "sacrebleu", "hf_nmsparse", "kernels"}
     assert set(versions()) == names
+
+
+def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(evaluation, "version", version)
+    assert versions()["datasets"] == "none"
 
 
 @pytest.mark.parametrize(
