@@ -24,7 +24,7 @@ test-long: .venv/installed  ## what `make test` leaves out
 # transformers than the package does: what 2.9 warns of itself as it loads an export, arguments that came with 5.23.
 OLDEST := bounds private_names layers quantizer compute loading saving round_trip sparse_model optimizer padding \
     sharded trainer training_arguments resuming pipeline metrics evaluation evaluate_metric cards averaging batching \
-    hub corpus tokenizer losses plots run_logs
+    hub corpus tokenizer losses plots run_logs chrf run_report report_page
 
 # The lowest versions that pyproject.toml allows, in an environment of their own, on the Python that PYTHON names.
 # On Linux this torch is the build for GPUs, 3 GB to fetch, unless PIP_EXTRA_INDEX_URL names an index with CPU builds.

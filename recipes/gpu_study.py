@@ -152,7 +152,7 @@ def _tokens(rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) 
     found = {}
     for side, sentences in zip(("source", "target"), zip(*pairs, strict=True), strict=True):
         found[side] = torch.tensor([token for tokens in sentences for token in tokens], dtype=torch.int32)
-        found[f"{side}_lengths"] = torch.tensor([len(tokens) for tokens in sentences], dtype=torch.int32)
+        found[f"{side} lengths"] = torch.tensor([len(tokens) for tokens in sentences], dtype=torch.int32)
     return found
 
 
@@ -167,7 +167,7 @@ def read_tokens(file: Path) -> list[dict[str, list[int]]]:
     found = load_file(file)
     sides = []
     for side in ("source", "target"):
-        sentences = found[side].split(found[f"{side}_lengths"].tolist())
+        sentences = found[side].split(found[f"{side} lengths"].tolist())
         sides.append([tokens.tolist() for tokens in sentences])
     return [{"input_ids": source, "labels": target} for source, target in zip(*sides, strict=True)]
 
