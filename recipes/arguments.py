@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from argparse import Action
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
-
-from transformers import HfArgumentParser
 
 from hf_nmsparse import SparseTrainingArguments
 from hf_nmsparse.one_shot import ONE_SHOT
 from hf_nmsparse.packing import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.run_files import hypotheses_file
-from hf_nmsparse.settings import read_settings
 from hf_nmsparse.srste import METHODS
+from recipes.parser import Parser
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = CONFIGS / "wmt14_transformer_base_2of4.yaml"
@@ -35,6 +28,8 @@ COUNTS = (
     "max_length",
     "d_model",
     "layers",
+    "encoder_layers",
+    "decoder_layers",
     "heads",
     "ffn",
     "average",
@@ -76,9 +71,18 @@ class RecipeArguments:
     source_code: str | None = field(default=None, metadata={"help": "Source language as mBART or NLLB spell it."})
     target_code: str | None = field(default=None, metadata={"help": "Target language likewise: deu_Latn."})
     source_prefix: str = field(default="", metadata={"help": "Put before every source text, as T5 wants it."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint whose tokenizer a model from scratch takes, such as its teacher's; a joint BPE of "
+            "vocab_size is trained on the corpus if left out."
+        },
+    )
     vocab_size: int = field(default=32_000, metadata={"help": "Joint BPE vocabulary of a model from scratch."})
     d_model: int = field(default=512, metadata={"help": "Width of a model from scratch."})
     layers: int = field(default=6, metadata={"help": "Encoder layers, and decoder layers, from scratch."})
+    encoder_layers: int | None = field(default=None, metadata={"help": "Encoder layers where they are not as many."})
+    decoder_layers: int | None = field(default=None, metadata={"help": "Decoder layers likewise: few are fast."})
     heads: int = field(default=8, metadata={"help": "Attention heads, from scratch."})
     ffn: int = field(default=2048, metadata={"help": "Feed-forward width, from scratch."})
     dropout: float = field(default=0.1, metadata={"help": "Dropout, from scratch."})
@@ -119,6 +123,11 @@ class RecipeArguments:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}: needs at least 1, got {count}")
+        for name in ("tokenizer", "encoder_layers", "decoder_layers"):
+            if self.model is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: is for a model from scratch, and model {self.model} has its own; leave it out"
+                )
         if self.model is None and self.d_model % self.heads:
             raise ValueError(f"heads: has to divide d_model, got {self.heads} for {self.d_model}")
         if self.baseline is not None:
@@ -138,54 +147,13 @@ class RecipeArguments:
             options |= {"start": self.start, "calibration_pairs": self.calibration_pairs}
         return options
 
-
-class Parser(HfArgumentParser):
-    """Says in one line what is wrong, and takes the values of a file as it takes those of a command line."""
-
-    def __init__(self) -> None:
-        hints = (get_type_hints(kind) for kind in (RecipeArguments, SparseTrainingArguments))
-        self.types: dict[str, Any] = {key: hint for found in hints for key, hint in found.items()}
-        self.keys: dict[str, Action] = {}
-        super().__init__((RecipeArguments, SparseTrainingArguments), allow_abbrev=False)
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Action:
-        """Adds an argument, and keeps it by its key."""
-        action = super().add_argument(*args, **kwargs)
-        if action.dest in self.types:
-            self.keys[action.dest] = action
-        return action
-
-    def error(self, message: str) -> NoReturn:
-        """In place of a page of usage."""
-        raise ValueError(f"recipe: {message}")
-
-    def check_known(self, key: str, where: str) -> None:
-        """Refuses what is no key, and names the one that was meant."""
-        if key not in self.keys:
-            near = get_close_matches(key, self.keys, 1)
-            raise ValueError(f"recipe: {where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-
-    def arguments_of(self, file: Path) -> list[str]:
-        """The settings of a file as a command line would have them; what none can have becomes the default."""
-        arguments = []
-        for key, value in read_settings(file).items():
-            self.check_known(key, str(file))
-            admitted = kinds(self.types[key])
-            if isinstance(value, str):
-                arguments.append(f"--{key}={value}")
-            elif isinstance(value, dict) and dict in admitted:
-                arguments.append(f"--{key}={json.dumps(value)}")
-            elif type(value) in admitted and all(isinstance(item, str) for item in value or ()):
-                self.set_defaults(**{key: value})
-            else:
-                raise ValueError(f"recipe: {file}: {key}: cannot be {json.dumps(value)}; see --help")
-        return arguments
-
-
-def kinds(hint: Any) -> set[Any]:
-    """The types that an annotation admits, without what they hold."""
-    every = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return {get_origin(kind) or kind for kind in every}
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many layers encoder and decoder have, from scratch."""
+        return {
+            "encoder_layers": self.layers if self.encoder_layers is None else self.encoder_layers,
+            "decoder_layers": self.layers if self.decoder_layers is None else self.decoder_layers,
+        }
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
@@ -194,24 +162,15 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, SparseTrainingArguments]:
     file, argv = (Path(argv[0]), argv[1:]) if named else (DEFAULT, argv)
     if not file.is_file():
         raise ValueError(f"recipe: no such file {file}; see recipes/configs")
-    parser = Parser()
-    arguments = [*parser.arguments_of(file), *argv]
-    try:
-        recipe, args, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    for argument in unknown:
-        parser.check_known(argument.lstrip("-").partition("=")[0].replace("-", "_"), "command line")
+    parser = Parser("recipe", RecipeArguments, SparseTrainingArguments)
+    (recipe, args), given = parser.read(file, argv)
     check(recipe, args)
     said = []
     if not named:
         others = ", ".join(sorted(other.stem for other in CONFIGS.iterdir() if other != DEFAULT))
         said.append(f"runs {DEFAULT}; name another to run it instead: {others}")
     if recipe.tokens_per_step is not None:
-        keys = {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in arguments}
-        said.append(share_out(recipe.tokens_per_step, args, "gradient_accumulation_steps" in keys))
+        said.append(share_out(recipe.tokens_per_step, args, "gradient_accumulation_steps" in given))
     if args.process_index == 0:
         for line in said:
             print(f"wmt_en_de: {line}", flush=True)

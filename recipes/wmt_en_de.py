@@ -13,14 +13,13 @@ import json
 import re
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import IterableDataset, concatenate_datasets
+from datasets import concatenate_datasets
 from huggingface_hub import HfApi
 from transformers import (
     AutoTokenizer,
@@ -50,7 +49,7 @@ from hf_nmsparse.allocator import keep_freed_memory
 from hf_nmsparse.averaging import average_checkpoints, last_checkpoints
 from hf_nmsparse.cards import write_card
 from hf_nmsparse.checkpoints import checkpoints, last_complete_checkpoint
-from hf_nmsparse.corpus import Rows, load_corpus
+from hf_nmsparse.corpus import Rows
 from hf_nmsparse.evaluation import Evaluation, evaluation_record
 from hf_nmsparse.files import check_writable, model_folder, replaced
 from hf_nmsparse.layers import NMLinear
@@ -65,7 +64,8 @@ from hf_nmsparse.run_files import hypotheses_file, one_line, read_lines, referen
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from recipes.arguments import RecipeArguments, parse
-from recipes.homeassistant import homeassistant_corpus
+from recipes.corpora import first_of, read_corpus
+from recipes.mistakes import in_one_line
 from recipes.threads import take_all_cores
 
 # Of a stream: how many pairs the tokenizer is trained on, and among how many the next one is drawn.
@@ -76,8 +76,8 @@ OF_THE_MODEL = (
     *("model", "source_lang", "target_lang", "pattern", "targets", "ignore"),
     *("start", "calibration_pairs", "permute"),
 )
-OF_THE_TOKENIZER = ("vocab_size", "max_length")
-FROM_SCRATCH = (*OF_THE_TOKENIZER, "d_model", "layers", "heads", "ffn")
+OF_THE_TOKENIZER = ("tokenizer", "vocab_size", "max_length")
+FROM_SCRATCH = (*OF_THE_TOKENIZER, "d_model", "heads", "ffn")
 
 # Of the training arguments, what the card lists.
 SETTINGS = (
@@ -129,6 +129,8 @@ def main() -> None:
         keep_settings(recipe, output)
     with args.main_process_first(desc="tokenizer"):
         tokenizer = load_tokenizer(recipe, corpus["train"], output)
+    if args.distill_from is not None:
+        check_teacher(args.distill_from, tokenizer)
     if recipe.streaming:
         corpus["train"] = corpus["train"].shuffle(seed=args.seed, buffer_size=SHUFFLED)
     model = load_model(recipe, tokenizer)
@@ -223,32 +225,17 @@ def check_hub(repo: str) -> None:
         raise ValueError(f"push_to: nothing can be pushed to {repo!r}: {reason}") from error
 
 
-def read_corpus(
-    corpus: str, source_lang: str, target_lang: str, config: str | None, streaming: bool
-) -> dict[str, Rows]:
-    """The splits of a corpus that `load_corpus` knows, or of the demo's."""
-    if corpus != "homeassistant":
-        return load_corpus(corpus, source_lang, target_lang, config, streaming)
-    pairs = homeassistant_corpus(source_lang, target_lang)
-    return {**pairs, "train": pairs["train"].to_iterable_dataset()} if streaming else {**pairs}
-
-
-def first_of(rows: Rows, count: int) -> Rows:
-    """The first so many pairs, or all if there are fewer."""
-    return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
-
-
-def pretrained(load: Callable[..., Any], model: str, **settings: Any) -> Any:
-    """What ``load`` gives; what a user can mend is one line."""
+def pretrained(load: Callable[..., Any], model: str, key: str = "model", **settings: Any) -> Any:
+    """What ``load`` gives for the value of a key; what a user can mend is one line."""
     try:
         return load(model, **settings)
     except (OSError, ImportError, ValueError) as error:
         [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"model: {model}: {reason}") from error
+        raise ValueError(f"{key}: {model}: {reason}") from error
 
 
 def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, or one trained on the corpus and kept in the output folder."""
+    """The tokenizer of the checkpoint; from scratch a given one or one of the corpus, kept in the output folder."""
     if recipe.model is not None:
         tokenizer = pretrained(AutoTokenizer.from_pretrained, recipe.model)
         for language, code in (("src_lang", recipe.source_code), ("tgt_lang", recipe.target_code)):
@@ -256,7 +243,14 @@ def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTra
                 setattr(tokenizer, language, code)
         return tokenizer
     folder = output / "tokenizer"
-    if not folder.is_dir():
+    if not folder.is_dir() and recipe.tokenizer is not None:
+        given = pretrained(AutoTokenizer.from_pretrained, recipe.tokenizer, "tokenizer")
+        if given.pad_token_id is None or given.eos_token_id is None:
+            raise ValueError(f"tokenizer: {recipe.tokenizer} has no padding or no end of a sentence; name another")
+        given.model_max_length = recipe.max_length  # as one that is trained here has it
+        with replaced(folder) as beside:
+            given.save_pretrained(beside)
+    elif not folder.is_dir():
         rows = first_of(train, TOKENIZER_PAIRS) if recipe.streaming else train
         texts = (text for column in ("source", "target") for text in rows[column])
         with replaced(folder) as beside:
@@ -264,14 +258,26 @@ def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTra
     return AutoTokenizer.from_pretrained(folder)
 
 
+def check_teacher(teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a teacher whose tokens are others than the model's: word by word it would teach nonsense."""
+    if pretrained(AutoTokenizer.from_pretrained, teacher, "distill_from").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"distill_from: {teacher} has other tokens than the model; a model from scratch takes them over with "
+            f"--tokenizer {teacher}"
+        )
+
+
 def keep_settings(recipe: RecipeArguments, output: Path) -> None:
     """Writes what makes the model what it is beside its checkpoints, once those of another model are ruled out."""
     now = {name: getattr(recipe, name) for name in (*OF_THE_MODEL, *(() if recipe.model else FROM_SCRATCH))}
+    now |= {} if recipe.model else recipe.depths
     file = output / "model_settings.json"
     try:
         begun = read_object(file) if file.is_file() else now
     except PackedFormatError as error:
         raise ValueError(f"{error}; delete it if the run in {output} goes on with its model") from error
+    if "layers" in begun:  # a run from before the two had depths of their own
+        begun |= dict.fromkeys(("encoder_layers", "decoder_layers"), begun.pop("layers"))
     kept = list(dict.fromkeys([*now, *begun])) if checkpoints(output) else []
     if (output / "tokenizer").is_dir() and not recipe.model:
         kept += OF_THE_TOKENIZER
@@ -297,8 +303,7 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
     config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=recipe.d_model,
-        encoder_layers=recipe.layers,
-        decoder_layers=recipe.layers,
+        **recipe.depths,
         encoder_attention_heads=recipe.heads,
         decoder_attention_heads=recipe.heads,
         encoder_ffn_dim=recipe.ffn,
@@ -410,17 +415,13 @@ def describe(model: PreTrainedModel) -> str:
 
 def run() -> None:
     """Runs `main`; what a user can mend is one line, anything else a traceback."""
-    try:
-        main()
-        PartialState().destroy_process_group()  # gloo's threads, where they outlive Python, abort the process
-    except Preempted as stop:
-        print(f"wmt_en_de: {stop}", file=sys.stderr)
-        raise
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name
-        if raised_in not in ("hf_nmsparse", "recipes"):
+    with in_one_line("wmt_en_de"):
+        try:
+            main()
+            PartialState().destroy_process_group()  # gloo's threads, where they outlive Python, abort the process
+        except Preempted as stop:
+            print(f"wmt_en_de: {stop}", file=sys.stderr)
             raise
-        sys.exit(f"wmt_en_de: {error}")
 
 
 if __name__ == "__main__":

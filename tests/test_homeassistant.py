@@ -73,7 +73,7 @@ def test_homeassistant_without_a_network(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_recipe_knows_it_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"source": ["a"], "target": ["b"]}
     splits = {split: Dataset.from_dict(rows) for split in ("train", "validation", "test")}
-    monkeypatch.setattr("recipes.wmt_en_de.homeassistant_corpus", lambda *languages: splits)
+    monkeypatch.setattr("recipes.corpora.homeassistant_corpus", lambda *languages: splits)
     assert read_corpus("homeassistant", "en", "de", None, streaming=False) == splits
     streamed = read_corpus("homeassistant", "en", "de", None, streaming=True)
     assert isinstance(streamed["train"], IterableDataset)
