@@ -62,9 +62,15 @@ def test_configurations_parse_and_fit_their_model(config: Path, tmp_path: Path) 
         assert args.sparse_method == "dense"
     assert recipe.average <= (args.save_total_limit or recipe.average)
     if recipe.model is None:
-        chosen, dense = select_layers(load_model(recipe, tokenizer()), NMSparseConfig(recipe.pattern))
-        assert len(chosen) == recipe.layers * 16
-        assert dense == {"lm_head": "the output head"}
+        model = load_model(recipe, tokenizer())
+        chosen, dense = select_layers(model, NMSparseConfig(recipe.pattern, recipe.targets))
+        # Of a layer: 4 products of each attention, one of them in the encoder and two in the decoder, and 2 more.
+        each = {None: (6, 10), ("fc1", "fc2"): (2, 2), ("self_attn", "encoder_attn"): (4, 8)}
+        of_encoder, of_decoder = each[tuple(recipe.targets) if recipe.targets else None]
+        depths = model.config.encoder_layers, model.config.decoder_layers
+        assert len(chosen) == depths[0] * of_encoder + depths[1] * of_decoder
+        assert dense["lm_head"] in ("the output head", "no target rule matches")
+        assert len(chosen) + len(dense) == depths[0] * 6 + depths[1] * 10 + 1
 
 
 @pytest.mark.parametrize("sparse", ["multi30k_2of4", "wmt14_transformer_base_2of4"])
@@ -75,6 +81,15 @@ def test_the_dense_configuration_differs_in_sparsity_alone(sparse: str) -> None:
     ]
     changed = {key for key in both[0].keys() | both[1].keys() if both[0].get(key) != both[1].get(key)}
     assert changed == {"output_dir", "pattern", "sparse_method", "sparse_decay"}
+
+
+@pytest.mark.parametrize(
+    ("given", "encoder", "decoder"),
+    [([], 6, 6), (["--layers", "4"], 4, 4), (["--decoder_layers", "1"], 6, 1), (["--encoder_layers", "12"], 12, 6)],
+)
+def test_encoder_and_decoder_have_depths_of_their_own(given: list[str], encoder: int, decoder: int) -> None:
+    recipe, _ = parse([str(DEFAULT), "--use_cpu", "true", *given])
+    assert recipe.depths == {"encoder_layers": encoder, "decoder_layers": decoder}
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
@@ -181,6 +196,9 @@ def test_arguments_that_are_refused(argument: list[str], message: str) -> None:
         (("--learning_rate", "nan"), "learning_rate: needs a finite number of at least 0, got nan"),
         (("--learning_rate", "-1"), "learning_rate: needs a finite number of at least 0, got -1.0"),
         (("--beams", "0"), "beams: needs at least 1, got 0"),
+        (("--decoder_layers", "0"), "decoder_layers: needs at least 1, got 0"),
+        (("--model", "a/b", "--encoder_layers", "6"), "encoder_layers: is for a model from scratch, and model a/b has"),
+        (("--model", "a/b", "--tokenizer", "c/d"), "tokenizer: is for a model from scratch, and model a/b has its own"),
         (("--push_to", "a/b", "--sparse_method", "dense"), "push_to: sends packed models and this run ends in a dense"),
         (("--start", "random"), "start: is one of magnitude, wanda, sparsegpt, got 'random'"),
         (("--start", "wanda"), "start, permute: prune a trained model, and this one is from scratch; give model"),

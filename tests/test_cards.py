@@ -235,3 +235,8 @@ def test_the_template_of_an_installed_package_comes_first(tmp_path: Path, monkey
     (tmp_path / "card_template.md").write_text("---\n{{ card_data }}\n---\npackaged {{ name }}\n", encoding="utf-8")
     monkeypatch.setattr(cards, "files", lambda package: tmp_path if package == "hf_nmsparse" else None)
     assert card().endswith("packaged tiny-en-de")
+
+
+def test_the_card_says_which_layers_are_sparse() -> None:
+    assert "| Sparse layers | fc1, fc2; the others are dense |" in card(evaluation(targets=["fc1", "fc2"]))
+    assert "Sparse layers" not in card()

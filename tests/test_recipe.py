@@ -91,6 +91,24 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(
         keep_settings(parse([*command, *argument])[0], output)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_run_from_before_depths_were_two_goes_on(depth: int, tmp_path: Path) -> None:
+    """Its settings have ``layers``, of both."""
+    (tmp_path / "none.yaml").write_text("pattern: 2:4\n")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "model_settings.json").write_text('{"vocab_size": 300, "layers": 1, "d_model": 32}')
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/model.safetensors").touch()
+    (tmp_path / "checkpoint-1/trainer_state.json").touch()
+    recipe, _ = parse([str(tmp_path / "none.yaml"), *tiny(tmp_path, tmp_path), "--decoder_layers", str(depth)])
+    if depth == 1:
+        keep_settings(recipe, tmp_path)
+        assert json.loads((tmp_path / "model_settings.json").read_text())["decoder_layers"] == 1
+    else:
+        with pytest.raises(ValueError, match=r"decoder_layers: the run in .* began with 1, got 2; give the same"):
+            keep_settings(recipe, tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
 def test_damaged_settings_of_the_model_are_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "none.yaml").write_text("pattern: 2:4\n")
