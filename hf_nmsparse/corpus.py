@@ -11,9 +11,9 @@ import datasets
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers.utils import logging
 
-from hf_nmsparse.pairs import find_files, is_text, read_pairs, same_length
+from hf_nmsparse.pairs import find_files, is_text, read_lines, read_pairs, same_length
 
-__all__ = ["SPLITS", "Rows", "load_corpus"]
+__all__ = ["SPLITS", "Rows", "load_corpus", "load_text"]
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +65,24 @@ def load_corpus(
     }
 
 
+def load_text(file: str) -> Dataset:
+    """The lines of a text in one language, as a column ``source``.
+
+    Args:
+        file: UTF-8, plain or as ``.gz``, ``.bz2``, ``.xz`` or ``.zst``.
+
+    Raises:
+        ValueError: It is missing, has no lines, or cannot be read.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"text: no file {file}")
+    if not path.stat().st_size:
+        raise ValueError(f"text: {file} is empty")
+    made_by = {"generator": read_lines, "features": Features({"source": Value("string")}), "gen_kwargs": {"file": path}}
+    return _kept(made_by, (path,))
+
+
 def _from_files(files: tuple[Path, ...], source_lang: str, target_lang: str, streaming: bool) -> Rows:
     """The pairs of a split: mapped into memory from datasets' cache, where a second run finds them, or as a stream."""
     given = {"files": files, "source_lang": source_lang, "target_lang": target_lang}
@@ -75,8 +93,13 @@ def _from_files(files: tuple[Path, ...], source_lang: str, target_lang: str, str
         stream = IterableDataset.from_generator(**made_by)
         _first(stream)  # what is wrong with all of it shows here
         return stream
+    return _kept(made_by, files, source_lang, target_lang)
+
+
+def _kept(made_by: dict[str, Any], files: tuple[Path, ...], *langs: str) -> Dataset:
+    """The rows of a generator that reads files, in datasets' cache."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = _fingerprint(str(_READER), repr(stats), source_lang, target_lang)
+    name = _fingerprint(str(_READER), repr(stats), *langs)
     try:
         return Dataset.from_generator(**made_by, fingerprint=name)
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:

@@ -24,7 +24,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["find_files", "is_text", "read_pairs", "same_length"]
+__all__ = ["find_files", "is_text", "read_lines", "read_pairs", "same_length"]
 
 _FORMATS = (".jsonl", ".json", ".parquet", ".tsv")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -92,6 +92,16 @@ def read_pairs(files: tuple[Path, ...], source_lang: str, target_lang: str) -> I
         empty = False
     if empty:
         raise ValueError(f"corpus: {files[0]} has no rows")
+
+
+def read_lines(file: Path) -> Iterator[dict[str, str]]:
+    """The lines of a text, plain or compressed, in order, as rows with ``source``; blank ones are rows too.
+
+    Raises:
+        ValueError: While they are read: the file cannot be.
+    """
+    for line in _lines(file):
+        yield {"source": line}
 
 
 def same_length(files: tuple[Path, ...]) -> None:

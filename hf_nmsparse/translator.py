@@ -150,6 +150,15 @@ class Translator:
                 self._tokenizer = load_tokenizer(self._folder, self._model.config.model_type)
             return self._tokenizer
 
+    @property
+    def longest_source(self) -> float:
+        """How many tokens of a text are translated, with those around it; what is longer is cut.
+
+        Raises:
+            ValueError: The tokenizer says nothing of use.
+        """
+        return min(longest_text(self.tokenizer), self._spec.config.encoder.positions or float("inf"))
+
     def translate(
         self,
         texts: Iterable[str],
@@ -378,8 +387,7 @@ class Translator:
         return direction_of(self._model, self.tokenizer, *with_own)
 
     def _encoded(self, texts: list[str], direction: Direction) -> list[list[int]]:
-        tokenizer = self.tokenizer
-        limit = min(longest_text(tokenizer), self._spec.config.encoder.positions or float("inf"))
+        tokenizer, limit = self.tokenizer, self.longest_source
         with self._lock:
             rows = encode(tokenizer, [direction.prompt + text for text in texts], limit, direction.frame)
         check_tokens(rows, self._spec.config.encoder.vocabulary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,7 +66,11 @@ def test_configurations_parse_and_fit_their_model(config: Path, tmp_path: Path) 
         model = load_model(recipe, tokenizer())
         chosen, dense = select_layers(model, NMSparseConfig(recipe.pattern, recipe.targets))
         # Of a layer: 4 products of each attention, one of them in the encoder and two in the decoder, and 2 more.
-        each = {None: (6, 10), ("fc1", "fc2"): (2, 2), ("self_attn", "encoder_attn"): (4, 8)}
+        each: dict[Any, tuple[int, int]] = {
+            None: (6, 10),
+            ("fc1", "fc2"): (2, 2),
+            ("self_attn", "encoder_attn"): (4, 8),
+        }
         of_encoder, of_decoder = each[tuple(recipe.targets) if recipe.targets else None]
         depths = model.config.encoder_layers, model.config.decoder_layers
         assert len(chosen) == depths[0] * of_encoder + depths[1] * of_decoder

@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from recipes import homeassistant
+from recipes.corpora import read_corpus
 from recipes.homeassistant import homeassistant_corpus
-from recipes.wmt_en_de import read_corpus
 
 
 def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, texts: dict[str, dict[str, Any]]) -> Path:

@@ -159,8 +159,12 @@ OVERRIDES = [
     ),
 ]
 
-# What Python itself puts into classes with a metaclass, and the texts in our code that look like names.
-_PYTHONS = {"_abc_impl", "_backward_cls"}
+# What Python itself, torch and transformers put into a class as it is made or used, and the texts in our code that look
+# like names.
+_PYTHONS = {
+    *("_abc_impl", "_backward_cls"),
+    *("_can_set_attn_implementation_cached_value", "_can_set_experts_implementation_cached_value"),
+}
 _NO_NAMES = {"_indices", "_scale", "_to_", "_attention_heads", "_ffn_dim", "_layers"}
 
 USED: dict[str, tuple[Callable[[Any], None], str]] = {}
@@ -435,7 +439,7 @@ def others(kind: type) -> list[type]:
 
 
 def defined(kind: type) -> set[str]:
-    """The names that a class of ours defines, other than those of Python itself."""
+    """The names that a class of ours defines, other than those that are put there."""
     return {name for name in vars(kind) if not name.startswith("__")} - _PYTHONS
 
 
