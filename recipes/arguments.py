@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_nmsparse import SparseTrainingArguments
 from hf_nmsparse.one_shot import ONE_SHOT
