@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from hf_nmsparse import corpus
-from hf_nmsparse.corpus import load_corpus
+from hf_nmsparse.corpus import load_corpus, load_text
 
 PAIRS = [("A man sleeps.", "Ein Mann schläft."), ('He said "no".', "Er sagte „nein“."), ("NA", "null")]
 MULTI30K = Path("../shared/data/multi30k")
@@ -189,3 +189,23 @@ def test_real_corpus() -> None:
         "source": "Two young, White males are outside near many bushes.",
         "target": "Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.",
     }
+
+
+def test_a_text_of_one_language_has_a_row_for_each_line(tmp_path: Path) -> None:
+    """Blank ones too, and after a change the file is read anew."""
+    file = tmp_path / "mono.txt.gz"
+    for lines in (["eins", "", " zwei\u2028drei"], ["vier"]):
+        file.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode()))
+        assert load_text(str(file)).to_dict() == {"source": lines}
+
+
+def test_a_text_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"\xe4\n")
+    for name, message in (
+        ("none.txt", "text: no file "),
+        ("empty.txt", r"text: .* is empty"),
+        ("latin.txt", r"latin\.txt, line 1 is not UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_text(str(tmp_path / name))
