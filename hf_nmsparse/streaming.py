@@ -53,7 +53,9 @@ def pieces(translate: Callable[[Callable[[Tokens], None]], Tokens], text_of: Cal
         except BaseException as error:  # raised where the pieces are read
             states.put(error)
 
-    thread = Thread(target=work, name="nmsparse-stream", daemon=True)
+    # No daemon: Python ends those as they come back from C++, whose frames do not bear it. A process that leaves the
+    # iterator open ends with the translation.
+    thread = Thread(target=work, name="nmsparse-stream")
     thread.start()
     given, before, count = "", "", 0
     try:

@@ -258,6 +258,15 @@ def test_a_stream_that_is_closed_leaves_the_translator_as_it_was(translator: Tra
     assert list(translator.stream("  ")) == []
 
 
+def test_a_process_ends_with_a_stream_that_nobody_has_closed(folder: Path) -> None:
+    code = (
+        f"from hf_nmsparse import Translator; t = Translator({str(folder)!r});"
+        "stream = t.stream('Der Garten', max_length=60, min_length=50, num_beams=1); next(stream)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_process_that_translates_has_no_torch(folder: Path) -> None:
     code = (
         "import sys; from hf_nmsparse import Translator;"
