@@ -331,14 +331,14 @@ class Translator:
         search = self._search(_Asked(direction.settings))
         rows = self._encoded(texts, direction)
         tokenizer, frame, start = self.tokenizer, None, search.start
-        language = tgt_lang or self._languages[1]
-        if direction.frame is not None and language is not None:
+        if direction.frame is not None:
             # As a target's tokens end in training; the language stands in front, or is what the decoder starts with.
             forced = search.config.forced_bos
             frame = ([forced] if forced >= 0 else []), [tokenizer.eos_token_id]
         limit = longest_text(tokenizer)
         with self._lock:
-            given = encode(tokenizer, others, limit, frame, target=True)
+            # Tokenizers that frame have one vocabulary, and as those of targets they ask for a language of their own.
+            given = encode(tokenizer, others, limit, frame, target=frame is None)
         check_tokens(given, self._spec.config.target_vocabulary)
         scores = self._engine.score(rows, [[start, *row] for row in given], self._threads)
         return [

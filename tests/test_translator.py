@@ -22,6 +22,8 @@ from hf_nmsparse.pipeline import translate
 from hf_nmsparse.translator import Translation
 from tests import tiny
 from tests.test_engine_spec import CASES, sentence, tiny_model
+from tests.test_texts import FAMILIES
+from tests.test_texts import folder as tokenizer_files  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
 
@@ -144,6 +146,26 @@ def test_scores_are_the_log_probabilities_of_transformers(folder: Path, translat
         assert one.tokens == tuple(labels[0].tolist())
         assert one.token_scores == pytest.approx(expected.tolist(), abs=1e-4)
         assert one.total == pytest.approx(float(expected.sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["nllb", "m2m100", "mbart", "mbart-50"])
+def test_scores_are_of_the_language_that_the_call_or_the_model_names(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    case = FAMILIES[family]
+    tokenizer = case.tokenizer(request.getfixturevalue("tokenizer_files"))
+    model = case.model(tokenizer)
+    tokenizer.save_pretrained(saved(model, tmp_path / "of the call"))
+    settings = case.asks(tokenizer, case.target)
+    named = Translator(tmp_path / "of the call").score(
+        ["a man"], ["red tree"], src_lang=case.source, tgt_lang=case.target
+    )
+    first = [] if settings["forced_bos_token_id"] is None else [settings["forced_bos_token_id"]]
+    text = tokenizer("red tree", add_special_tokens=False)["input_ids"]
+    assert named[0].tokens == (*first, *text, tokenizer.eos_token_id)
+    model.generation_config.update(**settings)
+    tokenizer.save_pretrained(saved(model, tmp_path / "of the model"))
+    assert Translator(tmp_path / "of the model").score(["a man"], ["red tree"], src_lang=case.source) == named
 
 
 def test_scores_of_beams_are_those_of_transformers(folder: Path, translator: Translator) -> None:
