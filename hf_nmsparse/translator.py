@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -285,9 +285,10 @@ class Translator:
             ValueError: An id or a setting is not possible.
         """
         asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
-        if prefixes is not None and len(prefixes) != len(rows):
+        rows = _rows("rows", rows)
+        prefixes = [()] * len(rows) if prefixes is None else _rows("prefixes", prefixes)
+        if len(prefixes) != len(rows):
             raise ValueError(f"translate: {len(rows)} sentences need as many prefixes, got {len(prefixes)}")
-        prefixes = [()] * len(rows) if prefixes is None else prefixes
         found: list[Any] = [None] * len(rows)
         # A limit in new tokens is another length for each length of a prompt.
         for length in sorted(set(map(len, prefixes))):
@@ -537,6 +538,17 @@ def _translation(
         return Translation("", (), source=source)
     best, *others = hypotheses
     return one(best, tuple(map(one, others)))
+
+
+def _rows(name: str, given: Any) -> list[Sequence[int]]:
+    """Rows of ids, which are lists, tuples or arrays."""
+    if isinstance(given, str | bytes | Mapping | set | frozenset) or not isinstance(given, Iterable):
+        raise ValueError(f"translate: {name} are lists of ids in a list, got {type(given).__name__}")
+    rows = list(given)
+    for place, row in enumerate(rows):
+        if isinstance(row, str | bytes | Mapping) or not hasattr(row, "__len__") or not hasattr(row, "__getitem__"):
+            raise ValueError(f"translate: {name}: a list of ids is due at {place}, got {type(row).__name__}")
+    return rows
 
 
 def _cpus() -> int:

@@ -440,6 +440,18 @@ class TestWhatIsRefused:
             assert message in str(error.value)
         with pytest.raises(ValueError, match="2 sentences need as many prefixes, got 1"):
             translator.translate_ids([[5], [6]], prefixes=[[1]])
+        others: list[tuple[Any, str]] = [
+            ([5, 6], "rows: a list of ids is due at 0, got int"),
+            ([[5], None], "rows: a list of ids is due at 1, got NoneType"),
+            ([b"ab"], "rows: a list of ids is due at 0, got bytes"),
+            ({"a": [5]}, "rows are lists of ids in a list, got dict"),
+            (None, "rows are lists of ids in a list, got NoneType"),
+        ]
+        for rows, message in others:
+            with pytest.raises(ValueError, match=f"^translate: {message}$"):
+                translator.translate_ids(rows, max_length=10)
+        with pytest.raises(ValueError, match=r"^translate: prefixes: a list of ids is due at 0, got NoneType$"):
+            translator.translate_ids([[5]], prefixes=[None])  # type: ignore[list-item]
 
     def test_texts(self, translator: Translator) -> None:
         with pytest.raises(ValueError, match="stream: takes one text, got list; translate takes several"):

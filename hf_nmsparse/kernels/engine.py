@@ -514,4 +514,7 @@ def _flat(rows: Iterable[Sequence[int]]) -> Array:
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> Array:
-    return np.fromiter(map(len, rows), np.int32)
+    try:
+        return np.fromiter(map(len, rows), np.int32)
+    except TypeError as error:
+        raise ValueError(f"engine: token ids are whole numbers in rows: {error}") from None
