@@ -29,6 +29,7 @@ from hf_nmsparse.kernels.engine import EarlyStopping, Engine, Packed, SearchConf
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.kernels.watched import state_of, watch
 from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.module_fit import misfit
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.wrappers import is_hooked
 
@@ -340,6 +341,9 @@ def _reason_of_modules(model: PreTrainedModel, spec: Spec) -> str | None:
             return f"{where} is in training mode; call model.eval()"
         if is_hooked(module) or "forward" in vars(module) or any(_hooks(module)):
             return f"{where} has hooks or another forward"
+    reason = misfit(model, _PRODUCTS)
+    if reason is not None:
+        return reason
     for source in spec.weights:
         layer: Any = model.get_submodule(source.names[0])
         if type(layer) not in _PRODUCTS:

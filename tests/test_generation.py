@@ -333,6 +333,38 @@ class TestModels:
         model.lm_head = nn.Linear(32, 41, bias=False).eval()
         assert "lm_head is [41, 32], and the configuration says [40, 32]" in str(why_not(model))
 
+    def test_modules_that_are_not_those_of_the_configuration(self, runner: str) -> None:
+        def more_layers(model: Any) -> None:
+            model.model.decoder.layers.append(copy.deepcopy(model.model.decoder.layers[0]))
+
+        def fewer_layers(model: Any) -> None:
+            del model.model.encoder.layers[-1]
+
+        def another_scale(model: Any) -> None:
+            model.model.decoder.embed_scale = 3.0
+
+        def another_configuration(model: Any) -> None:
+            model.config.scale_embedding = not model.config.scale_embedding
+
+        def another_activation(model: Any) -> None:
+            model.model.encoder.layers[0].activation_fn = nn.Tanh().eval()
+
+        reasons = {
+            more_layers: "the model has a model.decoder.layers.",
+            fewer_layers: "the model has no model.encoder.layers.",
+            another_scale: "model.decoder.embed_scale is 3.0, and the configuration says ",
+            another_configuration: "embed_scale is ",
+            another_activation: "model.encoder.layers.0.activation_fn is a Tanh, and the configuration says ",
+        }
+        batch = batch_of(sentences(3, 8, EOS["marian"]))
+        for change, reason in reasons.items():
+            model = copy.deepcopy(trained("marian"))
+            assert why_not(model) is None
+            change(model)
+            assert reason in str(why_not(model))
+            settings: dict[str, Any] = {**batch, "max_new_tokens": 5, "use_cache": False}
+            assert torch.equal(generate(model, **settings), type(model).generate(model, **settings))
+
     def test_other_classes(self, runner: str) -> None:
         class Mine(MarianMTModel):
             pass

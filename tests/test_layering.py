@@ -29,7 +29,7 @@ BANDS = {
     },
     "loading": {
         *("engine_spec", "engine_files", "generation_settings"),  # on the native engine, from files alone
-        *("compute", "generation", "quantizer", "loading"),
+        *("compute", "module_fit", "generation", "quantizer", "loading"),
     },
     "trainer": {
         *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
