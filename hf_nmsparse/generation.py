@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import log
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,16 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_nmsparse.engine_spec import Spec, TableSource, WeightSource, read
 from hf_nmsparse.kernels import engine, native
-from hf_nmsparse.kernels.engine import EarlyStopping, Engine, Packed, SearchConfig, Table, UnableError
+from hf_nmsparse.kernels.engine import (
+    MOST_BEAMS,
+    MOST_ENDS,
+    EarlyStopping,
+    Engine,
+    Packed,
+    SearchConfig,
+    Table,
+    UnableError,
+)
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.kernels.watched import state_of, watch
 from hf_nmsparse.layers import NMLinear
@@ -483,6 +493,18 @@ def _reason_of_settings(spec: Spec, request: _Request) -> str | None:
         return (
             f"a vocabulary of {vocabulary:,} is searched with fewer beams than {settings.num_beams}, and at least one"
         )
+    if settings.num_beams > MOST_BEAMS or len(ends) > MOST_ENDS:
+        return f"the engine takes {MOST_BEAMS} beams and {MOST_ENDS} tokens of eos_token_id at most"
+    if settings.early_stopping not in _EARLY_STOPPING:
+        return f"the engine does not know early_stopping={settings.early_stopping!r}"
+    penalty, power = settings.repetition_penalty, settings.length_penalty
+    if penalty is not None and not penalty <= float(np.finfo(np.float32).max):
+        return f"repetition_penalty={penalty!r} is beyond fp32"
+    # Scores are divided by the length to this power. 87 is the logarithm of what fp32 holds.
+    if not isinstance(power, int | float) or not abs(power) * log(settings.max_length) <= 87:
+        return f"length_penalty={power!r} is no power that fp32 holds"
+    if isinstance(settings.max_length, float):
+        return f"max_length={settings.max_length!r} is no whole number"
     positions = spec.config.decoder.positions
     if positions and settings.max_length - 1 > positions:
         return f"max_length={settings.max_length} goes beyond the model's {positions} positions"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_nmsparse.engine_spec import Spec
-from hf_nmsparse.kernels.engine import EarlyStopping, SearchConfig
+from hf_nmsparse.kernels.engine import MOST_BEAMS, MOST_ENDS, EarlyStopping, SearchConfig
 from hf_nmsparse.packed_files import read_object
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "NAMES", "Search", "read_settings", "search_of"]
@@ -170,6 +170,11 @@ def search_of(
     if not isinstance(early, bool | str) or early not in _EARLY_STOPPING:
         raise ValueError(f"translate: early_stopping is True, False or 'never', got {early!r}")
     eos = settings.tokens("eos_token_id")
+    for name, count, largest in (("num_beams", beams, MOST_BEAMS), ("eos_token_id", len(eos), MOST_ENDS)):
+        if count > largest:
+            raise ValueError(
+                f"translate: the engine takes {largest} of {name}, got {count}; translate with transformers"
+            )
     most = _longest(spec, own, given, prompt_length)
     fields: dict[str, Any] = {
         "beams": beams,

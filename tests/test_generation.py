@@ -261,6 +261,12 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"attention_mask": torch.full((3, 3), 0.5)}, "not one of 0 and 1"),
     "forced list": ({"forced_eos_token_id": [2, 3]}, "forced_eos_token_id=[2, 3] is not one id"),
     "unknown ids": ({"suppress_tokens": [400]}, "are not ids of the vocabulary of 40"),
+    "no early stopping": ({"early_stopping": None, "num_beams": 2}, "the engine does not know early_stopping=None"),
+    "far power": ({"length_penalty": 100.0, "num_beams": 2}, "length_penalty=100.0 is no power that fp32 holds"),
+    "no power": ({"length_penalty": float("nan"), "num_beams": 2}, "length_penalty=nan is no power that fp32 holds"),
+    "unset power": ({"length_penalty": None}, "length_penalty=None is no power that fp32 holds"),
+    "penalty": ({"repetition_penalty": 1e39}, "repetition_penalty=1e+39 is beyond fp32"),
+    "half a token": ({"max_length": 9.0}, "max_length=9.0 is no whole number"),
     "too long": ({"max_length": 60}, "max_length=60 goes beyond the model's 48 positions"),
 }
 
@@ -283,6 +289,14 @@ def test_what_the_engine_does_not_know_runs_in_transformers(runner: str, case: s
     else:
         assert type(found) is type(expected)
         assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_more_beams_and_ends_than_the_engine_takes_run_in_transformers(runner: str) -> None:
+    model = marian(vocab_size=800).eval()
+    for settings in ({"num_beams": 256}, {"eos_token_id": list(range(1, 66))}):
+        arguments: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 1]]), "max_new_tokens": 3} | settings
+        assert "the engine takes 255 beams and 64 tokens of eos_token_id at most" in str(why_not(model, **arguments))
+        assert torch.equal(generate(model, **arguments), type(model).generate(model, **arguments))
 
 
 def test_errors_are_those_of_transformers(runner: str) -> None:

@@ -70,6 +70,8 @@ def test_sampling_has_the_defaults_of_transformers() -> None:
         ({"num_beams": 0}, "num_beams needs at least 1, got 0"),
         ({"num_beams": "4"}, "num_beams needs at least 1, got '4'"),
         ({"num_beams": True}, "num_beams needs at least 1, got True"),
+        ({"num_beams": 256}, "the engine takes 255 of num_beams, got 256; translate with transformers"),
+        ({"eos_token_id": [5] * 65}, "the engine takes 64 of eos_token_id, got 65; translate with transformers"),
         ({"max_length": 50}, "max_length 50 is beyond the 48 positions of the decoder; give at most 49"),
         ({"max_new_tokens": 49}, "max_new_tokens 49 is beyond the 48 positions of the decoder; give at most 48"),
         ({"max_length": 1}, "max_length 1 leaves no room behind a prompt of 1 tokens"),

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from hf_nmsparse.kernels import library
 
 __all__ = [
+    "MOST_BEAMS",
+    "MOST_ENDS",
     "NUMBERS",
     "Activation",
     "EarlyStopping",
@@ -42,6 +44,9 @@ Array = NDArray[Any]
 
 NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.int8): 2, np.dtype(np.float16): 3}
 """Number types of tables; numpy has no bf16, so its bits stand in uint16."""
+
+MOST_BEAMS, MOST_ENDS = 255, 64
+"""Beams of a sentence and ids that end a translation, as csrc/engine/search.cpp takes them."""
 
 NO_LAYER = -1
 _UNABLE = 2  # `unable` of csrc/engine/error.h
