@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -302,6 +303,37 @@ def test_what_a_watcher_raises_ends_the_translation() -> None:
         tiny().translate([[5, 6]], SearchConfig(max_length=12, threads=1), [[START]], [EOS], watch=watch)
     assert calls == [0]
     assert tokens_of(tiny(), [[5, 6]])
+
+
+@needs_engine
+@pytest.mark.skipif(sys.platform == "win32", reason="a signal cannot be sent to a thread")
+def test_a_signal_ends_the_translation(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, model, ended = engine._call, tiny(), []
+
+    def interrupted(name: str, *given: Any) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        try:
+            call(name, *given)
+        except ValueError as error:
+            ended.append(str(error))
+            raise
+
+    count = 50_000
+    monkeypatch.setattr(engine, "_call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(model, [[5, 6]] * count, batch_sentences=1)
+    assert ended == ["engine: the caller has ended it"]
+    monkeypatch.undo()
+    assert tokens_of(model, [[5, 6]])
+
+
+@needs_engine
+def test_a_call_that_is_to_stop_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, model = engine._call, tiny()
+    stop = ctypes.c_int32(1)
+    monkeypatch.setattr(engine, "_call", lambda name, *given: call(name, *given[:-1], ctypes.byref(stop)))
+    with pytest.raises(ValueError, match=r"^engine: the caller has ended it$"):
+        model.score([[5, 6]], [[START, 6]], 1)
 
 
 @needs_engine

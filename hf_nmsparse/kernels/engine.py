@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
 from operator import index
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ MOST_BEAMS, MOST_ENDS = 255, 64
 NO_LAYER = -1
 _UNABLE = 2  # `unable` of csrc/engine/error.h
 _ROOM = 512  # bytes of a message
+_FEW = 4  # sentences that end soon by themselves; a thread more takes a third of a millisecond
 _WATCHER = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
 
 
@@ -301,6 +304,54 @@ def _call(name: str, *arguments: Any) -> None:
         raise kind(f"engine: {message.value.decode(errors='replace')}")
 
 
+def _call_for_long(name: str, sentences: int, held: Any, *arguments: Any) -> None:
+    """Calls a function that looks for a sign to stop, and gives it where a signal's handler raises, as on Ctrl-C.
+
+    Python runs handlers in its main thread, and there between its own steps alone: that thread waits beside the call.
+
+    Args:
+        name: The function.
+        sentences: How many it works on.
+        held: What lives as long as the call, even if signals come so fast that the main thread leaves before its end.
+        *arguments: Those of the function before the sign.
+    """
+    if sentences <= _FEW or threading.current_thread() is not threading.main_thread():
+        _call(name, *arguments, None)
+        return
+    stop, begin, ended = ctypes.c_int32(0), SimpleQueue[bool](), threading.Lock()
+    outcome: list[BaseException | None] = []
+
+    def work(_held: Any) -> None:
+        if not begin.get():
+            return
+        try:
+            _call(name, *arguments, ctypes.byref(stop))
+            outcome.append(None)
+        except BaseException as error:  # raised where it was called
+            outcome.append(error)
+        ended.release()
+
+    ended.acquire()
+    try:
+        threading.Thread(target=work, args=(held,), name="nmsparse-call", daemon=True).start()
+    except BaseException as error:
+        begin.put(False)  # a signal may have come when the thread was there already
+        if not isinstance(error, RuntimeError):
+            raise
+        _call(name, *arguments, None)  # the system gives no more threads
+        return
+    signal: BaseException | None = None
+    while not outcome:
+        try:
+            begin.put(True)
+            ended.acquire()
+        except BaseException as error:  # and then until the step is over
+            signal, stop.value = error, 1
+    raised = signal if signal is not None else outcome[0]
+    if raised is not None:
+        raise raised
+
+
 class Engine:
     """A model that translates, in C++. Several threads may use one at once.
 
@@ -449,6 +500,7 @@ class Engine:
             return 1
 
         watcher = None if watch is None else _WATCHER(watched)
+        held = self, inputs, ends, bans, begins, tokens, lengths, scores, token_scores, attention
         arguments = (
             self._handle,
             ctypes.byref(search),
@@ -461,7 +513,7 @@ class Engine:
             watcher,
         )
         try:
-            _call("nms_engine_translate", *arguments)
+            _call_for_long("nms_engine_translate", count, held, *arguments)
         except ValueError:
             if raised:
                 raise raised[0] from None
@@ -498,8 +550,10 @@ class Engine:
             raise ValueError(f"engine: {len(sources)} sentences need as many translations, got {len(targets)}")
         inputs = [_lengths(sources), _flat(sources), _lengths(targets), _flat(targets)]
         scores = np.zeros(inputs[3].size, np.float32)
-        _call(
+        _call_for_long(
             "nms_engine_score",
+            len(sources),
+            (self, inputs, scores),
             self._handle,
             threads,
             len(sources),

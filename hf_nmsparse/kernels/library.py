@@ -23,7 +23,7 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "d
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "neon_dotprod", "neon", "scalar")
 
-_ABI = 6
+_ABI = 7
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _SIGNATURES = {
     "nms_abi": ("i", ""),
@@ -45,8 +45,8 @@ _SIGNATURES = {
     "nms_engine_table": ("i", "piiiillpppl"),
     "nms_engine_ready": ("i", "ppl"),
     "nms_engine_shortlist": ("i", "pplplplpl"),
-    "nms_engine_translate": ("i", "pplpppppiplpipppppppl"),
-    "nms_engine_score": ("i", "pilppppppl"),
+    "nms_engine_translate": ("i", "pplpppppiplpippppppppl"),
+    "nms_engine_score": ("i", "pilpppppppl"),
 }
 _TYPES = {
     "i": ctypes.c_int32,

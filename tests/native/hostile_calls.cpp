@@ -139,7 +139,7 @@ void mutate(const RandomModel& model) {
     Array<float> scores(to.tokens.count);
     char message[512] = "";
     fine(nms_engine_score(engine, draw.below(4) ? 1 : extreme(), from.lengths.count, from.lengths.data(), from.tokens.data(),
-                          to.lengths.data(), to.tokens.data(), scores.data(), message, sizeof message), message);
+                          to.lengths.data(), to.tokens.data(), scores.data(), nullptr, message, sizeof message), message);
     nms_engine_free(engine);
 }
 

@@ -24,10 +24,10 @@ int32_t nms_engine_translate(void* engine, const SearchConfig* config, int64_t s
                              const int32_t* eos, int32_t eos_count, const int32_t* banned, int64_t banned_size,
                              const int32_t* begin_banned, int32_t begin_banned_count, int32_t* out_tokens,
                              int32_t* out_lengths, float* out_scores, float* out_token_scores, float* out_attention,
-                             Watcher watcher, char* message, int64_t room);
+                             Watcher watcher, Stop stop, char* message, int64_t room);
 int32_t nms_engine_score(void* engine, int32_t threads, int64_t sentences, const int32_t* source_lengths,
                          const int32_t* source_tokens, const int32_t* target_lengths, const int32_t* target_tokens,
-                         float* scores, char* message, int64_t room);
+                         float* scores, Stop stop, char* message, int64_t room);
 }
 
 namespace {
@@ -434,7 +434,7 @@ Call call(void* engine, const Rules& rules, const std::vector<Tokens>& sources, 
         engine, &rules.config, count, from.lengths.data(), from.tokens.data(), begin.lengths.data(), begin.tokens.data(),
         list, lists.lengths[0], list + lists.lengths[0], lists.lengths[1], list + lists.lengths[0] + lists.lengths[1],
         lists.lengths[2], tokens.data(), lengths.data(), scores.data(), token_scores.data(),
-        rules.config.attention ? attention.data() : nullptr, nullptr, message, sizeof message);
+        rules.config.attention ? attention.data() : nullptr, nullptr, nullptr, message, sizeof message);
     result.message = message;
     if (result.outcome) return result;
     result.attention.assign(attention.data(), attention.data() + attention.count);

@@ -114,7 +114,7 @@ std::vector<std::vector<float>> score(void* engine, int32_t threads, const std::
     Array<float> scores(to.tokens.count);
     char message[512] = "";
     const int32_t outcome = nms_engine_score(engine, threads, from.lengths.count, from.lengths.data(), from.tokens.data(),
-                                             to.lengths.data(), to.tokens.data(), scores.data(), message, sizeof message);
+                                             to.lengths.data(), to.tokens.data(), scores.data(), nullptr, message, sizeof message);
     require(outcome == 0, message);
     std::vector<std::vector<float>> all;
     const float* at = scores.data();

@@ -5,7 +5,7 @@
 
 using namespace nms;
 
-NMS_EXPORT int32_t nms_abi() { return 6; }
+NMS_EXPORT int32_t nms_abi() { return 7; }
 
 NMS_EXPORT void nms_set_parallel_for(void* function) { set_parallel_for(function); }
 

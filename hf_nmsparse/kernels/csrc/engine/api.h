@@ -2,6 +2,7 @@
 // own size, so that a library and a package of different versions refuse each other. Activations and formats are those of
 // `unit.h` and `common.h`.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 namespace nms {
@@ -60,6 +61,9 @@ enum TableSlot : int32_t {
 // Called after each step with a sentence and the first tokens of its translation, prompt included, which no later step
 // changes. 0 ends the call.
 using Watcher = int32_t (*)(int64_t sentence, const int32_t* tokens, int64_t count);
+
+// What another thread sets to end a call after the step that it is at; null where nobody will.
+using Stop = const std::atomic<int32_t>*;
 
 enum EarlyStopping : int32_t { stop_if_no_better = 0, stop_when_full = 1, stop_never_early = 2 };
 

@@ -74,6 +74,12 @@ void spread(int64_t items, int64_t threads, const Make& make) {
     if (error) std::rethrow_exception(error);
 }
 
+const char* const ended = "the caller has ended it";
+
+void end_if(Stop stop) {
+    if (stop && stop->load(std::memory_order_relaxed)) refuse(ended);
+}
+
 void gather(const Sentences& all, const std::vector<int64_t>& at, const std::vector<int64_t>& chosen,
             std::vector<int32_t>& lengths, std::vector<int32_t>& tokens) {
     lengths.clear();
@@ -159,7 +165,7 @@ std::shared_ptr<const Shortlist> Engine::shortlist_for(const SearchRules& rules)
 }
 
 std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, const Sentences& sources,
-                                                   const Sentences& prompts, Watcher watcher) {
+                                                   const Sentences& prompts, Watcher watcher, Stop stop) {
     check(sources, prompts);
     const SearchConfig& config = rules.config;
     const std::shared_ptr<const Shortlist> shortlist = shortlist_for(rules);
@@ -190,6 +196,7 @@ std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, con
                     active.push_back(i);
                 }
                 while (!active.empty()) {
+                    end_if(stop);
                     rows.clear();
                     bool head = false;
                     for (size_t i : active) {
@@ -235,7 +242,7 @@ std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, con
                         r += own;
                         if (watcher) {
                             const Search::Settled settled = search.settled();
-                            if (!watcher(chosen[i], settled.tokens, settled.count)) refuse("the caller has ended it");
+                            if (!watcher(chosen[i], settled.tokens, settled.count)) refuse(ended);
                         }
                         if (search.is_done())
                             batch.release(static_cast<int64_t>(i));
@@ -269,7 +276,7 @@ std::vector<Engine::Translation> Engine::translate(const SearchRules& rules, con
     return translations;
 }
 
-void Engine::score(int32_t threads, const Sentences& sources, const Sentences& targets, float* scores) {
+void Engine::score(int32_t threads, const Sentences& sources, const Sentences& targets, float* scores, Stop stop) {
     constexpr int64_t batch_sentences = 64, batch_tokens = 4096;
     if (threads < 1) refuse("score: threads are 1 or more, got " + std::to_string(threads));
     check(sources, targets);
@@ -287,6 +294,7 @@ void Engine::score(int32_t threads, const Sentences& sources, const Sentences& t
             const std::vector<uint8_t> ancestors(static_cast<size_t>(longest));
             for (int64_t s : chosen) scores[target_at[static_cast<size_t>(s)]] = 0.0f;
             for (int64_t p = 0; p + 1 < longest; p++) {
+                end_if(stop);
                 rows.clear();
                 for (size_t i = 0; i < chosen.size(); i++) {
                     const int64_t s = chosen[i], at = target_at[static_cast<size_t>(s)];

@@ -29,14 +29,14 @@ class Engine {
         std::vector<std::vector<float>> attention;
     };
     std::vector<Translation> translate(const SearchRules& rules, const Sentences& sources, const Sentences& prompts,
-                                       Watcher watcher);
+                                       Watcher watcher, Stop stop);
 
     // Of translations that begin from now on and whose rules ask for it.
     void use(std::shared_ptr<const Shortlist> shortlist);
 
     // The log-probability of each target token given those before it; 0 for the first. Targets begin with the start
     // token. scores lie as the targets do.
-    void score(int32_t threads, const Sentences& sources, const Sentences& targets, float* scores);
+    void score(int32_t threads, const Sentences& sources, const Sentences& targets, float* scores, Stop stop);
 
     Model model;
 

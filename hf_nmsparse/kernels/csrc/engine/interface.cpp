@@ -84,13 +84,13 @@ NMS_EXPORT int32_t nms_engine_translate(void* engine, const SearchConfig* config
                                         int32_t eos_count, const int32_t* banned, int64_t banned_size,
                                         const int32_t* begin_banned, int32_t begin_banned_count, int32_t* out_tokens,
                                         int32_t* out_lengths, float* out_scores, float* out_token_scores,
-                                        float* out_attention, Watcher watcher, char* message, int64_t room) {
+                                        float* out_attention, Watcher watcher, Stop stop, char* message, int64_t room) {
     return guarded(message, room, [&] {
         Engine& own = *static_cast<Engine*>(engine);
         const SearchRules rules(*config, own.model.config.target_vocabulary, eos, eos_count, banned, banned_size,
                                 begin_banned, begin_banned_count);
         const auto translations = own.translate(rules, {sentences, source_lengths, source_tokens},
-                                                {sentences, prompt_lengths, prompt_tokens}, watcher);
+                                                {sentences, prompt_lengths, prompt_tokens}, watcher, stop);
         const int64_t width = config->max_length, returned = config->returned;
         int64_t longest = 0;
         for (int64_t s = 0; s < sentences; s++) longest = larger(longest, source_lengths[s]);
@@ -120,9 +120,9 @@ NMS_EXPORT int32_t nms_engine_translate(void* engine, const SearchConfig* config
 // scores lie as target_tokens do.
 NMS_EXPORT int32_t nms_engine_score(void* engine, int32_t threads, int64_t sentences, const int32_t* source_lengths, const int32_t* source_tokens,
                                     const int32_t* target_lengths, const int32_t* target_tokens, float* scores,
-                                    char* message, int64_t room) {
+                                    Stop stop, char* message, int64_t room) {
     return guarded(message, room, [&] {
         static_cast<Engine*>(engine)->score(threads, {sentences, source_lengths, source_tokens},
-                                            {sentences, target_lengths, target_tokens}, scores);
+                                            {sentences, target_lengths, target_tokens}, scores, stop);
     });
 }
