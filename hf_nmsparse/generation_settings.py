@@ -17,7 +17,7 @@ from hf_nmsparse.engine_spec import Spec
 from hf_nmsparse.kernels.engine import MOST_BEAMS, MOST_ENDS, EarlyStopping, SearchConfig
 from hf_nmsparse.packed_files import read_object
 
-__all__ = ["DEFAULT_MAX_NEW_TOKENS", "NAMES", "Search", "read_settings", "search_of"]
+__all__ = ["DEFAULT_MAX_NEW_TOKENS", "NAMES", "Search", "plain", "read_settings", "search_of"]
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """Where neither the caller nor the model sets a limit: transformers would stop after 20 tokens."""
@@ -140,6 +140,13 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: own[name] for name in sorted(NAMES) if own.get(name) is not None}
 
 
+def plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy and torch as Python's own; all else as it is."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def search_of(
     spec: Spec, own: Mapping[str, Any], given: Mapping[str, Any], prompt_length: int = 1, **engine: Any
 ) -> Search:
@@ -158,6 +165,7 @@ def search_of(
     for name in given:
         if name not in NAMES:
             raise ValueError(f"translate: there is no setting {name!r}; settings are those of GenerationConfig")
+    given = {name: plain(value) for name, value in given.items()}
     merged = {name: value for name, value in {**own, **given}.items() if value is not None}
     settings = _Settings(merged, spec.config.target_vocabulary)
     sample = settings.flag("do_sample")

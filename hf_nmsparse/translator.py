@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hf_nmsparse.engine_files import COMPUTES, load_engine
-from hf_nmsparse.generation_settings import Search, read_settings, search_of
+from hf_nmsparse.generation_settings import Search, plain, read_settings, search_of
 from hf_nmsparse.kernels.engine import Array, Hypothesis
 from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
@@ -112,9 +112,10 @@ class Translator:
         token: str | bool | None = None,
     ) -> None:
         one_of("compute", compute, COMPUTES, "translator")
+        threads = plain(threads)
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise ValueError(f"translator: threads are 1 to 1024, got {threads!r}")
-        self._folder = _folder(os.fspath(model), revision, token)
+        self._folder = _folder(model, revision, token)
         self._threads = _cpus() if threads is None else threads
         self._languages = src_lang, tgt_lang
         loaded = load_engine(self._folder, compute, self._threads, half_cache)
@@ -488,6 +489,8 @@ class _Asked:
     batch_tokens: int = 4096
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_tokens", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("batch_size", "batch_tokens"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**31:
@@ -556,11 +559,14 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _folder(model: str, revision: str | None, token: str | bool | None) -> Path:
+def _folder(model: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
     """The folder of a model, which the Hub's files are fetched to where it is the name of one there."""
-    if Path(model).is_dir():
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"translator: a model is a folder or a name on the Hub, got {type(model).__name__}")
+    model = os.fspath(model)
+    if os.path.isdir(model):  # noqa: PTH112  # pathlib raises where a name is too long
         return Path(model)
-    if Path(model).exists() or model.count("/") != 1:
+    if os.path.exists(model) or model.count("/") != 1:  # noqa: PTH110
         raise ValueError(f"no folder {model}, and no 'user/name' on the Hub either")
     from huggingface_hub import snapshot_download
 

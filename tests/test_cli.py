@@ -5,9 +5,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1014,6 +1016,35 @@ class TestTranslate:
             assert process.wait(timeout=60) == 1
             assert "Traceback" not in (errors := process.stderr.read()), errors
             assert "BrokenPipe" not in errors
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+    def test_a_signal_leaves_nothing_half_written(self, models: Path, tmp_path: Path, name: str) -> None:
+        number = getattr(signal, name)
+        assert signal.getsignal(number) == signal.SIG_DFL
+        source, output = tmp_path / "in", tmp_path / "out"
+        os.mkfifo(source)
+
+        def end() -> None:
+            with source.open("w", encoding="utf-8") as lines:
+                lines.write("A man\n")
+                lines.flush()
+                for _ in range(6000):
+                    if any(path.name.startswith(".out.") for path in tmp_path.iterdir()):
+                        break
+                    time.sleep(0.01)
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+                ended.wait(60)  # the input goes on as long as the command runs
+
+        ended, thread = threading.Event(), threading.Thread(target=end)
+        thread.start()
+        with pytest.raises(SystemExit) as error:
+            main(["translate", "--model", str(models / "packed"), "--input", str(source), "--output", str(output)])
+        ended.set()
+        thread.join()
+        assert error.value.code == 128 + number
+        assert list(tmp_path.iterdir()) == [source]
+        assert signal.getsignal(number) == signal.SIG_DFL
 
 
 class TestEvaluate:

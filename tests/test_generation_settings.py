@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from hf_nmsparse.engine_spec import read
@@ -95,3 +98,29 @@ def test_what_is_not_possible_is_one_line(given: dict[str, Any], message: str) -
         search(**given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_and_arrays_of_numpy_and_torch_are_numbers() -> None:
+    given: dict[str, Any] = {
+        "num_beams": np.int64(4),
+        "length_penalty": np.float32(0.5),
+        "do_sample": np.bool_(False),
+        "eos_token_id": torch.tensor([2, 3]),
+        "bad_words_ids": [np.array([4, 5])],
+        "suppress_tokens": np.array([7]),
+    }
+    found = search(**given)
+    expected = search(
+        num_beams=4,
+        length_penalty=0.5,
+        do_sample=False,
+        eos_token_id=[2, 3],
+        bad_words_ids=[[4, 5]],
+        suppress_tokens=[7],
+    )
+    assert bytes(found.config) == bytes(expected.config)
+    assert replace(found, config=None) == replace(expected, config=None)
+    with pytest.raises(ValueError, match=r"num_beams needs at least 1, got True"):
+        search(num_beams=np.bool_(True))
+    with pytest.raises(ValueError, match=r"num_beams needs at least 1, got 4\.0"):
+        search(num_beams=np.float64(4))

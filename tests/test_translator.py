@@ -348,6 +348,12 @@ class TestWhatIsRefused:
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
+    def test_names_that_are_none(self) -> None:
+        for model, kind in ((None, "NoneType"), (b"model", "bytes"), (3, "int")):
+            self.refused(model, f"a model is a folder or a name on the Hub, got {kind}")  # type: ignore[arg-type]
+        for name in ("x" * 5000, "nul\0"):
+            self.refused(name, "no folder ")  # type: ignore[arg-type]
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
