@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import tables, timing
+from benchmarks.peak import peak_mib
 from benchmarks.training import trainer
 from hf_nmsparse.layers import NMLinear
 
@@ -60,7 +60,7 @@ def of_tensors(name: str, batch: int, tiny: bool) -> dict[str, float]:
 def of_process(name: str, batch: int, tiny: bool) -> float:
     """The most that this process has held, in MiB."""
     train(name, batch, tiny)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mib()
 
 
 MEASURES: dict[str, Callable[[str, int, bool], Any]] = {"tensors": of_tensors, "process": of_process}

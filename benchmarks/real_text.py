@@ -5,13 +5,14 @@ r"""How real text translates with a trained model: time, memory, BLEU, and wheth
 
 The model is packed anew in fp32, bf16 and int8, and converted for CTranslate2 where that is installed. Each candidate
 translates the first thousand sentences of each split, of all lengths and in the order of the file, in a fresh process:
-the engine and CTranslate2 are given all of them at once, transformers' loop sorted batches, 64 sentences each. The
-processes take turns. ``CPU s`` and ``wall s`` are those of the translation, ids to ids; ``process CPU s`` and ``MiB``
-those of the whole process, from its first import on.
+the engine, as `Translator`, and CTranslate2 are given all of them at once, transformers' loop sorted batches, 64
+sentences each. The processes take turns. ``CPU s`` and ``wall s`` are those of the translation, ids to ids; ``process
+CPU s`` and ``MiB`` those of the whole process, from its first import on.
 
 On the first split each file runs in transformers' loop too, and the tokens are compared. In fp32 nothing is rounded, so
 that a sentence that differs is to be a tie: both translations are scored by the engine, and ``gap`` is how far apart
-they are: with beams what these are ranked by, greedily the log-probabilities of the first tokens that differ.
+they are: with beams what these are ranked by, greedily the log-probabilities of the first tokens that differ. What is
+rounded comes out otherwise in other batches of the loop too: how often, its row with 16 sentences a batch shows.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.peak import peak_mib
+
 # torch and transformers are imported where they are used: a process of CTranslate2 is measured without them.
 
 VALUES = ("fp32", "bf16", "int8")
 ENGINE = {f"engine, 2:4 {values}": values for values in VALUES}
 LOOP = {f"transformers' loop, 2:4 {values}": values for values in VALUES}
+OTHER_BATCH = 16
+OTHERWISE = {f"{name}, {OTHER_BATCH} a batch": values for name, values in LOOP.items() if values != "fp32"}
 CTRANSLATE2 = "CTranslate2 int8"
 BATCH = 64
 TIE = 1e-4
@@ -45,40 +50,51 @@ def translator(name: str, folder: Path, beams: int, threads: int) -> Callable[[R
     """What gives the new tokens of each sentence, EOS left out."""
     if name == CTRANSLATE2:
         return by_ctranslate2(folder, beams, threads)
+    if name in ENGINE:
+        return by_engine(folder, beams, threads)
+    return by_loop(folder, beams, threads, OTHER_BATCH if name in OTHERWISE else BATCH)
+
+
+def by_engine(folder: Path, beams: int, threads: int) -> Callable[[Rows], Rows]:
+    from hf_nmsparse import Translator
+
+    translator = Translator(folder, threads=threads)
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+
+    def translate(rows: Rows) -> Rows:
+        found = translator.translate_ids(rows, num_beams=beams, do_sample=False, batch_size=BATCH)
+        return [[token for token in one.tokens if token != end] for one in found]
+
+    return translate
+
+
+def by_loop(folder: Path, beams: int, threads: int, batch: int) -> Callable[[Rows], Rows]:
     import torch
     import transformers
     from transformers import AutoModelForSeq2SeqLM
-
-    from hf_nmsparse import generation
 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
     padding, end = model.config.pad_token_id, model.config.eos_token_id
+    pad = torch.nn.utils.rnn.pad_sequence
 
-    def generate(function: Callable[..., Any], rows: Rows) -> Rows:
+    def generate(rows: Rows) -> Rows:
         tokens = [torch.tensor(row) for row in rows]
-        pad = torch.nn.utils.rnn.pad_sequence
         mask = pad([torch.ones_like(row) for row in tokens], batch_first=True)
-        found = function(input_ids=pad(tokens, True, padding), attention_mask=mask, num_beams=beams, do_sample=False)
+        given = {"input_ids": pad(tokens, True, padding), "attention_mask": mask}
+        found = type(model).generate(model, **given, num_beams=beams, do_sample=False)  # its own is the engine's
         return [row[: row.index(end)] if end in row else row for row in found[:, 1:].tolist()]
 
-    if name in ENGINE:
-        reason = generation.why_not(model, input_ids=torch.tensor([[end]]), num_beams=beams)
-        if reason is not None:
-            raise SystemExit(f"real_text: the engine does not run {folder}: {reason}")
-        return lambda rows: generate(model.generate, rows)
-
-    def in_batches(rows: Rows) -> Rows:
+    def translate(rows: Rows) -> Rows:
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         made: dict[int, list[int]] = {}
-        for start in range(0, len(rows), BATCH):
-            places = order[start : start + BATCH]
-            loop = lambda **given: type(model).generate(model, **given)  # noqa: E731  # model.generate is the engine's
-            made |= zip(places, generate(loop, [rows[place] for place in places]), strict=True)
+        for start in range(0, len(rows), batch):
+            places = order[start : start + batch]
+            made |= zip(places, generate([rows[place] for place in places]), strict=True)
         return [made[place] for place in range(len(rows))]
 
-    return in_batches
+    return translate
 
 
 def by_ctranslate2(folder: Path, beams: int, threads: int) -> Callable[[Rows], Rows]:
@@ -107,12 +123,6 @@ def one(name: str, folder: Path, source: Path, beams: int, threads: int) -> dict
     return {"tokens": tokens, "cpu_s": cpu, "wall_s": wall} | used
 
 
-def peak_mib() -> float:
-    """The most memory that this program has had. What `resource` says of it begins with that of its parent."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1024
-
-
 def in_a_process(name: str, folder: Path, source: Path, beams: int, threads: int) -> dict[str, Any]:
     given = [name, str(folder), str(source), str(beams), str(threads)]
     command = [sys.executable, "-m", "benchmarks.real_text", "--one", *given]
@@ -135,7 +145,7 @@ def save(model: Path, folder: Path, with_ctranslate2: bool) -> dict[str, Path]:
 
     for values in VALUES:
         save_packed(dense(), folder / values, values=values)
-    folders = {name: folder / values for name, values in (ENGINE | LOOP).items()}
+    folders = {name: folder / values for name, values in (ENGINE | LOOP | OTHERWISE).items()}
     if with_ctranslate2:
         export_dense(dense(), folder / "dense")
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -175,8 +185,8 @@ def measure(
     """Of each candidate the tokens, and medians of what they cost; transformers' loop runs once."""
     from benchmarks import timing
 
-    quick = [name for name in folders if name not in LOOP]
-    loops = [name for name in LOOP if compared or name.endswith("int8")]
+    quick = [name for name in folders if name not in LOOP | OTHERWISE]
+    loops = [name for name in LOOP | OTHERWISE if compared or name == "transformers' loop, 2:4 int8"]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*quick, *loops)}
     for name in [*loops, *timing.turns(quick, rounds)]:
         found[name].append(in_a_process(name, folders[name], source, beams, threads))
@@ -192,8 +202,8 @@ def measure(
 
 def same(found: Mapping[str, dict[str, Any]], name: str) -> tuple[str, list[int]] | None:
     """The loop that runs the same file, and the sentences that it translates otherwise."""
-    loop = name.replace("engine", "transformers' loop")
-    if name not in ENGINE or loop not in found:
+    loop = next((loop for loop, values in LOOP.items() if (ENGINE | OTHERWISE).get(name) == values), None)
+    if loop not in found:
         return None
     pairs: Sequence[tuple[list[int], list[int]]] = [*zip(found[name]["tokens"], found[loop]["tokens"], strict=True)]
     return loop, [place for place, (ours, theirs) in enumerate(pairs) if ours != theirs]

@@ -203,8 +203,8 @@ def real_text_of(record: dict[str, Any]) -> str:
         "",
         f"{record['model']}, the first {sentences:,} sentences of each, 64 a batch, {record['threads']} thread(s); "
         f"medians of {record['rounds']} fresh processes in turns, of transformers' loop one; process: all of it, from "
-        f"the first import on. Same sentences: as in transformers' loop on the same file. Sentences that differ in "
-        f"fp32: {len(found)}{ties}. BLEU: `{record['signature']}`. transformers "
+        f"the first import on. Same sentences: as in transformers' loop on the same file, 64 a batch. Sentences that "
+        f"differ in fp32: {len(found)}{ties}. BLEU: `{record['signature']}`. transformers "
         f"{record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {machine(record)}",
         *(f"\nNot measured: {name} ({why})." for name, why in record["missing"].items()),
     ]

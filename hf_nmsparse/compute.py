@@ -161,7 +161,7 @@ def _own_parameters(module: nn.Module) -> Iterator[Any]:
 
 def set_head(model: PreTrainedModel, form: str | None) -> None:
     """Gives the output projection the form that is asked for; None takes that of the layers."""
-    head = model.get_output_embeddings()
+    head = _output_projection(model)
     kind = form or ("int8" if holds_int8(model, KernelLinear) else "dense")
     if kind == "dense":
         if isinstance(head, Int8Head):
@@ -171,6 +171,17 @@ def set_head(model: PreTrainedModel, form: str | None) -> None:
             Int8Head.from_linear(head)
     elif form is not None and not isinstance(head, Int8Head):
         raise ValueError(f"head: 'int8' needs an output projection that is an nn.Linear, got {type(head).__name__}")
+
+
+def _output_projection(model: PreTrainedModel) -> nn.Module | None:
+    """The module that makes the logits."""
+    head: nn.Module | None = model.get_output_embeddings()
+    if not isinstance(head, nn.Embedding):
+        return head
+    # FSMT names its embedding, which may have a weight of its own.
+    linear = [each for each in model.modules() if type(each) in (nn.Linear, Int8Head)]
+    fitting = [each for each in linear if each.weight.shape == head.weight.shape]
+    return fitting[0] if len(fitting) == 1 else head
 
 
 def loaded_with(model: PreTrainedModel, where: str) -> NMSparseQuantizationConfig:

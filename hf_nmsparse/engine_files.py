@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1, half_cach
     _refuse_more_layers(files.tensors, used)
     with ThreadPoolExecutor(threads) as pool:
         packed = list(pool.map(lambda product, room: product.pack(room), products, _rooms(products)))
-        tables = list(pool.map(files.table, spec.tables))
+        tables = list(pool.map(partial(files.table, bf16=bool(spec.config.bf16_activations)), spec.tables))
     return LoadedEngine(Engine(spec.config, packed, tables), spec, config, Counter(each.format for each in products))
 
 
@@ -203,8 +204,8 @@ class _Files:
         scale = self.tensors.get(name + SCALE)
         return None if scale is None else _numbers(scale).astype(np.float32)
 
-    def table(self, source: TableSource) -> Table:
-        """A table; embeddings stay in the numbers of the file, others become fp32."""
+    def table(self, source: TableSource, bf16: bool) -> Table:
+        """A table; embeddings stay in the numbers of the file, others become fp32, of a bf16 model rounded to bf16."""
         parts = [self.first(names, needed=source.made is None) for names in source.names]
         if source.build is None:
             [name] = parts
@@ -215,7 +216,10 @@ class _Files:
             scale = self.scale(name.removesuffix(".weight")) if tensor.dtype == "I8" else None
             return Table(source.side, source.layer, source.slot, _numbers(tensor).copy(), scale)
         made = [self.fp32(name) if name is not None else source.made() for name in parts]  # type: ignore[misc]
-        return Table(source.side, source.layer, source.slot, np.ascontiguousarray(source.build(*made), np.float32))
+        built = np.ascontiguousarray(source.build(*made), np.float32)
+        if bf16:  # what no file holds is in the numbers of the model too
+            built = from_bf16(bf16_bits(built))
+        return Table(source.side, source.layer, source.slot, built)
 
 
 def _numbers(tensor: StoredTensor) -> Array:

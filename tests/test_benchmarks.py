@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from benchmarks import generate, gpu, kernels, memory, methods, real_text, scaling, startup, tables, timing, training
+from benchmarks.peak import peak_mib
 from hf_nmsparse import NMSparseConfig, save_packed, sparsify
 from hf_nmsparse.kernels import library, native
 from hf_nmsparse.srste import METHODS
@@ -134,7 +135,8 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_text.main()
     record = tables.read(file)
     rows = {row["candidate"]: row for row in record["rows"]}
-    assert rows.keys() == {*real_text.ENGINE, *real_text.LOOP}
+    assert rows.keys() == {*real_text.ENGINE, *real_text.LOOP, *real_text.OTHERWISE}
+    assert all(("same" in row) == (name not in real_text.LOOP) for name, row in rows.items())
     assert rows["engine, 2:4 fp32"]["same"] == 1.0
     assert rows["engine, 2:4 fp32"]["gaps"] == []
     assert all(0 < row["cpu_s"] < row["process_cpu_s"] and row["sentences"] == 3 for row in rows.values())
@@ -144,10 +146,10 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:
     held = bytearray(b"x") * (300 << 20)  # which a child's peak must not show
-    command = [sys.executable, "-c", "from benchmarks.real_text import peak_mib; print(peak_mib())"]
+    command = [sys.executable, "-c", "from benchmarks.peak import peak_mib; print(peak_mib())"]
     process = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
     assert 1 < float(process.stdout) < 150
-    assert real_text.peak_mib() > len(held) >> 20
+    assert peak_mib() > len(held) >> 20
 
 
 def test_how_far_two_translations_are_apart(tmp_path: Path) -> None:

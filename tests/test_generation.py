@@ -569,3 +569,21 @@ class TestLoadedModels:
         assert "generate" in vars(model)
         model.dequantize()
         assert "generate" not in vars(model)
+
+
+@pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_bias_of_a_bf16_head_is_added_to_what_is_rounded(beams: int) -> None:
+    model: Any = marian(vocab_size=40).bfloat16().eval()
+    norm = model.model.decoder.layers[-1].final_layer_norm
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.zero_()[:2] = 1.0  # what the head sees of every token
+        model.lm_head.weight.zero_()[7, :2] = torch.tensor([0.25, -(2.0**-11)])
+        # The sum is 0.25 in bf16, and 100.75 is 101. Added before it is rounded it would be 100.5, as that of token 5.
+        model.final_logits_bias.zero_()[:, [5, 7]] = 100.5
+    settings: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 1]]), "num_beams": beams, "max_new_tokens": 3}
+    assert why_not(model, **settings) is None
+    found = generate(model, **settings)
+    assert found[0, 1:].tolist() == [7, 7, 7]
+    assert torch.equal(found, type(model).generate(model, **settings))

@@ -102,7 +102,11 @@ struct Finishing {
             for (int r = 0; r < 2; r++) bias[r] = V::load(p.bias + column + r * lanes);
         for (int b = 0; b < count; b++, sums += block_rows) {
             F sum[2];
-            for (int r = 0; r < 2; r++) sum[r] = M::as(bf16, V::add(V::load(sums + r * lanes), bias[r]));
+            for (int r = 0; r < 2; r++) {
+                F own = V::load(sums + r * lanes);
+                if (bf16 && p.bias_apart) own = M::to_bf16(own);
+                sum[r] = M::as(bf16, V::add(own, bias[r]));
+            }
             if constexpr (kind == keep_best || kind == keep_best_only) {
                 best_of<kind>(p, p.best[row + b], column, sum);
             } else {

@@ -59,6 +59,7 @@ struct Projection {
     int64_t out, in;
     const uint8_t* packed;   // behind the header
     const float* bias;       // padded to whole blocks, or null
+    bool bias_apart;         // in bf16 the sums are rounded before it is added, and once more after
     Finish finish;
     Activation activation;
     bool bf16;               // results are rounded as those of a bf16 model

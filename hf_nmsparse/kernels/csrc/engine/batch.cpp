@@ -112,6 +112,7 @@ Projection Batch::projection(const Weight& weight) const {
     p.in = weight.in;
     p.packed = weight.packed;
     p.bias = weight.bias.empty() ? nullptr : weight.bias.data();
+    p.bias_apart = weight.bias_apart;
     p.activation = static_cast<Activation>(model_.config.activation);
     p.bf16 = model_.config.bf16_activations != 0;
     return p;

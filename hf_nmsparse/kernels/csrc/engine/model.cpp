@@ -128,6 +128,7 @@ void Model::set_weight(int32_t side, int32_t layer, int32_t slot, int32_t format
     weight.in = in;
     weight.packed = packed + sizeof(Header);
     weight.bias.clear();
+    weight.bias_apart = &weight == &head_weight;  // whose bias is no part of its module
     if (!bias) return;
     weight.bias.assign(static_cast<size_t>(padded(out, 64)), 0.0f);
     std::memcpy(weight.bias.data(), bias, 4 * static_cast<size_t>(out));

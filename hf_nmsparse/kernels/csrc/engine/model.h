@@ -13,6 +13,7 @@ struct Weight {
     int64_t out = 0, in = 0;
     const uint8_t* packed = nullptr;  // behind the header
     std::vector<float> bias;          // padded to whole blocks; empty: none
+    bool bias_apart = false;          // a bf16 model rounds the sums before it adds the bias
 
     bool is_set() const { return packed != nullptr; }
 };

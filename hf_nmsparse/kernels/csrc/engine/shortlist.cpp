@@ -35,6 +35,7 @@ void HeadRows::gather(const Model& model) {
     uint8_t* packed = memory_.take<uint8_t>(bytes);
     model.unit.gather(head.format, head.out, head.in, head.packed, tokens.data(), count, packed);
     weight.packed = packed;
+    weight.bias_apart = head.bias_apart;
     weight.bias.assign(head.bias.empty() ? 0 : static_cast<size_t>(padded(count, 64)), 0.0f);
     for (size_t i = 0; i < tokens.size() && !head.bias.empty(); i++)
         weight.bias[i] = head.bias[static_cast<size_t>(tokens[i])];
