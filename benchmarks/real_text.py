@@ -73,6 +73,8 @@ def by_loop(folder: Path, beams: int, threads: int, batch: int) -> Callable[[Row
     import transformers
     from transformers import AutoModelForSeq2SeqLM
 
+    import hf_nmsparse  # noqa: F401  # with it transformers loads packed files
+
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
