@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
-import torch
-
 from recipes.wmt_en_de import run
+from tests.processes import ROOT, in_a_child
 
-ROOT = Path(__file__).parents[1]
 NOUNS = {"man": "Mann", "dog": "Hund", "child": "Kind", "woman": "Frau", "cat": "Katze"}
 VERBS = {"sleeps": "schläft", "runs": "rennt", "eats": "isst", "waits": "wartet"}
 PLACES = {"here": "hier", "there": "dort", "outside": "draußen", "inside": "drinnen", "today": "heute", "now": "jetzt"}
@@ -56,25 +52,13 @@ def launch(accelerate: str, *arguments: str, fails: bool = False) -> str:
 
 
 def run_recipe(*arguments: str, fails: bool = False) -> str:
-    """What `launch` does with one process, in a child of a process that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.wmt_en_de"])
-    with NamedTemporaryFile() as out, NamedTemporaryFile() as error:
-        process = context.Process(target=_run, args=(arguments, out.name, error.name))
-        process.start()
-        process.join(300)
-        process.kill()
-        process.join()
-        assert bool(process.exitcode) == fails, Path(error.name).read_text(encoding="utf-8")[-3000:]
-        return Path(error.name if fails else out.name).read_text(encoding="utf-8")
+    """What `launch` does with one process, in a child that need not import anything."""
+    done = in_a_child(_recipe, arguments)
+    assert bool(done.returncode) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
 
 
-def _run(arguments: tuple[str, ...], *streams: str) -> None:
-    for number, name in enumerate(streams, start=1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torch.set_num_threads(1)
+def _recipe(arguments: tuple[str, ...]) -> None:
     sys.argv = ["wmt_en_de.py", *arguments]
     run()
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,7 +22,8 @@ from recipes.distill import BLANK, NOTHING, TOO_LONG, nearest_by, run, translate
 from recipes.distill_arguments import DistillArguments, parse
 from recipes.shards import Shards, digest_of_texts, name_of_model
 from recipes.teachers import EngineTeacher, Search, TorchTeacher, load_teacher
-from tests.recipe_runs import PAIRS, ROOT, run_recipe, tiny, write_corpus
+from tests.processes import ROOT, in_two
+from tests.recipe_runs import PAIRS, run_recipe, tiny, write_corpus
 from tests.tiny import marian
 
 CPU = torch.device("cpu")
@@ -344,20 +343,17 @@ def test_the_published_distillations_parse() -> None:
         parse(["nowhere.yaml"])
 
 
-def launch_two(*argv: str) -> str:
-    """`accelerate launch` on two processes of the CPU; what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += [str(ROOT / "recipes/accelerate/two_cpu_processes.yaml"), str(ROOT / "recipes/distill.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert not done.returncode, done.stderr[-3000:]
-    return done.stdout
+def of_two(argv: list[str]) -> None:
+    """What each of two processes does in the test below."""
+    sys.argv = ["distill", *argv]
+    run()
 
 
 def test_two_processes_give_the_bytes_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"shard_size": 25, "format": "jsonl.gz"}
-    printed = launch_two(*arguments(place, tmp_path / "two", **given))
-    assert "train.jsonl.gz: 120 of 120 sources; left out: none" in printed
+    first, second = in_two(of_two, arguments(place, tmp_path / "two", **given))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-3000:] + second.stderr[-3000:]
+    assert "train.jsonl.gz: 120 of 120 sources; left out: none" in first.stdout
     distil(monkeypatch, *arguments(place, tmp_path / "one", **given))
     one, two = (tmp_path / name / "train.jsonl.gz" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()

@@ -18,7 +18,9 @@ from hf_nmsparse.checkpoints import last_complete_checkpoint
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.preemption import Preempted
 from hf_nmsparse.sparse_model import sparsify
-from tests.test_trainer import largest_difference, launch_two, losses, train, weights
+from hf_nmsparse.trainer import SparseTrainer
+from tests.processes import in_two
+from tests.test_trainer import largest_difference, losses, train, weights
 from tests.tiny import marian
 
 
@@ -258,44 +260,35 @@ def test_an_error_between_processes_is_told_from_others(
         train(tmp_path, callbacks=[Raised()])
 
 
-ONE_OF_TWO_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from hf_nmsparse import NMSparseConfig, sparsify
-from hf_nmsparse.checkpoints import last_complete_checkpoint
-from hf_nmsparse.trainer import SparseTrainer
-from tests.test_trainer import TrainerCallback, largest_difference, train, weights
-from tests.tiny import marian
+def train_and_be_killed(moment: str, folder: Path) -> None:
+    """What each of two processes does in the test below; the second kills itself at this moment."""
+    save = SparseTrainer._save_optimizer_and_scheduler
 
-moment, folder = sys.argv[1], Path(sys.argv[2])
-save = SparseTrainer._save_optimizer_and_scheduler
+    def kill(now: str, args: Any) -> None:
+        if now == moment and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(now, args):
-    if now == moment and args.process_index == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                kill("in a step", args)
 
-class Killed(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            kill("in a step", args)
+    def killed_save(self: SparseTrainer, output_dir: str) -> None:
+        save(self, output_dir)
+        if self.state.global_step == 8:
+            kill("in a checkpoint", self.args)  # before this process has written its share
 
-def killed_save(self, output_dir):
-    save(self, output_dir)
-    if self.state.global_step == 8:
-        kill("in a checkpoint", self.args)  # before this process has written its share
+    SparseTrainer._save_optimizer_and_scheduler = killed_save  # type: ignore[method-assign]
 
-SparseTrainer._save_optimizer_and_scheduler = killed_save
+    def run(folder: Path) -> Any:
+        model = marian(dropout=0.1)  # drawn apart by the two processes
+        sparsify(model, NMSparseConfig("2:4"))
+        settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 4}
+        resume = last_complete_checkpoint(folder) is not None
+        return weights(train(folder, resume, model, callbacks=[Killed()], pairs=96, **settings))
 
-def run(folder):
-    model = marian(dropout=0.1)  # drawn apart by the two processes
-    sparsify(model, NMSparseConfig("2:4"))
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=4, per_device_train_batch_size=4, pairs=96)
-    resume = last_complete_checkpoint(folder) is not None
-    return weights(train(folder, resume, model, callbacks=[Killed()], **settings))
-
-found = run(folder)
-assert largest_difference(run(folder.with_name("undisturbed")), found) == 0
-"""
+    found = run(folder)
+    assert largest_difference(run(folder.with_name("undisturbed")), found) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of Unix")
@@ -303,12 +296,13 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path: 
     """Two kills one after the other, the second while a checkpoint has one process's share alone."""
     folder = tmp_path / "run"
     for moment, after in (("in a step", 6), ("in a checkpoint", 8)):
-        # Its limit of five minutes is what tells this from the thirty that gloo waits for a process that hangs.
-        done = launch_two(tmp_path, ONE_OF_TWO_KILLED, moment, str(folder))
-        assert done.returncode != 0
+        # Their limit of five minutes is what tells this from the thirty that gloo waits for a process that hangs.
+        left, killed = in_two(train_and_be_killed, moment, folder)
+        assert killed.returncode == -signal.SIGKILL
+        assert left.returncode == 1
         line = f"training: after step {after} another training process does not answer (["
-        assert line in done.stderr, done.stderr[-3000:]
-        assert f"; the last checkpoint is {folder / 'checkpoint-4'}; see what ended it" in done.stderr
+        assert line in left.stderr, left.stderr[-3000:]
+        assert f"; the last checkpoint is {folder / 'checkpoint-4'}; see what ended it" in left.stderr
         assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
-    done = launch_two(tmp_path, ONE_OF_TWO_KILLED, "never", str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in in_two(train_and_be_killed, "never", folder):
+        assert done.returncode == 0, done.stderr[-3000:]

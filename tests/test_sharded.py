@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.schedule import Schedule
 from hf_nmsparse.sharding import is_sharded, local
 from tests.fsdp2_on_cpu import take_for_gpus
+from tests.processes import in_two
 from tests.test_trainer import arguments, losses
 from tests.tiny import collator, marian, token_pairs
 
@@ -176,29 +176,23 @@ def through_accelerate(rank: int, folder: Path) -> None:
         trainer_of(folder / "refused", sparse_interval=2)
 
 
-def main(rank: int, method: str, folder: Path) -> None:
+def of_two(method: str, folder: Path) -> None:
+    """What each of two processes does."""
+    rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
     if method == "accelerate":
         through_accelerate(rank, folder)
-        return
-    found = train(rank, method, folder / "packed")
-    if rank == 0:
-        torch.save(found.pop("weights"), folder / "weights.pt")
-        (folder / "found.json").write_text(json.dumps(found))
+    else:
+        found = train(rank, method, folder / "packed")
+        if rank == 0:
+            torch.save(found.pop("weights"), folder / "weights.pt")
+            (folder / "found.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
 
 
 def in_two_processes(method: str, folder: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.test_sharded", method, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in in_two(of_two, method, folder):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="FSDP2 runs on gloo under Unix")
@@ -289,10 +283,3 @@ def test_a_copy_in_sixteen_bits_is_not_ranked(one_process: None) -> None:
     SparseStep(layer, torch.optim.SGD(layer.parameters(), lr=0.1), "sr-ste")
     with pytest.raises(ValueError, match=r"ranked on the master in torch.float32, got a copy in torch.bfloat16; give"):
         layer(torch.ones(8))
-
-
-if __name__ == "__main__":
-    main(int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2]))
-    torch.distributed.barrier()
-    sys.stderr.flush()
-    os._exit(0)  # everything is written; torch's threads can abort a process that tears itself down

@@ -51,6 +51,7 @@ from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.trainer import SparseTrainer
 from hf_nmsparse.training_arguments import SparseTrainingArguments
+from tests.processes import in_two
 from tests.tiny import bart, collator, hf, kept, marian, t5, token_pairs, tokenizer
 
 
@@ -874,35 +875,14 @@ def test_adapters_train_over_sparse_layers(tmp_path: Path) -> None:
     assert all(weight.any() for name, weight in after.items() if "lora_B" in name)
 
 
-TWO_PROCESSES = """
-import json, sys, torch
-from tests.test_trainer import losses, train, weights
-from pathlib import Path
-found = []
-for settings in json.loads(sys.argv[1]):
-    trainer = train(Path(sys.argv[2]), **settings)
-    found.append({"weights": weights(trainer), "losses": losses(trainer)})
-if trainer.is_world_process_zero():
-    torch.save(found, sys.argv[3])
-"""
-
-
-def launch_two(folder: Path, script: str, *arguments_of_script: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in two processes through accelerate."""
-    file = folder / "script.py"
-    file.write_text(script)
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    # Looked at this rarely, a process whose peer is gone ends by itself and is not ended by the launcher.
-    launch += ["--monitor_interval", "2"]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(file), *arguments_of_script],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,  # a hang of gloo at its end fails the test instead of stopping the suite
-    )
+def train_each(cases: list[dict[str, Any]], folder: Path, result: Path) -> None:
+    """What each of two processes does in the test below."""
+    found = []
+    for settings in cases:
+        trainer = train(folder, **settings)
+        found.append({"weights": weights(trainer), "losses": losses(trainer)})
+    if trainer.is_world_process_zero():
+        torch.save(found, result)
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -917,9 +897,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     # A mean over the tokens of each process would be another one: the halves of a step differ in their tokens.
     tokens = [sum(len(row["labels"]) for row in token_pairs(96).select(range(pair, pair + 2))) for pair in (0, 2)]
     assert tokens[0] != tokens[1]
-    of_two = json.dumps([{"gradient_accumulation_steps": 2, **common, **settings} for settings in cases])
-    done = launch_two(tmp_path, TWO_PROCESSES, of_two, str(tmp_path / "two"), str(tmp_path / "result.pt"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    of_two = [{"gradient_accumulation_steps": 2, **common, **settings} for settings in cases]
+    for done in in_two(train_each, of_two, tmp_path / "two", tmp_path / "result.pt"):
+        assert done.returncode == 0, done.stderr[-3000:]
     for settings, two in zip(cases, torch.load(tmp_path / "result.pt", weights_only=True), strict=True):
         one = train(tmp_path / "one", gradient_accumulation_steps=4, **common, **settings)
         assert not two["weights"]["model.shared.weight"][0].any()  # the padding

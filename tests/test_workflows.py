@@ -35,6 +35,7 @@ from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from tests.packed_models import BUILDERS, output, sparse
+from tests.processes import in_a_child
 from tests.tiny import collator, marian, token_pairs
 
 needs_library = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
@@ -416,16 +417,6 @@ if __name__ == "__main__":
     torch.save(models, root / "models.pt")
 """
 
-LOAD = """
-import sys, torch
-from pathlib import Path
-from tests.test_workflows import KINDS, child, load
-from tests.packed_models import output
-root = Path(sys.argv[1])
-models = torch.load(root / "models.pt", weights_only=False)
-child(models, [output(load(root / values, compute)) for values, compute in KINDS], "file")
-"""
-
 
 def child(models: list[Any], expected: list[Tensor], method: str) -> None:
     """What another process does with the models that it is given, the last of `KINDS`."""
@@ -439,6 +430,11 @@ def child(models: list[Any], expected: list[Tensor], method: str) -> None:
             assert method == "file" or kind is not KernelLinear or layer.kernel_weight.is_shared()
 
 
+def child_with_a_file(root: Path) -> None:
+    models = torch.load(root / "models.pt", weights_only=False)
+    child(models, [output(load(root / values, compute)) for values, compute in KINDS], "file")
+
+
 @needs_library
 @pytest.mark.skipif(os.name != "posix", reason="fork is POSIX")
 def test_models_go_to_other_processes(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -447,7 +443,8 @@ def test_models_go_to_other_processes(folders: dict[str, Path], tmp_path: Path) 
     (tmp_path / "main.py").write_text(PROCESSES)  # what is spawned reads its parent's file
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     script(code, tmp_path / "main.py", tmp_path)
-    script(LOAD, tmp_path)
+    done = in_a_child(child_with_a_file, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @needs_library
