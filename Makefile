@@ -3,6 +3,8 @@ BIN := .venv/bin
 # Everything here runs offline but the installation and the demo's corpus.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# What is compiled once and kept is not compiled by every process that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long test-oldest lint bench clean
 
@@ -42,11 +44,13 @@ bench: .venv/installed  ## masks, layers, whole models and training steps: half 
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.training
 
-# torch first: its own line picks the build that the index has for this machine, and nothing later replaces it.
+# torch first: its own line picks the build that the index has for this machine, and nothing later replaces it. pip
+# would compile all modules on one core; some packages hold files that are no Python of this version, on purpose.
 .venv/installed: pyproject.toml tests/constraints.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/* hf_nmsparse/kernels/csrc/*/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint tests/constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint tests/constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile --constraint tests/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 .venv-oldest/installed: pyproject.toml tests/constraints-oldest.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/* hf_nmsparse/kernels/csrc/*/*)
