@@ -14,8 +14,9 @@ __all__ = ["Shifts", "decoder_inputs", "distillation_loss", "smoothed_cross_entr
 NO_TARGET = -100
 """The label where there is no target, as transformers writes it."""
 
-# Numbers of a block that stays in a core's cache between one pass and the next; on a GPU a block only bounds memory.
-_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**27
+# Numbers of a block: on a CPU few enough for the caches of its cores between one pass and the next, and so many that to
+# wake the threads of a pass costs little; on a GPU a block only bounds memory.
+_CPU_BLOCK, _GPU_BLOCK = 2**19, 2**27
 
 
 class _SmoothedCrossEntropy(torch.autograd.Function):
