@@ -60,6 +60,7 @@ from hf_nmsparse.packed_files import check_folder, read_object
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.preemption import Preempted
+from hf_nmsparse.products import multiply_with_onednn
 from hf_nmsparse.run_files import hypotheses_file, one_line, read_lines, reference_file, source_file, write_lines
 from hf_nmsparse.srste import METHODS
 from hf_nmsparse.tokenizer import tokenise, train_tokenizer
@@ -106,6 +107,9 @@ def main() -> None:
         threads = take_all_cores() if args.world_size == 1 else None
         if threads is not None:
             print(f"wmt_en_de: {threads} CPU thread(s), one for each core; OMP_NUM_THREADS sets another number")
+        tokens = args.tokens_per_batch or 2 * recipe.max_length * args.train_batch_size
+        if not args.bf16:
+            multiply_with_onednn(tokens, recipe.max_length)
 
     # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
     languages = recipe.source_lang, recipe.target_lang

@@ -32,7 +32,8 @@ BANDS = {
         *("compute", "module_fit", "generation", "quantizer", "loading"),
     },
     "trainer": {
-        *("settings", "pairs", "corpus", "tokenizer", "batching", "allocator"),  # what a training reads, and its memory
+        *("settings", "pairs", "corpus", "tokenizer", "batching"),  # what a training reads
+        *("allocator", "products"),  # and how a process trains on CPUs
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
     "translation": {"shortlist", "texts", "text_tokenizer", "streaming", "translator", "pipeline"},
