@@ -1,4 +1,4 @@
-"""The command ``nmsparse``: inspect, prune, pack, export, translate, evaluate, shortlist, plot, report, doctor."""
+"""The command ``nmsparse``: inspect, prune, pack, export, translate, serve, evaluate, shortlist, report and others."""
 
 from __future__ import annotations
 
@@ -144,6 +144,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=commands.translate)
 
+    command = subparsers.add_parser("serve", help="translate over HTTP, for clients of LibreTranslate and others")
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="folder of the model, or its name on the Hub; before it its languages, as in en:de=outputs/demo/packed, "
+        "unless it is a multilingual one",
+    )
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    command.add_argument(
+        "--port", type=_port, default=5000, metavar="N", help="port to listen on (default: 5000); 0 takes a free one"
+    )
+    command.add_argument(
+        "--workers",
+        type=_threads,
+        default=1,
+        metavar="N",
+        help="processes, each with the models in its memory (default: 1); one that dies is replaced",
+    )
+    command.add_argument(
+        "--threads", type=_threads, metavar="N", help="CPU threads of a process (default: all CPUs over the processes)"
+    )
+    command.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="tokens of requests that are translated together (default: 1024)",
+    )
+    command.add_argument(
+        "--max-characters", type=_positive, default=10_000, metavar="N", help="of a request (default: 10000)"
+    )
+    command.add_argument(
+        "--max-waiting", type=_positive, default=2_000, metavar="N", help="texts that wait for a model (default: 2000)"
+    )
+    command.add_argument(
+        "--timeout", type=_positive, default=60, metavar="SECONDS", help="longest wait for an answer (default: 60)"
+    )
+    command.add_argument(
+        "--compute",
+        choices=("auto", "fp32", "bf16", "int8"),
+        default="auto",
+        help="how the models compute (default: the fastest that keeps the file's precision)",
+    )
+    command.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="lets in requests with one of these keys alone; NMSPARSE_API_KEY is one that no list of processes shows",
+    )
+    command.set_defaults(run=commands.serve)
+
     command = subparsers.add_parser("evaluate", help="translate a test set and score it with sacreBLEU")
     _add_model_arguments(command)
     command.add_argument("--source", required=True, metavar="FILE", help="one sentence a line")
@@ -246,3 +298,7 @@ def _positive(text: str, most: int = 2**31 - 1) -> int:
 
 def _threads(text: str) -> int:
     return _positive(text, 1024)
+
+
+def _port(text: str) -> int:
+    return 0 if text == "0" else _positive(text, 65535)

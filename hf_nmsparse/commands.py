@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "plot",
     "prune",
     "report",
+    "serve",
     "translate",
 ]
 
@@ -260,6 +262,22 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json is not None:
         with writing(args.json) as file:
             file.write(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Translates over HTTP until a signal says to stop."""
+    missing = [name for name in ("fastapi", "httptools", "prometheus_client", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"serve needs {', '.join(missing)}: pip install 'hf-nmsparse[serve]'")
+    from hf_nmsparse.serve.limits import Limits
+    from hf_nmsparse.serve.server import Served, serve
+    from hf_nmsparse.translator import cpus
+
+    keys = args.api_key or [key for key in (os.environ.get("NMSPARSE_API_KEY"),) if key is not None]
+    limits = Limits(characters=args.max_characters, waiting=args.max_waiting, seconds=args.timeout)
+    threads = args.threads or max(1, cpus() // args.workers)
+    served = Served(tuple(args.models), threads, args.max_tokens, args.compute, limits, tuple(keys))
+    serve(served, args.host, args.port, args.workers)
 
 
 def learn_shortlist(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from hf_nmsparse.streaming import pieces
 from hf_nmsparse.text_tokenizer import load_tokenizer
 from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, longest_text, read_texts
 
-__all__ = ["Scored", "Translation", "Translator"]
+__all__ = ["Scored", "Translation", "Translator", "cpus"]
 
 _CHUNK = 4096  # sentences of an iterable that are sorted and translated together
 _WATCHED = 256  # sentences whose attention is held at a time
@@ -116,7 +117,7 @@ class Translator:
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise ValueError(f"translator: threads are 1 to 1024, got {threads!r}")
         self._folder = _folder(model, revision, token)
-        self._threads = _cpus() if threads is None else threads
+        self._threads = cpus() if threads is None else threads
         self._languages = src_lang, tgt_lang
         loaded = load_engine(self._folder, compute, self._threads, half_cache)
         self._engine, self._spec, self.formats = loaded.engine, loaded.spec, loaded.formats
@@ -348,6 +349,25 @@ class Translator:
             for row, each in zip(given, scores, strict=True)
         ]
 
+    def count_tokens(
+        self, texts: Iterable[str], *, src_lang: str | None = None, tgt_lang: str | None = None
+    ) -> list[int]:
+        """How many tokens each text has, with those around it; `longest_source` of them are translated.
+
+        Args:
+            texts: The texts; a blank one has none.
+            src_lang: Code of the source; multilingual models only.
+            tgt_lang: Code of the target.
+
+        Raises:
+            ValueError: A text is none, or a language is unknown.
+        """
+        given = list(read_texts(texts, "count_tokens"))
+        direction, tokenizer = self._direction(src_lang, tgt_lang), self.tokenizer
+        with self._lock:
+            rows = iter(encode(tokenizer, [direction.prompt + t for t in given if t.strip()], inf, direction.frame))
+        return [len(next(rows)) if text.strip() else 0 for text in given]
+
     def check(self, **settings: Any) -> None:
         """Refuses settings as `translate` would, the model's own included.
 
@@ -554,7 +574,7 @@ def _rows(name: str, given: Any) -> list[Sequence[int]]:
     return rows
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -41,7 +41,7 @@ BANDS = {
         *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),
         *("run_files", "run_logs", "plots", "comet_metric", "run_report", "report_page"),  # on finished runs
     },
-    "commands": {"terminal", "line_files", "commands", "cli", "__main__"},
+    "commands": {"terminal", "line_files", "serve", "commands", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
 }
 TORCH_ALONE = ("ground", "kernels", "idea", "model")

@@ -395,7 +395,8 @@ def is_private(name: str) -> bool:
 def private_names(source: str) -> set[str]:
     """The private names in a file that are not its own, which it binds itself and reaches from ``self`` or ``cls``."""
     nodes = list(ast.walk(ast.parse(source)))
-    bound = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    bound = {node.name for node in nodes if isinstance(node, named)}
     bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     bound |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and is_of_self(node)}
