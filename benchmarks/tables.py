@@ -370,6 +370,28 @@ def gpu_of(record: dict[str, Any]) -> str:
     return "\n".join(rows).rstrip()
 
 
+def serve_of(record: dict[str, Any]) -> str:
+    """Sentences a second and the times of single ones, of both servers."""
+    lines = table_head(["search", "clients", "server", "sentences/s", "p50 ms", "p95 ms", "p99 ms"])
+    for row in record["rows"]:
+        search = "greedy" if row["beams"] == 1 else f"beam {row['beams']}"
+        times = [f"{row[f'p{percent}_ms']:,.1f}" for percent in (50, 95, 99)]
+        lines.append(
+            table_row([search, row["clients"], row["candidate"], f"{row['sentences_per_s']:,.0f}", *times])
+        )
+    memory, most = record["memory_mib"], max(row["clients"] for row in record["rows"])
+    limit = f", at most {record['max_new_tokens']} new tokens" if record["max_new_tokens"] else ""
+    lines += [
+        "",
+        f"{record['model']}, sentences of {record['text']}{limit}; {record['threads']} thread(s) of a server, clients on "
+        f"the same machine; medians of {record['rounds']} turns of {record['seconds']:g} seconds in fresh servers. "
+        f"Memory of the engine's server under {most} clients: {memory['early']:,.1f} MiB after "
+        f"{record['minutes'] / 4:g} minutes, {memory['late']:,.1f} MiB after {record['minutes']:g} and "
+        f"{memory['sentences']:,} sentences. CTranslate2 {record['ctranslate2']}; {machine(record)}",
+    ]
+    return "\n".join(lines)
+
+
 def measured_table(name: str) -> str:
     """The table of a benchmark's file."""
     return OF[name](read(MEASURED / f"{name}.json"))
@@ -427,6 +449,7 @@ OF = {
     "scaling": scaling_of,
     "memory": memory_of,
     "gpu": gpu_of,
+    "serve": serve_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 

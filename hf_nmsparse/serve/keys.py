@@ -20,12 +20,12 @@ class Keys:
         keys: They; without any everybody may translate.
 
     Raises:
-        ValueError: One is blank.
+        ValueError: One cannot be sent in a header.
     """
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
-        if not all(map(str.strip, keys)):
-            raise ValueError("serve: an API key is blank; give one of letters")
+        if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in keys):
+            raise ValueError("serve: an API key is of ASCII letters, digits and signs; give another")
         self._keys = [key.encode() for key in keys]
 
     @property

@@ -211,13 +211,13 @@ class Models:
 
     @property
     def languages(self) -> dict[str, list[str]]:
-        """The targets of each source language, by their codes."""
+        """All languages by their codes, and into which each is translated: into none, where it is a target alone."""
         found: dict[str, list[str]] = {}
         for model in self._models:
             for source in model.sources:
                 known = found.setdefault(source, [])
                 known += [target for target in model.targets if target != source and target not in known]
-        return found
+        return found | {target: [] for model in self._models for target in model.targets if target not in found}
 
     def route(self, source: str, target: str) -> Route:
         """The model that translates from one language into another.

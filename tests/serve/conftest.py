@@ -1,0 +1,45 @@
+"""A packed model of random weights, and an application that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from hf_nmsparse import Translator
+from hf_nmsparse.kernels import engine
+from hf_nmsparse.serve import Limits, create_app, load_models
+from tests import tiny
+from tests.test_translator import random, saved
+
+LIMITS = Limits(characters=400, texts=20, waiting=30, seconds=20, body_seconds=2)
+KEY = "geheim-1/="
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if engine.why_not() is not None:
+        pytest.skip("there is no native engine")
+    path = saved(random(tiny.marian()), tmp_path_factory.mktemp("served") / "packed", "2:4")
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def translator(folder: Path) -> Translator:
+    return Translator(folder, threads=1)
+
+
+@pytest.fixture(scope="session")
+def client(folder: Path) -> Iterator[TestClient]:
+    with TestClient(create_app(load_models([f"en:de={folder}"], threads=2), LIMITS)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def locked(folder: Path) -> Iterator[TestClient]:
+    """A client of a server that asks for a key."""
+    with TestClient(create_app(load_models([f"en:de={folder}"], threads=1), LIMITS, [KEY, "other"])) as client:
+        yield client
