@@ -11,11 +11,13 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Metrics", "Watched", "forget_dead_processes"]
+__all__ = ["FOLDER", "Metrics", "Watched", "forget_dead_processes"]
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where processes write what they count for each other; read at the import
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Names the folder where processes write what they count for each other. It is read at the import."""
 
 
 class Metrics:
@@ -56,7 +58,7 @@ class Metrics:
 
     def page(self) -> bytes:
         """All of it, as text."""
-        if _FOLDER in os.environ:
+        if FOLDER in os.environ:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)
             return generate_latest(registry)
@@ -65,7 +67,7 @@ class Metrics:
 
 def forget_dead_processes() -> None:
     """Takes out of the sums what processes had waiting that are no more."""
-    for file in Path(os.environ[_FOLDER]).glob("gauge_live*_*.db"):
+    for file in Path(os.environ[FOLDER]).glob("gauge_live*_*.db"):
         process = int(file.stem.rpartition("_")[2])
         try:
             os.kill(process, 0)

@@ -9,24 +9,21 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from uvicorn import Config, Server
-from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
 from hf_nmsparse.serve.app import create_app
 from hf_nmsparse.serve.http import Http
+from hf_nmsparse.serve.keys import Keys
 from hf_nmsparse.serve.limits import Limits
-from hf_nmsparse.serve.metrics import forget_dead_processes
+from hf_nmsparse.serve.metrics import FOLDER, forget_dead_processes
 from hf_nmsparse.serve.models import load_models
+from hf_nmsparse.serve.processes import CANNOT_START, end_with_the_parent, keep
 from hf_nmsparse.terminal import named, one_line, plain, say
 
 __all__ = ["Served", "serve"]
-
-_ALIVE_SECONDS = 30  # a process that does not answer for so long is replaced
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,9 @@ class Served:
     compute: str = "auto"
     limits: Limits = Limits()  # noqa: RUF009  # frozen
     api_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Keys(self.api_keys)
 
     def app(self) -> FastAPI:
         """The application, with its models loaded.
@@ -77,33 +77,33 @@ def serve(served: Served, host: str, port: int, workers: int = 1) -> None:
     with listening:
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         if workers == 1:
-            config = _config(served.app(), served.limits)
+            app = served.app()
             _tell(f"nmsparse: {address} translates {', '.join(served.models)}")
-            Server(config).run([listening])
+            _run(app, served.limits, listening)
             return
         with tempfile.TemporaryDirectory(prefix="nmsparse-metrics-") as folder:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-            config = _config(partial(_app_of_process, served), served.limits, factory=True, workers=workers)
+            os.environ[FOLDER] = folder
             _tell(f"nmsparse: {address} translates {', '.join(served.models)} in {workers} processes")
-            supervisor = Multiprocess(config, [listening])
-            supervisor.run()
-            if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
-                raise ValueError("serve: a process did not start; what it said is above")
+            try:
+                keep(workers, _serve_in_a_process, served, listening)
+            finally:
+                del os.environ[FOLDER]
 
 
-def _app_of_process(served: Served) -> FastAPI:
-    """The application in a process of its own; where it fails so would the next one, and the parent is told to stop."""
+def _serve_in_a_process(served: Served, listening: socket.socket) -> None:
     _log_plainly()
+    end_with_the_parent()
     forget_dead_processes()
     try:
-        return served.app()
+        app = served.app()
     except (ValueError, OSError) as error:
         say(f"nmsparse: {one_line(error)}", error=True)
-        sys.exit(STARTUP_FAILURE)
+        sys.exit(CANNOT_START)
+    _run(app, served.limits, listening)
 
 
-def _config(app: Any, limits: Limits, **more: Any) -> Config:
-    return Config(
+def _run(app: FastAPI, limits: Limits, listening: socket.socket) -> None:
+    config = Config(
         app,
         http=Http,
         ws="none",
@@ -113,9 +113,8 @@ def _config(app: Any, limits: Limits, **more: Any) -> Config:
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=int(limits.seconds + limits.body_seconds) + 1,
-        timeout_worker_healthcheck=_ALIVE_SECONDS,
-        **more,
     )
+    Server(config).run([listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
