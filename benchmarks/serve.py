@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,28 +32,29 @@ from typing import Any
 
 # torch and transformers are imported where they are used: the servers run without them.
 
-CANDIDATES = {"engine": "engine, 2:4 int8", "CTranslate2": "CTranslate2 int8"}
+CANDIDATES = {"engine": "engine, 2:4 int8", "CTranslate2": "CTranslate2 int8"}  # as benchmarks.real_text calls them
 
 
 class ByCTranslate2:
     """Answers as `Translator` does, as far as the server asks here."""
 
-    def __init__(self, folder: str, *, compute: str, threads: int) -> None:
+    def __init__(self, folder: str, at_once: int, *, compute: str, threads: int) -> None:
         from hf_nmsparse.text_tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(Path(folder), "marian")
         self.longest_source = self.tokenizer.model_max_length
         names, self._settings = (json.loads(Path(folder, f).read_text()) for f in ("names.json", "settings.json"))
         self._names, self._places = names, {name: place for place, name in enumerate(names)}
-        # As many batches at a time as the server has threads; more than that do not come.
         self._translator = importlib.import_module("ctranslate2").Translator(
-            folder, compute_type="int8", intra_threads=1, inter_threads=SERVER_THREADS
+            folder, compute_type="int8", intra_threads=1, inter_threads=at_once
         )
 
     def count_tokens(self, texts: list[str], **_: Any) -> list[int]:
+        """As `Translator` counts them."""
         return list(map(len, self.tokenizer(texts)["input_ids"])) if texts else []
 
     def translate(self, texts: list[str], **settings: Any) -> list[Any]:
+        """Without scores."""
         from hf_nmsparse.translator import Translation
 
         if settings.get("src_lang") or settings.get("tgt_lang"):
@@ -64,21 +66,17 @@ class ByCTranslate2:
         return [Translation(self.tokenizer.decode(row), tuple(row)) for row in ids]
 
 
-SERVER_THREADS = 1
-
-
 def run_server(candidate: str, folder: str, port: int, threads: int) -> None:
     """The server, until it is told to stop."""
-    global SERVER_THREADS
     import uvicorn
 
     from hf_nmsparse.serve import Limits, create_app, load_models
     from hf_nmsparse.serve.http import Http
     from hf_nmsparse.translator import Translator
 
-    SERVER_THREADS = threads
-    load = Translator if candidate == "engine" else ByCTranslate2
-    app = create_app(load_models([f"en:de={folder}"], threads, load=load), Limits())
+    # Of CTranslate2 too as many batches are under way as the server has threads, each on one.
+    made_by: Any = Translator if candidate == "engine" else partial(ByCTranslate2, at_once=threads)
+    app = create_app(load_models([f"en:de={folder}"], threads, load=made_by), Limits())
     uvicorn.run(app, port=port, http=Http, log_level="warning", access_log=False)
 
 
@@ -169,7 +167,7 @@ def main() -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     from benchmarks import tables, timing
-    from benchmarks.real_text import CTRANSLATE2, ENGINE, save
+    from benchmarks.real_text import save
     from hf_nmsparse.corpus import load_corpus
 
     corpus, split = options.text.rsplit(":", 1)
@@ -177,10 +175,13 @@ def main() -> None:
     asked = {"source": "en", "target": "de"}
     asked |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
     machine, found = timing.machine(), dict[tuple[int, int, str], list[list[float]]]()
+    try:
+        version = importlib.import_module("ctranslate2").__version__
+    except ImportError:
+        version = None
     with TemporaryDirectory() as temporary:
-        saved = save(options.model, Path(temporary), with_ctranslate2=True)
-        folders = {"engine": saved["engine, 2:4 int8"], "CTranslate2": saved[CTRANSLATE2]}
-        assert "engine, 2:4 int8" in ENGINE
+        saved = save(options.model, Path(temporary), version is not None)
+        folders = {short: saved[name] for short, name in CANDIDATES.items() if name in saved}
         for folder in folders.values():
             AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
         for candidate in timing.turns(folders, options.rounds):
@@ -205,7 +206,7 @@ def main() -> None:
     record = {
         "benchmark": "the server under load",
         **machine,
-        "ctranslate2": importlib.import_module("ctranslate2").__version__,
+        "ctranslate2": version,
         "model": timing.describe(AutoModelForSeq2SeqLM.from_pretrained(options.model)),
         "text": f"{Path(corpus).name}, {split}",
         "max_new_tokens": options.max_new_tokens,

@@ -376,18 +376,17 @@ def serve_of(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         search = "greedy" if row["beams"] == 1 else f"beam {row['beams']}"
         times = [f"{row[f'p{percent}_ms']:,.1f}" for percent in (50, 95, 99)]
-        lines.append(
-            table_row([search, row["clients"], row["candidate"], f"{row['sentences_per_s']:,.0f}", *times])
-        )
+        lines.append(table_row([search, row["clients"], row["candidate"], f"{row['sentences_per_s']:,.0f}", *times]))
     memory, most = record["memory_mib"], max(row["clients"] for row in record["rows"])
     limit = f", at most {record['max_new_tokens']} new tokens" if record["max_new_tokens"] else ""
     lines += [
         "",
-        f"{record['model']}, sentences of {record['text']}{limit}; {record['threads']} thread(s) of a server, clients on "
-        f"the same machine; medians of {record['rounds']} turns of {record['seconds']:g} seconds in fresh servers. "
+        f"{record['model']}, sentences of {record['text']}{limit}; {record['threads']} thread(s) of a server, "
+        f"clients on the same machine; medians of {record['rounds']} turns of {record['seconds']:g} seconds in fresh servers. "
         f"Memory of the engine's server under {most} clients: {memory['early']:,.1f} MiB after "
         f"{record['minutes'] / 4:g} minutes, {memory['late']:,.1f} MiB after {record['minutes']:g} and "
-        f"{memory['sentences']:,} sentences. CTranslate2 {record['ctranslate2']}; {machine(record)}",
+        f"{memory['sentences']:,} sentences. "
+        f"{'CTranslate2 ' + record['ctranslate2'] if record['ctranslate2'] else 'No CTranslate2'}; {machine(record)}",
     ]
     return "\n".join(lines)
 

@@ -16,7 +16,20 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from benchmarks import generate, gpu, kernels, memory, methods, real_text, scaling, startup, tables, timing, training
+from benchmarks import (
+    generate,
+    gpu,
+    kernels,
+    memory,
+    methods,
+    real_text,
+    scaling,
+    serve,
+    startup,
+    tables,
+    timing,
+    training,
+)
 from benchmarks.peak import peak_mib
 from hf_nmsparse import NMSparseConfig, save_packed, sparsify
 from hf_nmsparse.kernels import library, native
@@ -149,6 +162,27 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 < row["cpu_s"] < row["process_cpu_s"] and row["sentences"] == 3 for row in rows.values())
     assert record["missing"].keys() == {real_text.CTRANSLATE2}
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["text", "candidate", "BLEU", "same sentences"])
+
+
+def test_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    save_packed(model, tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    (tmp_path / "news").mkdir()
+    for side, line in (("en", "A man sleeps."), ("de", "Ein Mann schläft.")):
+        (tmp_path / "news" / f"test.{side}").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    file = tmp_path / "serve.json"
+    arguments = [str(tmp_path / "packed"), f"{tmp_path / 'news'}:test", "--rounds", "1", "--beams", "2"]
+    arguments += ["--clients", "1", "3", "--seconds", "0.2", "--minutes", "0.01", "--max-new-tokens", "5"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--note", "a test", "--output", str(file)])
+    serve.main()
+    record = tables.read(file)
+    assert [(row["clients"], row["candidate"]) for row in record["rows"]] == [(n, "engine, 2:4 int8") for n in (1, 3)]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in record["rows"])
+    assert record["memory_mib"]["sentences"] > 0
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["clients", "server", "sentences/s", "p95 ms"])
 
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:
