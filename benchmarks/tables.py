@@ -382,8 +382,8 @@ def serve_of(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"{record['model']}, sentences of {record['text']}{limit}; {record['threads']} thread(s) of a server, "
-        f"clients on the same machine; medians of {record['rounds']} turns of {record['seconds']:g} seconds in fresh servers. "
-        f"Memory of the engine's server under {most} clients: {memory['early']:,.1f} MiB after "
+        f"clients on the same machine; medians of {record['rounds']} turns of {record['seconds']:g} seconds in fresh "
+        f"servers. Memory of the engine's server under {most} clients: {memory['early']:,.1f} MiB after "
         f"{record['minutes'] / 4:g} minutes, {memory['late']:,.1f} MiB after {record['minutes']:g} and "
         f"{memory['sentences']:,} sentences. "
         f"{'CTranslate2 ' + record['ctranslate2'] if record['ctranslate2'] else 'No CTranslate2'}; {machine(record)}",
