@@ -194,6 +194,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="lets in requests with one of these keys alone; NMSPARSE_API_KEY is one that no list of processes shows",
     )
+    command.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="lets scripts of pages elsewhere ask, such as https://example.org; * is any",
+    )
     command.set_defaults(run=commands.serve)
 
     command = subparsers.add_parser("evaluate", help="translate a test set and score it with sacreBLEU")

@@ -276,7 +276,9 @@ def serve(args: argparse.Namespace) -> None:
     keys = args.api_key or [key for key in (os.environ.get("NMSPARSE_API_KEY"),) if key is not None]
     limits = Limits(characters=args.max_characters, waiting=args.max_waiting, seconds=args.timeout)
     threads = args.threads or max(1, cpus() // args.workers)
-    served = Served(tuple(args.models), threads, args.max_tokens, args.compute, limits, tuple(keys))
+    served = Served(
+        tuple(args.models), threads, args.max_tokens, args.compute, limits, tuple(keys), tuple(args.allow_origin)
+    )
     serve(served, args.host, args.port, args.workers)
 
 

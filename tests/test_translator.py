@@ -133,6 +133,15 @@ def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
     assert one.translate_ids(ROWS, max_length=20) == other.translate_ids(ROWS, max_length=20)
 
 
+def test_tokens_are_counted_before_a_text_is_cut(translator: Translator) -> None:
+    counts = translator.count_tokens([*TEXTS, "The garden " * 100])
+    assert counts[:-1] == [len(one.source) for one in translator.translate(TEXTS)]
+    assert counts[-1] > translator.longest_source
+    assert counts[2] == counts[6] == 0
+    with pytest.raises(ValueError, match="leave out src_lang"):
+        translator.count_tokens(["A man"], src_lang="en")
+
+
 def test_scores_are_the_log_probabilities_of_transformers(folder: Path, translator: Translator) -> None:
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     targets = ["The garden", "Ein Mann schläft.", "A man sleeps in the garden", "Ü"]

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 _CLOSED = 499  # as nginx calls it: nobody reads the answer
 
 
-def create_app(models: Models, limits: Limits | None = None, api_keys: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    models: Models, limits: Limits | None = None, api_keys: Sequence[str] = (), origins: Sequence[str] = ()
+) -> FastAPI:
     """The ASGI application that translates with some models, for uvicorn and whatever else runs one.
 
     The models begin to work as it starts, and finish what was taken as it stops.
@@ -38,6 +41,7 @@ def create_app(models: Models, limits: Limits | None = None, api_keys: Sequence[
         models: The models, as `load_models` gives them.
         limits: Of a request.
         api_keys: The keys of who may translate; everybody may if there are none.
+        origins: Of pages elsewhere whose scripts may ask, such as ``"https://example.org"``; ``"*"`` is any.
     """
     limits, keys, metrics = limits or Limits(), Keys(api_keys), Metrics()
 
@@ -82,6 +86,13 @@ def create_app(models: Models, limits: Limits | None = None, api_keys: Sequence[
     async def broken(request: Request, error: Exception) -> Response:
         return _error(500, "something is wrong here, which the server's log names")
 
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+        max_age=86_400,
+    )
     app.add_middleware(Watched, metrics=metrics)
     return app
 

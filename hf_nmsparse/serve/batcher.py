@@ -11,13 +11,15 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Condition, Thread, main_thread
 from typing import Any, Protocol
 
 from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.translator import Translation
 
 __all__ = ["Batcher", "Observer", "Settings", "Translates"]
+
+_LOOK_SECONDS = 1.0  # how often idle threads look whether the process ends
 
 Settings = tuple[tuple[str, Any], ...]
 """Keywords of `Translator.translate`: texts are translated together where they are equal."""
@@ -129,20 +131,20 @@ class Batcher:
     def _take(self) -> list[_Waiting]:
         """The next batch: the oldest text and others with its settings; empty where the threads are to end."""
         with self._changed:
-            while True:
+            while main_thread().is_alive():  # it is not where the server was made to end without a `close`
                 self._drop_cancelled()
-                if self._queue:
-                    batch = self._taken()
-                    if batch:
-                        return batch
-                elif self._closed:
-                    return []
-                else:
-                    self._idle += 1
-                    self._changed.wait()
-                    self._idle -= 1
+                if batch := self._taken():
+                    return batch
+                if self._closed:
+                    break
+                self._idle += 1
+                self._changed.wait(_LOOK_SECONDS)
+                self._idle -= 1
+        return []
 
     def _taken(self) -> list[_Waiting]:
+        if not self._queue:
+            return []
         settings, share = self._queue[0].settings, math.ceil(len(self._queue) / (self._idle + 1))
         batch, left, tokens = list[_Waiting](), deque[_Waiting](), 0
         for one in self._queue:

@@ -97,6 +97,9 @@ class Watched:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = "500"  # which is answered further outside
+            raise
         finally:
             path = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(path, status).inc()

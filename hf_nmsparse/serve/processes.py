@@ -22,13 +22,14 @@ _YOUNG_SECONDS = 5.0  # one that dies sooner is replaced after a pause, so that 
 _PAUSE_SECONDS = 1.0
 
 
-def keep(count: int, target: Callable[..., None], *arguments: Any) -> None:
+def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Callable[[], None]) -> None:
     """Keeps so many processes going until a signal says to stop, and waits for their ends.
 
     Args:
         count: How many.
         target: What each does; SIGTERM is to end it.
         *arguments: What each is given.
+        at_stop: Called before they are told to stop.
 
     Raises:
         ValueError: One could not start.
@@ -57,6 +58,7 @@ def keep(count: int, target: Callable[..., None], *arguments: Any) -> None:
                     stop.set()
                 elif time.monotonic() - began > _YOUNG_SECONDS or not stop.wait(_PAUSE_SECONDS):
                     running[place] = begin()
+        at_stop()
         for process, _ in running:
             process.terminate()
         for process, _ in running:

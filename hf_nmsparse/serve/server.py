@@ -37,6 +37,7 @@ class Served:
         compute: As `Translator` takes it.
         limits: Of a request.
         api_keys: The keys of who may translate.
+        origins: Of pages elsewhere that may ask.
     """
 
     models: tuple[str, ...]
@@ -45,6 +46,7 @@ class Served:
     compute: str = "auto"
     limits: Limits = Limits()  # noqa: RUF009  # frozen
     api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         Keys(self.api_keys)
@@ -56,7 +58,7 @@ class Served:
             ValueError: As `load_models`.
         """
         models = load_models(self.models, self.threads, self.max_tokens, self.compute)
-        return create_app(models, self.limits, self.api_keys)
+        return create_app(models, self.limits, self.api_keys, self.origins)
 
 
 def serve(served: Served, host: str, port: int, workers: int = 1) -> None:
@@ -85,7 +87,8 @@ def serve(served: Served, host: str, port: int, workers: int = 1) -> None:
             os.environ[FOLDER] = folder
             _tell(f"nmsparse: {address} translates {', '.join(served.models)} in {workers} processes")
             try:
-                keep(workers, _serve_in_a_process, served, listening)
+                # Where nobody listens clients are refused at once, while the processes finish what they took.
+                keep(workers, _serve_in_a_process, served, listening, at_stop=listening.close)
             finally:
                 del os.environ[FOLDER]
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from hf_nmsparse.serve import Limits, create_app, load_models
-from hf_nmsparse.serve.app import FastAPI
 from hf_nmsparse.translator import Translation
 from tests.serve.test_libretranslate import PAIR, refused
 
@@ -78,6 +78,7 @@ def test_what_the_model_cannot_do(client: TestClient, caplog: pytest.LogCaptureF
 def test_what_nobody_foresaw(client: TestClient) -> None:
     message = refused(client.post("/translate", json={"q": "crash", **PAIR}), 500)
     assert message == "something is wrong here, which the server's log names"
+    assert 'nmsparse_requests_total{path="/translate",status="500"} 1.0' in client.get("/metrics").text
     assert client.post("/translate", json={"q": "a", **PAIR}).json() == {"translatedText": "A"}
 
 
@@ -104,7 +105,12 @@ def test_a_stream_that_fails(client: TestClient) -> None:
 async def send(app: FastAPI, path: str, body: bytes, gone: asyncio.Event) -> list[Any]:
     """What an application sends to a client that goes away when it is told to."""
     sent: list[Any] = []
-    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST"}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+    }
     scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "headers": [], "client": None}
     scope |= {"scheme": "http", "server": ("x", 1), "root_path": "", "state": {}}
     given = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -198,3 +204,13 @@ def test_what_is_counted(client: TestClient) -> None:
 def test_limits_above_zero() -> None:
     with pytest.raises(ValueError, match="limits: texts needs to be above 0, got 0"):
         Limits(texts=0)
+
+
+def test_pages_elsewhere_may_ask_where_they_are_named() -> None:
+    preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    for origins, allowed in (((), None), (("https://a.example",), "https://a.example"), (("https://b.example",), None)):
+        app = create_app(load_models(["en:de=x"], threads=1, load=Slow), origins=origins)
+        with TestClient(app) as client:
+            assert client.options("/translate", headers=preflight).headers.get("access-control-allow-origin") == allowed
+            response = client.post("/translate", json={"q": "a", **PAIR}, headers={"Origin": "https://a.example"})
+            assert response.headers.get("access-control-allow-origin") == allowed

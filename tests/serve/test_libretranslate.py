@@ -60,8 +60,7 @@ def test_texts_come_in_a_list(client: TestClient, translator: Translator) -> Non
 
 
 def test_alternatives(client: TestClient, translator: Translator) -> None:
-    settings = {"num_beams": 4, "num_return_sequences": 4}
-    best = translator.translate(TEXTS[:2], **settings)
+    best = translator.translate(TEXTS[:2], num_beams=4, num_return_sequences=4)
     answer = client.post("/translate", json={"q": TEXTS[:2], **PAIR, "alternatives": 3}).json()
     assert answer["translatedText"] == [one.text for one in best]
     for given, one in zip(answer["alternatives"], best, strict=True):

@@ -71,8 +71,7 @@ def test_in_a_browser(address: str, browser: Any, translator: Translator, scheme
     page.get_by_label("API key").fill(KEY)
     page.get_by_label("Text", exact=True).press("Control+Enter")
     status.filter(has_text="ms on the server").wait_for()
-    settings = {"num_beams": 4, "num_return_sequences": 2}
-    [best] = translator.translate([text], **settings)
+    [best] = translator.translate([text], num_beams=4, num_return_sequences=2)
     assert page.get_by_label("Translation", exact=True).text_content() == best.text
     other = page.get_by_role("listitem").text_content()
     assert other == f"{best.alternatives[0].text} {best.alternatives[0].score:.2f}"

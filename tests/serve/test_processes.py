@@ -21,6 +21,10 @@ def leave_a_mark(folder: Path, ends: int | None) -> None:
         time.sleep(0.05)
 
 
+def nothing() -> None:
+    pass
+
+
 def stop_after(folder: Path, marks: int) -> threading.Thread:
     def watch() -> None:
         while len(list(folder.iterdir())) < marks:
@@ -35,7 +39,9 @@ def stop_after(folder: Path, marks: int) -> threading.Thread:
 def test_they_go_on_until_they_are_told_to_stop(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     watching = stop_after(tmp_path, 2)
-    keep(2, leave_a_mark, tmp_path, None)
+    stopping: list[bool] = []
+    keep(2, leave_a_mark, tmp_path, None, at_stop=lambda: stopping.append(True))
+    assert stopping == [True]
     watching.join()
     assert signal.getsignal(signal.SIGTERM) is before
     for mark in tmp_path.iterdir():
@@ -45,12 +51,12 @@ def test_they_go_on_until_they_are_told_to_stop(tmp_path: Path) -> None:
 
 def test_one_that_ends_is_replaced_after_a_pause(tmp_path: Path) -> None:
     watching, began = stop_after(tmp_path, 2), time.monotonic()
-    keep(1, leave_a_mark, tmp_path, 1)
+    keep(1, leave_a_mark, tmp_path, 1, at_stop=nothing)
     watching.join()
     assert time.monotonic() - began > 1
 
 
 def test_one_that_cannot_start_ends_them_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a process did not start"):
-        keep(2, leave_a_mark, tmp_path, CANNOT_START)
+        keep(2, leave_a_mark, tmp_path, CANNOT_START, at_stop=nothing)
     assert len(list(tmp_path.iterdir())) <= 2

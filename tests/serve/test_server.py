@@ -176,6 +176,21 @@ def test_it_finishes_what_it_took(start: Start) -> None:
         process.open()
 
 
+@pytest.mark.long  # as below, what rarely happens: seconds each, of processes that begin and end
+def test_told_twice_it_ends_with_what_is_under_way(start: Start) -> None:
+    """Though its threads have more to do, and nobody has closed what they work for."""
+    process = start("--threads", "1", "--max-tokens", "50")
+    texts = [f"{TEXTS[0]} {number}" for number in range(250)]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(process.ask, q=texts, alternatives=7) for _ in range(4)]
+        while not process.counted("nmsparse_texts_total"):
+            time.sleep(0.01)
+        process.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.end(signal.SIGINT)
+    assert any(one.exception() for one in asked)
+
+
 def processes_of(parent: int) -> list[int]:
     """Those of a parent that serve."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -213,6 +228,7 @@ def test_a_process_that_is_killed_is_replaced(start: Start) -> None:
     assert process.end() == ""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="there is no /proc")
 def test_no_process_outlives_its_parent(start: Start) -> None:
     process = start("--workers", "2", "--threads", "1")
