@@ -15,9 +15,10 @@ from threading import Condition, Thread, main_thread
 from typing import Any, Protocol
 
 from hf_nmsparse.serve.errors import RequestError
+from hf_nmsparse.terminal import named
 from hf_nmsparse.translator import Translation
 
-__all__ = ["Batcher", "Observer", "Settings", "Translates"]
+__all__ = ["Batcher", "Observer", "Settings", "Translates", "as_exception"]
 
 _LOOK_SECONDS = 1.0  # how often idle threads look whether the process ends
 
@@ -54,6 +55,11 @@ class _Waiting:
     settings: Settings
     future: Future[Translation] = field(default_factory=Future)
     since: float = field(default_factory=time.perf_counter)
+
+
+def as_exception(error: BaseException) -> Exception:
+    """An error of a model, which ends a request and not the server: where Rust panics it is no Exception."""
+    return error if isinstance(error, Exception) else RuntimeError(named(error))
 
 
 class Batcher:
@@ -98,7 +104,8 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise RequestError(503, "the server stops; come again", {"Retry-After": "10"})
-            self._drop_cancelled()
+            if len(self._queue) + len(added) > self._most_waiting:
+                self._drop_cancelled()
             if self._queue and len(self._queue) + len(added) > self._most_waiting:
                 message = f"{len(self._queue)} texts wait already; come again"
                 raise RequestError(429, message, {"Retry-After": "1"})
@@ -133,18 +140,18 @@ class Batcher:
         with self._changed:
             while main_thread().is_alive():  # it is not where the server was made to end without a `close`
                 self._drop_cancelled()
-                if batch := self._taken():
-                    return batch
-                if self._closed:
+                if self._queue:
+                    if batch := self._taken():
+                        return batch
+                elif self._closed:
                     break
-                self._idle += 1
-                self._changed.wait(_LOOK_SECONDS)
-                self._idle -= 1
+                else:
+                    self._idle += 1
+                    self._changed.wait(_LOOK_SECONDS)
+                    self._idle -= 1
         return []
 
     def _taken(self) -> list[_Waiting]:
-        if not self._queue:
-            return []
         settings, share = self._queue[0].settings, math.ceil(len(self._queue) / (self._idle + 1))
         batch, left, tokens = list[_Waiting](), deque[_Waiting](), 0
         for one in self._queue:
@@ -163,7 +170,7 @@ class Batcher:
             found = self._translator.translate([one.text for one in batch], **dict(batch[0].settings))
         except BaseException as error:  # whatever it is, each text has its answer and the thread lives on
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                batch[0].future.set_exception(as_exception(error))
                 return
             for one in batch:  # those of other requests are not lost with it
                 self._translate([one])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from starlette.requests import Request
 
-from hf_nmsparse.serve.batcher import Batcher, Observer, Settings, Translates
+from hf_nmsparse.serve.batcher import Batcher, Observer, Settings, Translates, as_exception
 from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.serve.limits import Limits, finished
 from hf_nmsparse.serve.metrics import Metrics
@@ -115,11 +115,11 @@ class Route:
         return self._pieces(text, limits.seconds, settings)
 
     async def _pieces(self, text: str, seconds: float, settings: dict[str, Any]) -> AsyncGenerator[str]:
-        loop, found = asyncio.get_running_loop(), asyncio.Queue[str | BaseException | None]()
+        loop, found = asyncio.get_running_loop(), asyncio.Queue[str | Exception | None]()
         closed, at_work = Event(), self._at_work
 
         def work() -> None:
-            end: BaseException | None = None
+            end: Exception | None = None
             try:
                 with closing(self._translator.stream(text, **self._languages, **settings)) as pieces:
                     for piece in pieces:
@@ -127,14 +127,14 @@ class Route:
                             return
                         loop.call_soon_threadsafe(found.put_nowait, piece)
             except BaseException as error:  # raised where the pieces are read
-                end = error
+                end = as_exception(error)
             loop.call_soon_threadsafe(found.put_nowait, end)
 
         at_work.streams += 1
         future, until = at_work.streaming.submit(work), loop.time() + seconds
         try:
             while (piece := await asyncio.wait_for(found.get(), until - loop.time())) is not None:
-                if isinstance(piece, BaseException):
+                if isinstance(piece, Exception):
                     raise piece
                 yield piece
         except asyncio.TimeoutError:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from hf_nmsparse import Translator
@@ -16,6 +22,21 @@ from tests.test_translator import random, saved
 
 LIMITS = Limits(characters=400, texts=20, waiting=30, seconds=20, body_seconds=2)
 KEY = "geheim-1/="
+
+
+@contextmanager
+def running(app: FastAPI, **config: Any) -> Iterator[int]:
+    """The port of a server in a thread of its own."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", **config))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="session")

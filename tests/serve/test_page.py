@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from hf_nmsparse import Translator
 from hf_nmsparse.serve import create_app, load_models
-from tests.serve.conftest import KEY, LIMITS
+from tests.serve.conftest import KEY, LIMITS, running
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -33,14 +30,8 @@ def test_it_takes_nothing_from_elsewhere(client: TestClient) -> None:
 def address(folder: Any) -> Iterator[str]:
     """That of a server that asks for a key."""
     app = create_app(load_models([f"en:de={folder}"], threads=1), LIMITS, [KEY])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    with running(app) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")
