@@ -55,7 +55,7 @@ bench: .venv/installed  ## masks, layers, whole models and training steps: half 
 
 .venv-oldest/installed: pyproject.toml tests/constraints-oldest.txt hf_nmsparse/kernels/CMakeLists.txt $(wildcard hf_nmsparse/kernels/csrc/* hf_nmsparse/kernels/csrc/*/*)
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --constraint tests/constraints-oldest.txt --editable '.[plot]' \
+	.venv-oldest/bin/pip install --quiet --constraint tests/constraints-oldest.txt --editable '.[plot,serve]' \
 	    hypothesis packaging peft pytest sentencepiece tensorboard
 	touch $@
 
