@@ -93,7 +93,8 @@ def files_in(wheel: Path) -> set[str]:
 def python_part() -> set[str]:
     """What every wheel holds."""
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    return modules | {"hf_nmsparse/py.typed", "hf_nmsparse/card_template.md", "hf_nmsparse/report_page.css"}
+    others = ("py.typed", "card_template.md", "report_page.css", "serve/page.html")
+    return modules | {f"hf_nmsparse/{name}" for name in others}
 
 
 class Installed(NamedTuple):
