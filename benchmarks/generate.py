@@ -160,11 +160,11 @@ def with_dense_int8(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def ctranslate2_files(dense: Path, names: list[str], wanted: Iterable[str]) -> dict[str, Path]:
+def ctranslate2_files(dense: Path, names: list[str], wanted: Iterable[str], end: int = 0) -> dict[str, Path]:
     """Converts the dense checkpoint; its tokenizer is a list of names, since tokens are all that is translated."""
     converters = importlib.import_module("ctranslate2.converters")
     tokenizer = SimpleNamespace(
-        eos_token=names[0], unk_token=names[1], get_vocab=lambda: {name: place for place, name in enumerate(names)}
+        eos_token=names[end], unk_token=names[1], get_vocab=lambda: {name: place for place, name in enumerate(names)}
     )
     folders = {}
     for candidate in wanted:

@@ -24,10 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.peak import peak_mib
 
@@ -39,6 +39,7 @@ LOOP = {f"transformers' loop, 2:4 {values}": values for values in VALUES}
 OTHER_BATCH = 16
 OTHERWISE = {f"{name}, {OTHER_BATCH} a batch": values for name, values in LOOP.items() if values != "fp32"}
 CTRANSLATE2 = "CTranslate2 int8"
+DENSE = "engine, dense int8"  # of dense files, which recipes/front.py gives
 BATCH = 64
 TIE = 1e-4
 _WARM = 8  # sentences before the clock starts
@@ -46,19 +47,27 @@ _WARM = 8  # sentences before the clock starts
 Rows = list[list[int]]
 
 
+class Candidate(NamedTuple):
+    """A name that `translator` knows, the folder of its files, and the JSON file of the tokens that it is given."""
+
+    name: str
+    folder: Path
+    source: Path
+
+
 def translator(name: str, folder: Path, beams: int, threads: int) -> Callable[[Rows], Rows]:
     """What gives the new tokens of each sentence, EOS left out."""
     if name == CTRANSLATE2:
         return by_ctranslate2(folder, beams, threads)
-    if name in ENGINE:
-        return by_engine(folder, beams, threads)
+    if name in ENGINE or name == DENSE:
+        return by_engine(folder, beams, threads, "int8" if name == DENSE else "auto")
     return by_loop(folder, beams, threads, OTHER_BATCH if name in OTHERWISE else BATCH)
 
 
-def by_engine(folder: Path, beams: int, threads: int) -> Callable[[Rows], Rows]:
+def by_engine(folder: Path, beams: int, threads: int, compute: str = "auto") -> Callable[[Rows], Rows]:
     from hf_nmsparse import Translator
 
-    translator = Translator(folder, threads=threads)
+    translator = Translator(folder, compute=compute, threads=threads)
     end = json.loads((folder / "config.json").read_text())["eos_token_id"]
 
     def translate(rows: Rows) -> Rows:
@@ -125,8 +134,8 @@ def one(name: str, folder: Path, source: Path, beams: int, threads: int) -> dict
     return {"tokens": tokens, "cpu_s": cpu, "wall_s": wall} | used
 
 
-def in_a_process(name: str, folder: Path, source: Path, beams: int, threads: int) -> dict[str, Any]:
-    given = [name, str(folder), str(source), str(beams), str(threads)]
+def in_a_process(candidate: Candidate, beams: int, threads: int) -> dict[str, Any]:
+    given = [*map(str, candidate), str(beams), str(threads)]
     command = [sys.executable, "-m", "benchmarks.real_text", "--one", *given]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -136,9 +145,8 @@ def in_a_process(name: str, folder: Path, source: Path, beams: int, threads: int
 def save(model: Path, folder: Path, with_ctranslate2: bool) -> dict[str, Path]:
     """The files of each candidate, by its name."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM
 
-    from benchmarks.generate import ctranslate2_files
     from hf_nmsparse import NMSparseQuantizationConfig, export_dense, save_packed
 
     def dense() -> Any:
@@ -150,13 +158,23 @@ def save(model: Path, folder: Path, with_ctranslate2: bool) -> dict[str, Path]:
     folders = {name: folder / values for name, values in (ENGINE | LOOP | OTHERWISE).items()}
     if with_ctranslate2:
         export_dense(dense(), folder / "dense")
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        names = tokenizer.convert_ids_to_tokens(range(dense().config.vocab_size))
-        folders |= ctranslate2_files(folder / "dense", names, [CTRANSLATE2])
-        limit = dense().generation_config.max_length - 1  # which counts the start token
-        (folders[CTRANSLATE2] / "names.json").write_text(json.dumps(names))
-        (folders[CTRANSLATE2] / "settings.json").write_text(json.dumps({"max_decoding_length": limit}))
+        folders[CTRANSLATE2] = for_ctranslate2(folder / "dense", model)
     return folders
+
+
+def for_ctranslate2(dense: Path, tokenizer: Path) -> Path:
+    """The files that `by_ctranslate2` reads, beside the dense fp32 checkpoint that they are made of."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from benchmarks.generate import ctranslate2_files
+
+    config = json.loads((dense / "config.json").read_text())
+    names = AutoTokenizer.from_pretrained(tokenizer).convert_ids_to_tokens(range(config["vocab_size"]))
+    folder = ctranslate2_files(dense, names, [CTRANSLATE2], config["eos_token_id"])[CTRANSLATE2]
+    limit = GenerationConfig.from_pretrained(dense).max_length - 1  # which counts the start token
+    (folder / "names.json").write_text(json.dumps(names))
+    (folder / "settings.json").write_text(json.dumps({"max_decoding_length": limit}))
+    return folder
 
 
 def gaps(folder: Path, sources: Rows, pairs: Mapping[int, tuple[list[int], list[int]]], beams: int) -> list[float]:
@@ -189,9 +207,17 @@ def measure(
 
     quick = [name for name in folders if name not in LOOP | OTHERWISE]
     loops = [name for name in LOOP | OTHERWISE if compared or name == "transformers' loop, 2:4 int8"]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*quick, *loops)}
-    for name in [*loops, *timing.turns(quick, rounds)]:
-        found[name].append(in_a_process(name, folders[name], source, beams, threads))
+    candidates = {name: Candidate(name, folders[name], source) for name in (*quick, *loops)}
+    return in_processes(candidates, [*loops, *timing.turns(quick, rounds)], beams, threads)
+
+
+def in_processes(
+    candidates: Mapping[str, Candidate], turns: Iterable[str], beams: int, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Of each candidate the tokens, and medians of what its turns cost, each a fresh process."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in candidates}
+    for name in turns:
+        found[name].append(in_a_process(candidates[name], beams, threads))
         if found[name][-1]["tokens"] != found[name][0]["tokens"]:
             raise SystemExit(f"real_text: {name} translates the same sentences otherwise in another process")
     costs = ("cpu_s", "wall_s", "process_cpu_s", "peak_mib")
