@@ -64,7 +64,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(number: int, _frame: object) -> NoReturn:
+def _end(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 

@@ -145,8 +145,9 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "news" / f"test.{side}").write_text(f"{lines}\n", encoding="utf-8")
     own = real_text.in_a_process
 
-    def here(name: str, *given: Any) -> dict[str, Any]:  # but for the loop of one file: each process imports anew
-        return (own if name == "transformers' loop, 2:4 fp32" else real_text.one)(name, *given)
+    def here(candidate: real_text.Candidate, *given: Any) -> dict[str, Any]:
+        anew = candidate.name == "transformers' loop, 2:4 fp32"  # a process that imports
+        return own(candidate, *given) if anew else real_text.one(*candidate, *given)
 
     monkeypatch.setattr(real_text, "in_a_process", here)
     file = tmp_path / "real_text.json"

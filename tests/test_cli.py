@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1025,21 +1024,24 @@ class TestTranslate:
         source, output = tmp_path / "in", tmp_path / "out"
         os.mkfifo(source)
 
+        begun, ended = threading.Event(), threading.Event()
+
         def end() -> None:
             with source.open("w", encoding="utf-8") as lines:
                 lines.write("A man\n")
                 lines.flush()
-                for _ in range(6000):
-                    if any(path.name.startswith(".out.") for path in tmp_path.iterdir()):
-                        break
-                    time.sleep(0.01)
+                while not any(path.name.startswith(".out.") for path in tmp_path.iterdir()) and not ended.wait(0.01):
+                    pass
+                begun.set()
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
                 ended.wait(60)  # the input goes on as long as the command runs
 
-        ended, thread = threading.Event(), threading.Thread(target=end)
+        thread = threading.Thread(target=end)
         thread.start()
+        arguments = ["translate", "--model", str(models / "packed"), "--input", str(source), "--output", str(output)]
         with pytest.raises(SystemExit) as error:
-            main(["translate", "--model", str(models / "packed"), "--input", str(source), "--output", str(output)])
+            main([*arguments, "--batch-size", "1"])
+        assert begun.is_set()
         ended.set()
         thread.join()
         assert error.value.code == 128 + number

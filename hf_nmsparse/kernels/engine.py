@@ -321,7 +321,7 @@ def _call_for_long(name: str, sentences: int, held: Any, *arguments: Any) -> Non
     stop, begin, ended = ctypes.c_int32(0), SimpleQueue[bool](), threading.Lock()
     outcome: list[BaseException | None] = []
 
-    def work(_held: Any) -> None:
+    def work(kept: Any) -> None:
         if not begin.get():
             return
         try:
