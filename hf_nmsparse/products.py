@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ __all__ = ["multiply_with_onednn"]
 _SCORES = 2**20
 """Tokens of a batch times the longest sentence. Where attention is no product in one piece it keeps a score of each
 such pair, head and layer: some 5 MB for each head of each layer."""
+
+_KERNELS = "64"
+"""oneDNN compiles a product for each shape and would keep 1024 of them, 2 GB in all; a step has some forty."""
 
 
 def multiply_with_onednn(tokens: int, longest: int) -> bool:
@@ -38,6 +42,7 @@ def multiply_with_onednn(tokens: int, longest: int) -> bool:
         or not _made_by_amd()
     ):
         return False
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)  # read at the first product
     torch.set_float32_matmul_precision("medium")
     if not _products_are_fp32():
         torch.set_float32_matmul_precision(default)
