@@ -214,6 +214,7 @@ class TestFromPretrained:
                 if name.endswith(".wo"):
                     layer.float()
         wanted = logits(twin)
+        assert values != "fp32" or torch.equal(wanted, logits(model))
         for compute in COMPUTES:
             loaded = load(tmp_path / "first", compute)
             kind = nn.Linear if compute == "dense" else PackedLinear
@@ -234,6 +235,8 @@ class TestFromPretrained:
         assert torch.equal(logits(loaded), expected)
         save_packed(loaded, tmp_path / "shards", max_shard_size="8KB")
         assert same_files(sharded, tmp_path / "shards")
+        loaded.save_pretrained(tmp_path / "again", max_shard_size="8KB")
+        assert same_files(sharded, tmp_path / "again")  # the index counts the weights of the dense form
         loaded.save_pretrained(tmp_path / "one")
         assert same_files(packed, tmp_path / "one")
 
@@ -264,12 +267,15 @@ class TestFromPretrained:
         model.save_pretrained(tmp_path / "loaded")
         save_packed(training(), tmp_path / "trained", values="bf16")
         assert same_files(tmp_path / "loaded", tmp_path / "trained")
+        save_packed(load(packed, compute), tmp_path / "saved", values="bf16")
+        assert same_files(tmp_path / "saved", tmp_path / "trained")
 
     @pytest.mark.parametrize("compute", COMPUTES)
     @pytest.mark.parametrize("device_map", ["auto", "cpu"])
     def test_device_map(self, packed: Path, expected: Tensor, device_map: str, compute: str, tmp_path: Path) -> None:
         model = load(packed, compute, device_map=device_map)
         assert torch.equal(logits(model), expected)
+        assert len(sparse_layers(model)) == 32
         model.save_pretrained(tmp_path)
         assert same_files(packed, tmp_path)
 

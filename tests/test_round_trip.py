@@ -1,4 +1,4 @@
-"""From a trained model to the file and back: outputs and bytes, for every family, number type and way to compute."""
+"""From a trained model to the file and back, beside what test_quantizer asks: kernels, int8, copies, offloading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, MarianMTModel
 from hf_nmsparse.compute import set_compute
 from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
-from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
+from hf_nmsparse.packed_layers import Int8Head, KernelLinear
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import finalize
@@ -31,21 +31,6 @@ def load(path: Path, compute: str | None = None, kind: Any = AutoModelForSeq2Seq
     if compute is not None:
         kwargs["quantization_config"] = NMSparseQuantizationConfig(compute)
     return kind.from_pretrained(path, **kwargs)
-
-
-@pytest.mark.parametrize("compute", ["dense", "reference"])
-@pytest.mark.parametrize("family", BUILDERS)
-def test_output_and_bytes_are_those_of_the_trained_model(family: str, compute: str | None, tmp_path: Path) -> None:
-    model = sparse(family)
-    save_packed(model, tmp_path / "a")
-    loaded = load(tmp_path / "a", compute)
-    assert torch.equal(output(loaded), output(model))
-    kinds = {type(loaded.get_submodule(name)) for name in sparse_layers(model)}
-    assert kinds == {PackedLinear if compute == "reference" else nn.Linear}
-    assert sparse_layers(loaded) == sparse_layers(model)
-    loaded.save_pretrained(tmp_path / "b")
-    save_packed(loaded, tmp_path / "c")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
 
 
 # What each way to compute adds to the rounding of the file, in norm: sums in another order; bf16 values; int8 values,
@@ -159,15 +144,6 @@ def test_t5_computes_wo_in_fp32_and_its_file_stays_in_fp16(compute: str, tmp_pat
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_file_may_be_loaded_and_saved_in_another_type(tmp_path: Path) -> None:
-    model = sparse()
-    save_packed(model, tmp_path / "fp32")
-    save_packed(model, tmp_path / "bf16", values="bf16")
-    load(tmp_path / "fp32", dtype=torch.bfloat16).save_pretrained(tmp_path / "loaded in bf16")
-    save_packed(load(tmp_path / "fp32"), tmp_path / "saved in bf16", values="bf16")
-    assert contents(tmp_path / "bf16") == contents(tmp_path / "loaded in bf16") == contents(tmp_path / "saved in bf16")
-
-
 def test_35_of_64_bytes(tmp_path: Path) -> None:
     model = sparse()
     save_packed(model, tmp_path, values="bf16")
@@ -182,13 +158,9 @@ def test_every_door(compute: str, tmp_path: Path) -> None:
     model = sparse()
     save_packed(model, tmp_path / "whole")
     save_packed(model.model, tmp_path / "base")
-    for loaded in (
-        load(tmp_path / "whole", compute, MarianMTModel),
-        load(tmp_path / "whole", compute, device_map="auto"),
-        load(tmp_path / "whole", compute, device_map="cpu"),
-    ):
-        assert torch.equal(output(loaded), output(model))
-        assert sparse_layers(loaded) == sparse_layers(model)
+    named = load(tmp_path / "whole", compute, MarianMTModel)
+    assert torch.equal(output(named), output(model))
+    assert sparse_layers(named) == sparse_layers(model)
     base = load(tmp_path / "whole", compute, AutoModel)
     assert torch.equal(output(base), output(model.model))
     assert sparse_layers(base) == sparse_layers(model.model)
@@ -196,19 +168,6 @@ def test_every_door(compute: str, tmp_path: Path) -> None:
     tokens = torch.tensor([[5, 6, 7, 1]])
     whole = load(tmp_path / "whole", compute)
     assert torch.equal(whole.generate(tokens, max_length=6), model.generate(tokens, max_length=6))
-
-
-@pytest.mark.parametrize("compute", ["dense", "reference"])
-def test_shards(compute: str, tmp_path: Path) -> None:
-    model = sparse()
-    save_packed(model, tmp_path / "a", max_shard_size="20KB")
-    assert sum(name.endswith(".safetensors") for name in contents(tmp_path / "a")) >= 5
-    loaded = load(tmp_path / "a", compute)
-    assert torch.equal(output(loaded), output(model))
-    save_packed(loaded, tmp_path / "b", max_shard_size="20KB")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    loaded.save_pretrained(tmp_path / "c", max_shard_size="20KB")
-    assert contents(tmp_path / "a") == contents(tmp_path / "c")  # the index counts the weights of the dense form
 
 
 @pytest.mark.parametrize("compute", ["dense", "reference"])
