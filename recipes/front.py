@@ -233,9 +233,10 @@ def points_of(runs: Sequence[Finished], measured: Sequence[Mapping[str, Any]]) -
             return round(statistics.fmean(row[key] for row in rows), digits) if key in rows[0] else None
 
         point["bytes"] = mean("bytes")
+        point["extremes"] = {}
         for key in ("bleu", "chrf"):
             point[key] = mean(key, 2)
-            point[f"{key}_range"] = [round(pick(row[key] for row in rows), 2) for pick in (min, max)]
+            point["extremes"][key] = [round(pick(row[key] for row in rows), 2) for pick in (min, max)]
         point |= {key: mean(key, 1) for key in ("tokens_per_second", "peak_mib", "ctranslate2_tokens_per_second")}
         point |= {"ctranslate2_bytes": mean("ctranslate2_bytes"), "ctranslate2_bleu": mean("ctranslate2_bleu", 2)}
         points.append(point)
@@ -252,7 +253,7 @@ def table_of(record: Mapping[str, Any]) -> str:
         cells += [f"{point['encoder_layers']}+{point['decoder_layers']}", point["d_model"], point["ffn"]]
         cells += [f"{point['parameters']:,}", f"{point['bytes']:,}", len(point["seeds"])]
         for key in ("bleu", "chrf"):
-            low, high = point[f"{key}_range"]
+            low, high = point["extremes"][key]
             cells.append(f"{point[key]:.2f}" + (f" ({low:.2f} to {high:.2f})" if len(point["seeds"]) > 1 else ""))
         for key in ("tokens_per_second", "ctranslate2_tokens_per_second", "ctranslate2_bytes"):
             cells.append("" if point[key] is None else f"{point[key]:,.0f}")

@@ -76,7 +76,7 @@ def _draw(axes: Axes, points: Sequence[Point], key: str, words: str, more: bool)
         colour, marker = f"C{number}", MARKERS[number % len(MARKERS)]
         for point in own:
             x, y = point[key], point["bleu"]
-            low, high = point["bleu_range"]
+            low, high = point["extremes"]["bleu"]
             axes.errorbar(x, y, yerr=[[y - low], [high - y]], color=colour, capsize=3, linewidth=1)
             face = colour if point["teacher"] else "white"
             axes.plot(x, y, marker=marker, markersize=7, linestyle="", color=colour, markerfacecolor=face)
@@ -126,7 +126,7 @@ def _label(
     pixels: Callable[[tuple[float, float]], Any] = axes.transData.transform
     markers: list[Bbox] = []  # with their whiskers
     for point in points:
-        (x, low), (_, high) = (pixels((point[key], bleu)) for bleu in point["bleu_range"])
+        (x, low), (_, high) = (pixels((point[key], bleu)) for bleu in point["extremes"]["bleu"])
         markers.append(Bbox([[x - 6, low - 6], [x + 6, high + 6]]))
     taken = list(markers)
     for line in lines:

@@ -94,7 +94,7 @@ def test_the_front(study: Path, monkeypatch: pytest.MonkeyPatch, ctranslate2: bo
     bf16 = study / "outputs" / STUDY / "dense-s1" / "dense" / "model.safetensors"
     assert sparse["bytes"] < dense["bytes"] < bf16.stat().st_size
     for row in (dense, sparse):
-        assert row["bleu_range"] == [row["bleu"]] * 2
+        assert row["extremes"]["bleu"] == [row["bleu"]] * 2
         assert row["tokens_per_second"] > 0 < row["peak_mib"]
     for key in ("ctranslate2_tokens_per_second", "ctranslate2_bytes", "ctranslate2_bleu"):
         assert (dense[key] is not None) == ctranslate2
@@ -152,7 +152,12 @@ def test_points_are_means_over_the_seeds() -> None:
     ]
     runs = [finished("a-s3", 3), finished("a-s1", 1), finished("b-s1", 1)]
     small, large = front.points_of(runs, rows)
-    assert (large["run"], large["seeds"], large["bleu"], large["bleu_range"]) == ("a", [1, 3], 30.5, [30.0, 31.0])
+    assert (large["run"], large["seeds"], large["bleu"], large["extremes"]["bleu"]) == (
+        "a",
+        [1, 3],
+        30.5,
+        [30.0, 31.0],
+    )
     assert (large["tokens_per_second"], large["bytes"], large["after"]) == (105.0, 900, "dense")
     assert (small["start"], small["teacher"], small["ctranslate2_bytes"]) == ("sparsegpt", "large", None)
     facts: dict[str, Any] = {"beams": 4, "threads": 1, "rounds": 1, "sentences": 1, "text": "t", "transformers": "5"}

@@ -12,7 +12,12 @@ from recipes.front_plots import AXES, front_of, plot_front
 
 
 def point(run: str, size: int, bleu: float, pattern: str | None = None, spread: float = 0, **facts: Any) -> Any:
-    place = {"bytes": size, "bleu": bleu, "bleu_range": [bleu - spread, bleu + spread], "tokens_per_second": 1e9 / size}
+    place = {
+        "bytes": size,
+        "bleu": bleu,
+        "extremes": {"bleu": [bleu - spread, bleu + spread]},
+        "tokens_per_second": 1e9 / size,
+    }
     return {"study": "s", "run": run, "pattern": pattern, "teacher": None} | place | facts
 
 
