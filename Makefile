@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # A thread that waits for the others sleeps: where other work takes a core, one that spins slows a step sixfold.
 demo: export OMP_WAIT_POLICY := passive
-demo: .venv/installed  ## train, pack, reload, score and show a small 2:4 model: about 5 minutes on 2 cores
+demo: .venv/installed  ## train, pack, reload, score and show a small 2:4 model: about 4 minutes on 2 cores
 	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml \
 	    recipes/wmt_en_de.py recipes/configs/demo.yaml
 	$(BIN)/python recipes/show_run.py outputs/demo
