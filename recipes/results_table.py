@@ -2,7 +2,7 @@
 
 python recipes/results_table.py            prints them
 python recipes/results_table.py --write    writes each into its README file (`home` says which), between its two
-                                           markers, and draws the pictures of the studies
+                                           markers, and draws the pictures of the studies and of the front
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from hf_nmsparse.evaluation import Evaluation
 from hf_nmsparse.metrics import Comparison, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 from hf_nmsparse.srste import METHODS
+from recipes import front
+from recipes.front_plots import AXES, plot_front
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -140,6 +142,15 @@ def step_time(run: Evaluation) -> str:
     return "" if found is None else f"{found:.2f}"
 
 
+def front_of_all() -> str:
+    """The points of the front, and its pictures."""
+    file = RESULTS / "front.json"
+    if not file.is_file():
+        return "It has not been measured yet."
+    pictures = [f"![BLEU against {words}](results/plots/front_{name}.png)" for name, (_, words, _) in AXES.items()]
+    return "\n\n".join([front.table_of(tables.read(file)), *pictures])
+
+
 def notes(runs: list[Evaluation]) -> list[str]:
     """What the rows have in common: data, model, signatures, versions."""
     lines = []
@@ -159,6 +170,7 @@ def notes(runs: list[Evaluation]) -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "results": table,
     "sparse_method": methods_table,
+    "front": front_of_all,
     **tables.TABLES,
     **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
@@ -168,7 +180,7 @@ def home(name: str) -> Path:
     """The file that shows a table."""
     if name == "summary":
         return ROOT / "README.md"
-    of_the_recipe = name in ("results", "faults", "sparse_method") or name.startswith("study ")
+    of_the_recipe = name in ("results", "faults", "sparse_method", "front") or name.startswith("study ")
     return ROOT / ("recipes" if of_the_recipe else "benchmarks") / "README.md"
 
 
@@ -193,6 +205,8 @@ def main() -> None:
     if write:
         for folder in studies():
             plot_runs([read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))], folder / "plots")
+        if (RESULTS / "front.json").is_file():
+            plot_front(tables.read(RESULTS / "front.json")["rows"], RESULTS / "plots")
 
 
 if __name__ == "__main__":

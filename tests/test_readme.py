@@ -92,7 +92,7 @@ def test_shell_blocks_name_what_is_there(page: str, tmp_path: Path) -> None:
                 assert (ROOT / script).is_file()
                 default = ROOT / "recipes/configs/wmt14_transformer_base_2of4.yaml"
                 parse([*(config or [str(default)]), "--output_dir", str(tmp_path), "--use_cpu", "true"])
-            case ["python", "-m", module, "--note", _]:
+            case ["python", "-m", module, *_, "--note", _]:
                 assert find_spec(module)
             case ["python", "recipes/study.py", study]:
                 assert Study.read(ROOT / study).runs
