@@ -1,8 +1,9 @@
-"""Every test runs offline, on one thread, from the same seed."""
+"""Every test runs offline, on one thread, from the same seed, with the signals of a terminal."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,6 +16,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it runs on the CPU then, in Python
 
 torch.set_num_threads(1)
+# A shell starts jobs in the background without SIGINT, nohup starts all without SIGHUP, and what is started here would
+# inherit that: tests of signals need those of a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The first example of a property may import or compile, and a busy machine is no failure.
 settings.register_profile("hf_nmsparse", deadline=None, derandomize=True, database=None)
 settings.load_profile("hf_nmsparse")
