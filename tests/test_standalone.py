@@ -479,49 +479,9 @@ class TestRecord:
             PackedRecord.read(record, "m")
 
 
-SCALE, SHARED = f"{LAYER}.weight_scale", "model.shared.weight"
-
-
-@pytest.mark.parametrize(
-    ("key", "tensor", "message"),
-    [
-        (f"{LAYER}.weight", None, f"{SCALE}: the weight is missing beside it"),
-        (f"{LAYER}.weight", torch.ones(64, 16), f"{LAYER}.weight: is no matrix of torch.int8"),
-        (f"{LAYER}.weight", torch.ones(64, dtype=torch.int8), f"{LAYER}.weight: is no matrix of torch.int8"),
-        (f"{LAYER}.weight", torch.full((64, 16), -128, dtype=torch.int8), "int8 values lie within -127 to 127"),
-        (SCALE, None, f"{LAYER}.weight: int8 values, and only they, have a scale"),
-        (SCALE, torch.ones(63), f"{SCALE}: scales are fp32 [64], positive"),
-        (SCALE, torch.ones(64, dtype=torch.float16), f"{SCALE}: scales are fp32"),
-        (SCALE, torch.zeros(64), f"{SCALE}: scales are fp32"),
-        (SCALE, torch.full((64,), torch.nan), f"{SCALE}: scales are fp32"),
-        (SCALE, torch.full((64,), 3e38), f"{SCALE}: scales are fp32"),
-        (SHARED, torch.ones(300, 32), f"{SHARED}: is no matrix of torch.int8"),
-        ("model.shared.weight_scale", None, f"{SHARED}: holds torch.int8 without a scale"),
-        (f"{LAYER}.bias", torch.ones(64, dtype=torch.int64), f"{LAYER}.bias: holds torch.int64 without a scale"),
-        (
-            f"{LAYER}.bias",
-            torch.ones(64).to(torch.float8_e5m2),
-            f"{LAYER}.bias: holds torch.float8_e5m2 without a scale",
-        ),
-        (f"{LAYER}.bias", torch.full((64,), torch.nan), f"{LAYER}.bias: holds NaN or infinity"),
-        ("final_logits_bias", torch.full((1, 300), -torch.inf), "final_logits_bias: holds NaN or infinity"),
-    ],
-)
-def test_bad_tensors(saved: Path, key: str, tensor: Tensor | None, message: str) -> None:
-    tensors = load_file(saved / "marian" / "model.safetensors")
-    if tensor is None:
-        del tensors[key]
-    else:
-        tensors[key] = tensor
-    with pytest.raises(ValueError, match=r"^m: ") as raised:
-        dense_tensors(tensors, PackedRecord(2, 4, torch.int8, True), "m")
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
 def test_tensors_that_config_json_does_not_declare(saved: Path) -> None:
     tensors = load_file(saved / "marian" / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"^m: {SHARED}: has a scale that config.json does not declare"):
+    with pytest.raises(ValueError, match=r"^m: model\.shared\.weight: has a scale that config.json does not declare"):
         dense_tensors(tensors, PackedRecord(2, 4, torch.int8, False), "m")
     with pytest.raises(ValueError, match=r"^m: model\.decoder\S+k_proj\.weight: is no matrix of torch\.bfloat16"):
         dense_tensors(tensors, PackedRecord(2, 4, torch.bfloat16, False), "m")
