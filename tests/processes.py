@@ -22,6 +22,29 @@ SECONDS = 300  # a hang fails the test instead of stopping the suite
 Done = subprocess.CompletedProcess[str]
 
 
+def in_a_fresh_one(
+    *command: object, fails: bool = False, environment: Mapping[str, str] = os.environ, **options: Any
+) -> str:
+    """Runs Python with these arguments in a process that imports everything anew.
+
+    Args:
+        *command: What stands behind ``python``: ``"-c", code`` and arguments.
+        fails: Whether it is to fail.
+        environment: Its environment, which gets OMP_NUM_THREADS=1.
+        **options: As ``subprocess.run`` takes them; ``cwd`` is this project's folder otherwise.
+
+    Returns:
+        What it printed, or its standard error where it is to fail.
+    """
+    settings: dict[str, Any] = {"cwd": ROOT, "text": True, "timeout": SECONDS} | options
+    if not {"stdout", "stderr"} & set(options):
+        settings["capture_output"] = True
+    settings["env"] = {**environment, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], check=False, **settings)
+    assert bool(done.returncode) == fails, (done.stderr or done.stdout)[-3000:]
+    return str(done.stderr if fails and done.stderr is not None else done.stdout)
+
+
 def in_a_child(function: Callable[..., Any], *arguments: Any, **environment: str) -> Done:
     """Calls a module's function in a process of its own: its exit status, and what it printed."""
     [done] = in_children(function, arguments, [environment])

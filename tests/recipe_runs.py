@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from recipes.wmt_en_de import run
-from tests.processes import ROOT, in_a_child
+from tests.processes import ROOT, in_a_child, in_a_fresh_one
 
 NOUNS = {"man": "Mann", "dog": "Hund", "child": "Kind", "woman": "Frau", "cat": "Katze"}
 VERBS = {"sleeps": "schläft", "runs": "rennt", "eats": "isst", "waits": "wartet"}
@@ -33,22 +32,14 @@ def write_corpus(folder: Path) -> Path:
 
 def launch(accelerate: str, *arguments: str, fails: bool = False) -> str:
     """`accelerate launch` as the README says it; what it printed, or its standard error where it is to fail."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = ["-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "recipes" / "accelerate" / accelerate), "--main_process_port", "0"]
     script = ROOT / "recipes" / "wmt_en_de.py"
     if accelerate == "fsdp2.yaml":  # on two CPU processes that are taken for GPUs
         command += ["--num_processes", "2", "--mixed_precision", "no"]
         script = ROOT / "tests" / "fsdp2_on_cpu.py"
-    done = subprocess.run(
-        [*command, str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,  # a hang of gloo at its end fails the test instead of stopping the suite
-    )
-    assert bool(done.returncode) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return in_a_fresh_one(*command, script, *arguments, fails=fails, environment=environment)
 
 
 def run_recipe(*arguments: str, fails: bool = False) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import finalize, sparsify
 from hf_nmsparse.translator import Translator
 from tests.hub import LocalHub, local_hub
+from tests.processes import in_a_fresh_one
 from tests.tiny import marian, tokenizer
 
 CARD = """---
@@ -43,17 +42,7 @@ def hub() -> Iterator[LocalHub]:
 
 def process(hub: LocalHub, home: Path, code: str, *arguments: str, fails: bool = False) -> str:
     """Runs code in a fresh process; what it printed, or its standard error where it is to fail."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=hub.environment(home),
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert bool(done.returncode) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+    return in_a_fresh_one("-c", code, *arguments, fails=fails, environment=hub.environment(home))
 
 
 def sparse_marian() -> MarianMTModel:

@@ -6,7 +6,6 @@ import os
 import pickle
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -31,6 +30,7 @@ from hf_nmsparse.packing import pack, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.rounding import quantize_rows
 from hf_nmsparse.srste import soft_threshold
+from tests.processes import in_a_fresh_one
 
 pytestmark = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
@@ -215,18 +215,9 @@ def test_unit(unit: str, tmp_path: Path) -> None:
 
 
 def process(code: str, fails: bool = False, **environment: str) -> str:
-    """Runs code in a fresh process; what it wrote to standard error."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        env=os.environ | environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert bool(done.returncode) == fails, done.stderr[-3000:]
-    return done.stderr
+    """Runs code in a fresh process; what it printed, or its standard error where it is to fail."""
+    strict = ("-W", "error::UserWarning", "-c", code)
+    return in_a_fresh_one(*strict, fails=fails, environment=os.environ | environment)
 
 
 def test_a_unit_that_is_none_is_refused() -> None:

@@ -31,6 +31,7 @@ from recipes.arguments import DEFAULT, parse
 from recipes.wmt_en_de import card_name, describe, keep_settings, load_model, load_tokenizer, run
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14
+from tests.processes import in_a_fresh_one
 from tests.recipe_runs import PAIRS, launch, run_recipe, tiny, write_corpus
 from tests.tiny import bart, hf, marian, t5, tokenizer
 
@@ -348,18 +349,8 @@ def on_the_hub(hub: LocalHub, folder: Path, *command: str, fails: bool = False) 
     """Runs a command of Python in ``folder`` with this Hub alone; what it printed on both streams."""
     environment = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT)}
     environment["PYTHONWARNINGS"] += ",ignore:Recommended"  # sacremoses, for texts with unusual punctuation
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert bool(done.returncode) == fails, done.stdout[-3000:]
-    return done.stdout
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return in_a_fresh_one(*command, fails=fails, environment=environment, cwd=folder, **both)
 
 
 # Three steps of a model that a test has time for, and what is written is pushed.

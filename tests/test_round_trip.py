@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import export_dense, save_packed
 from hf_nmsparse.sparse_model import finalize
 from tests.packed_models import BUILDERS, contents, output, sparse
+from tests.processes import in_a_fresh_one
 
 FC1 = "model.encoder.layers.0.fc1"
 
@@ -210,7 +209,4 @@ for kind in (AutoModel, AutoModelForSeq2SeqLM, MarianMTModel):
         sys.exit(f"{kind.__name__} loaded a packed file")
 assert "hf_nmsparse" not in sys.modules
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_a_fresh_one("-c", code, tmp_path, cwd=tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from hf_nmsparse.sparse_model import sparsify
 from hf_nmsparse.standalone import PackedRecord, dense_tensors, dense_weight
 from tests.hub import local_hub
 from tests.packed_models import BUILDERS, contents, sparse
+from tests.processes import in_a_fresh_one
 from tests.tiny import tokenizer
 
 READER = "modeling_nmsparse.py"
@@ -70,17 +70,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def without_package(code: str, *arguments: object, **environment: str) -> str:
     """Runs code in a fresh process that cannot import the package, and returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + code, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning", **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    strict = {**os.environ, "PYTHONWARNINGS": "error::UserWarning", **environment}
+    return in_a_fresh_one("-c", BLOCKED + code, *arguments, environment=strict)
 
 
 BLOCKED = """

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -35,7 +33,7 @@ from hf_nmsparse.kernels import library
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from tests.packed_models import BUILDERS, output, sparse
-from tests.processes import in_a_child
+from tests.processes import in_a_child, in_a_fresh_one
 from tests.tiny import collator, marian, token_pairs
 
 needs_library = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
@@ -58,16 +56,7 @@ def load(folder: Path, compute: str = "auto", head: str | None = None, **options
 
 def script(code: str, *arguments: object) -> None:
     """Runs a script in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_a_fresh_one("-W", "ignore", "-c", code, *arguments, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 # ---- PEFT ----
