@@ -42,12 +42,17 @@ class ByCTranslate2:
         from hf_nmsparse.text_tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(Path(folder), "marian")
-        self.longest_source = self.tokenizer.model_max_length
         names, self._settings = (json.loads(Path(folder, f).read_text()) for f in ("names.json", "settings.json"))
         self._names, self._places = names, {name: place for place, name in enumerate(names)}
         self._translator = importlib.import_module("ctranslate2").Translator(
             folder, compute_type="int8", intra_threads=1, inter_threads=at_once
         )
+
+    def paragraphs(self, texts: list[str], **_: Any) -> Any:
+        """Sentences, as `Translator` cuts them but for those that are too long."""
+        from hf_nmsparse.paragraphs import Paragraphs
+
+        return Paragraphs(texts, "en")
 
     def count_tokens(self, texts: list[str], **_: Any) -> list[int]:
         """As `Translator` counts them."""

@@ -391,6 +391,20 @@ def serve_of(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def paragraphs_of(record: dict[str, Any]) -> str:
+    """BLEU and lost sentences of paragraphs, by how they are given to the model."""
+    lines = table_head(["text", "given to the model", "BLEU", "sentences lost", "CPU s"])
+    for row in record["rows"]:
+        lost = f"{row['lost']:,} of {row['sentences']:,}"
+        lines.append(table_row([row["text"], row["way"], f"{row['bleu']:.2f}", lost, f"{row['cpu_s']:.2f}"]))
+    lines += [
+        "",
+        f"{record['model']}, beam {record['beams']}, one thread; paragraphs of {record['lines']} lines, BLEU of whole "
+        f"paragraphs, `{record['signature']}`. {machine(record)}",
+    ]
+    return "\n".join(lines)
+
+
 def measured_table(name: str) -> str:
     """The table of a benchmark's file."""
     return OF[name](read(MEASURED / f"{name}.json"))
@@ -449,6 +463,7 @@ OF = {
     "memory": memory_of,
     "gpu": gpu_of,
     "serve": serve_of,
+    "paragraphs": paragraphs_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 

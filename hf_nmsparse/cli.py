@@ -131,10 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser("translate", help="translate text, one line out for each line in")
     _add_model_arguments(command)
     command.add_argument(
+        "--no-split",
+        dest="split",
+        action="store_false",
+        help="give each line to the model whole and keep what comes (default: sentence by sentence, and one that comes "
+        "out as a loop again without repeats)",
+    )
+    command.add_argument(
         "--input",
         default="-",
         metavar="FILE",
-        help="one sentence a line; - is standard input, which is answered batch by batch",
+        help="text, one paragraph or sentence a line; - is standard input, which is answered batch by batch",
     )
     command.add_argument(
         "--output",
@@ -211,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenize", default="13a", help="sacreBLEU's tokenizer (default: 13a)")
     command.add_argument("--json", metavar="OUT", help="write the scores to this file too")
     command.add_argument("--output", metavar="HYP", help="write the translations to this file")
-    command.set_defaults(run=commands.evaluate)
+    command.set_defaults(run=commands.evaluate, split=False)
 
     command = subparsers.add_parser("shortlist", help="learn which target tokens go with a source token, for speed")
     command.add_argument("model", metavar="MODEL", help="folder of the model, where the shortlist goes")

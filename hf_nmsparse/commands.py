@@ -401,8 +401,8 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
     settings = {key: value for key, value in given.items() if value is not None}
     translate = _on_engine(args, settings) or _on_torch(args, settings)
 
-    def translated(sentences: list[str]) -> list[str]:
-        return [" ".join(text.splitlines()) for text in translate(sentences)]
+    def translated(texts: list[str]) -> list[str]:
+        return [" ".join(text.splitlines()) for text in translate(texts)]
 
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
 
@@ -420,9 +420,11 @@ def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[
     except ValueError:
         return None
 
-    def translate(sentences: list[str]) -> list[str]:
+    def translate(texts: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
-        found = translator.translate(sentences, batch_size=args.batch_size, **languages, **settings)
+        found = translator.translate(
+            texts, batch_size=args.batch_size, split=args.split, break_loops=args.split, **languages, **settings
+        )
         return [translation.text for translation in found]
 
     return translate
@@ -455,10 +457,19 @@ def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[l
         set_compute(model, args.compute or "auto", args.head)
     model.to(device)
 
-    def translated(sentences: list[str]) -> list[str]:
+    def translated(texts: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
         try:
-            return translate(model, tokenizer, sentences, args.batch_size, **languages, **settings)
+            return translate(
+                model,
+                tokenizer,
+                texts,
+                args.batch_size,
+                split=args.split,
+                break_loops=args.split,
+                **languages,
+                **settings,
+            )
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device {device}: {error}; give a smaller --batch-size") from error
         except (ValueError, OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from math import inf
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_nmsparse.generation_settings import DEFAULT_MAX_NEW_TOKENS
+from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, loops
+from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.positions import positions_of
 from hf_nmsparse.texts import (
     Direction,
@@ -75,9 +78,11 @@ def translate(
     *,
     src_lang: str | None = None,
     tgt_lang: str | None = None,
+    split: bool = False,
+    break_loops: bool = False,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """Translates sentences in their order.
+    """Translates texts in their order: of one sentence each, or cut into sentences with ``split``.
 
     Batches hold sentences of like length, the longest first, so that little is computed for padding. A blank sentence
     has a blank translation. What is too long for the model is cut to its limit and logged.
@@ -90,6 +95,9 @@ def translate(
         batch_size: Sentences in a batch.
         src_lang: Language code of the source as the tokenizer spells it, such as ``"eng_Latn"``. Multilingual only.
         tgt_lang: The same of the target. Both reach the model as `texts.direction_of` says.
+        split: Whether texts are cut into sentences, and these, where they are longer than the model takes, at the ends
+            of clauses. White space between them stays as it is. Without it a model may leave out sentences.
+        break_loops: Whether a sentence that comes out as a loop is translated again without repeats.
         **generate_kwargs: For ``model.generate``, such as ``num_beams``, ``max_new_tokens`` and ``generation_config``.
             A keyword goes before ``generation_config``, and that before the model's own generation config.
 
@@ -103,13 +111,48 @@ def translate(
     if _asked_for(generate_kwargs).get("num_return_sequences") not in (None, 1):
         raise ValueError("translate: one translation a sentence; leave num_return_sequences out or ask the pipeline")
     texts = list(read_texts(sentences, "translate"))
-    translations = [""] * len(texts)
+    languages: dict[str, Any] = {"src_lang": src_lang, "tgt_lang": tgt_lang}
+    if split:
+        paragraphs = _paragraphs(model, tokenizer, texts, **languages)
+        found = translate(
+            model,
+            tokenizer,
+            paragraphs.sentences,
+            batch_size,
+            break_loops=break_loops,
+            **languages,
+            **generate_kwargs,
+        )
+        return paragraphs.joined(found)
+    translations, looped = [""] * len(texts), []
     settings = {**generate_kwargs, "num_return_sequences": 1}
-    for places, output in _generated(model, tokenizer, texts, batch_size, src_lang, tgt_lang, settings):
+    for places, sources, output in _generated(model, tokenizer, texts, batch_size, src_lang, tgt_lang, settings):
         decoded = tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for place, text in zip(places, decoded, strict=True):
+        for place, source, row, text in zip(places, sources, output.tolist(), decoded, strict=True):
+            translations[place] = text
+            if break_loops and loops([token for token in row if token != tokenizer.pad_token_id], source):
+                looped.append(place)
+    if looped and not _asked_for(generate_kwargs).get("no_repeat_ngram_size"):
+        settings = {**generate_kwargs, "no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE}
+        found = translate(model, tokenizer, [texts[place] for place in looped], batch_size, **languages, **settings)
+        for place, text in zip(looped, found, strict=True):
             translations[place] = text
     return translations
+
+
+def _paragraphs(model: Any, tokenizer: Any, texts: list[str], src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
+    """The texts as sentences that the model takes whole."""
+    direction, limit = direction_of(model, tokenizer, src_lang, tgt_lang), _longest_source(model, tokenizer)
+
+    def fits(sentences: list[str]) -> list[bool]:
+        rows = encode(tokenizer, [direction.prompt + sentence for sentence in sentences], inf, direction.frame)
+        return [len(row) <= limit for row in rows]
+
+    return Paragraphs(texts, src_lang or getattr(tokenizer, "source_lang", None), fits)
+
+
+def _longest_source(model: Any, tokenizer: Any) -> float:
+    return min(longest_text(tokenizer), positions_of(model.get_encoder()) or inf)
 
 
 def _generated(
@@ -120,8 +163,8 @@ def _generated(
     src_lang: str | None,
     tgt_lang: str | None,
     given: Mapping[str, Any],
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Batch by batch the places of its texts and what ``generate`` gives for them: [batch * sequences, target]."""
+) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
+    """Batch by batch the places of its texts, their tokens, and what ``generate`` gives [batch * sequences, target]."""
     if not getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"translate: {type(model).__name__} is no encoder-decoder model; load a translation model")
     _check_count("batch_size", batch_size)
@@ -134,7 +177,7 @@ def _generated(
     todo = [place for place, text in enumerate(texts) if text.strip()]
     if settings.get("streamer") is not None and len(todo) > 1:
         raise ValueError(f"translate: a streamer follows one sentence, got {len(todo)}; leave it out")
-    limit = min(longest_text(tokenizer), positions_of(model.get_encoder()) or float("inf"))
+    limit = _longest_source(model, tokenizer)
     rows = encode(tokenizer, [direction.prompt + texts[place] for place in todo], limit, direction.frame)
     _check_vocabulary(model, rows, settings)
     tokens = dict(zip(todo, rows, strict=True))
@@ -145,7 +188,8 @@ def _generated(
             batch = longest_first[start : start + batch_size]
             if allowed is not None:
                 settings["prefix_allowed_tokens_fn"] = _by_place(allowed, batch)
-            yield batch, _generate(model, tokenizer, [torch.tensor(tokens[place]) for place in batch], settings)
+            sources = [tokens[place] for place in batch]
+            yield batch, sources, _generate(model, tokenizer, list(map(torch.tensor, sources)), settings)
 
 
 def _generate(model: Any, tokenizer: Any, tokens: list[Tensor], settings: dict[str, Any]) -> Tensor:
@@ -344,7 +388,9 @@ class NMTranslationPipeline(Pipeline):
         count = _asked_for(settings).get("num_return_sequences") or own or 1
         _check_count("num_return_sequences", count)
         tokens = [[torch.empty(0, dtype=torch.long)] * count for _ in batch]  # of a blank text
-        for places, output in _generated(self.model, self.tokenizer, batch, len(batch), src_lang, tgt_lang, settings):
+        for places, _, output in _generated(
+            self.model, self.tokenizer, batch, len(batch), src_lang, tgt_lang, settings
+        ):
             for place, rows in zip(places, output.split(len(output) // len(places)), strict=True):
                 tokens[place] = list(rows)
         return {"tokens": tokens[0] if isinstance(texts, str) else tokens}

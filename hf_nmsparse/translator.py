@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from pathlib import Path
 from threading import Lock
@@ -15,13 +15,15 @@ from typing import Any
 from hf_nmsparse.engine_files import COMPUTES, load_engine
 from hf_nmsparse.generation_settings import Search, plain, read_settings, search_of
 from hf_nmsparse.kernels.engine import Array, Hypothesis
+from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, loops
+from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.streaming import pieces
 from hf_nmsparse.text_tokenizer import load_tokenizer
 from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, longest_text, read_texts
 
-__all__ = ["Scored", "Translation", "Translator", "cpus"]
+__all__ = ["Scored", "Translation", "Translator", "cpus", "of_paragraphs"]
 
 _CHUNK = 4096  # sentences of an iterable that are sorted and translated together
 _WATCHED = 256  # sentences whose attention is held at a time
@@ -48,6 +50,9 @@ class Translation:
         attention: fp32 ``[tokens, source]``, how much each token looked at each of the source's, the mean over the
             heads of the last layer; None without ``return_attention``.
         source: The ids of the source, which the columns of ``attention`` belong to.
+        looped: Whether a first translation ran in a loop, so that this is another; with ``break_loops`` alone.
+        sentences: With ``split``, the translations of the sentences of a text of several. It has their tokens and the
+            sum of their scores; alternatives and attention are theirs alone.
     """
 
     text: str
@@ -57,6 +62,8 @@ class Translation:
     alternatives: tuple[Translation, ...] = ()
     attention: Array | None = field(default=None, compare=False, repr=False)
     source: tuple[int, ...] = field(default=(), repr=False)
+    looped: bool = False
+    sentences: tuple[Translation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,19 +175,24 @@ class Translator:
         src_lang: str | None = None,
         tgt_lang: str | None = None,
         return_scores: bool = False,
+        split: bool = False,
+        break_loops: bool = False,
         return_attention: bool = False,
         seed: int = 0,
         batch_size: int = 64,
         batch_tokens: int = 4096,
         **settings: Any,
     ) -> list[Translation]:
-        """Translates texts of one sentence each, in any order of lengths.
+        """Translates texts, in any order of lengths: of one sentence each, or cut into sentences with ``split``.
 
         Args:
             texts: The texts: a list, an array, a Series, a column, a generator. A blank one has a blank translation.
             src_lang: Code of the source, such as ``"eng_Latn"``; multilingual models only.
             tgt_lang: Code of the target.
             return_scores: Whether log-probabilities are wanted.
+            split: Whether texts are cut into sentences, and these, where they are longer than the model takes, at the
+                ends of clauses. White space between them stays as it is. Without it a model may leave out sentences.
+            break_loops: Whether a sentence that comes out as a loop is translated again without repeats.
             return_attention: Whether the weights over the source are wanted.
             seed: Of ``do_sample``.
             batch_size: Sentences that a thread works on together; translations do not depend on it.
@@ -194,9 +206,9 @@ class Translator:
         Raises:
             ValueError: A text is none, a language or a setting is unknown, or a setting is not possible.
         """
-        sentences = list(read_texts(texts, "translate"))
+        given = list(read_texts(texts, "translate"))
         asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
-        return self._with_texts(self._done(self._task(sentences, src_lang, tgt_lang, asked), 0))
+        return self._translated(given, (src_lang, tgt_lang), asked, split, break_loops, 0)[0]
 
     def translate_iterable(
         self, texts: Iterable[str], *, chunk_size: int = _CHUNK, **arguments: Any
@@ -215,10 +227,12 @@ class Translator:
             raise ValueError(f"translate: chunk_size needs at least 1, got {chunk_size!r}")
         waiting, first = read_texts(texts, "translate"), 0
         languages = arguments.pop("src_lang", None), arguments.pop("tgt_lang", None)
+        split, break_loops = arguments.pop("split", False), arguments.pop("break_loops", False)
         asked = _Asked.of(arguments)
         while chunk := list(islice(waiting, chunk_size)):
-            yield from self._with_texts(self._done(self._task(chunk, *languages, asked), first))
-            first += len(chunk)
+            found, count = self._translated(chunk, languages, asked, split, break_loops, first)
+            yield from found
+            first += count
 
     def stream(
         self, text: str, *, src_lang: str | None = None, tgt_lang: str | None = None, seed: int = 0, **settings: Any
@@ -368,6 +382,28 @@ class Translator:
             rows = iter(encode(tokenizer, [direction.prompt + t for t in given if t.strip()], inf, direction.frame))
         return [len(next(rows)) if text.strip() else 0 for text in given]
 
+    def paragraphs(
+        self, texts: Iterable[str], *, src_lang: str | None = None, tgt_lang: str | None = None
+    ) -> Paragraphs:
+        """Texts as sentences that this model takes whole, as ``split`` cuts them.
+
+        Args:
+            texts: The texts.
+            src_lang: Code of the source; where nothing names it, it is taken for English.
+            tgt_lang: Code of the target.
+
+        Raises:
+            ValueError: A text is none, or a language is unknown.
+        """
+        given, most = list(read_texts(texts, "translate")), self.longest_source
+        own = src_lang or self._languages[0] or getattr(self.tokenizer, "source_lang", None)
+
+        def fits(sentences: list[str]) -> list[bool]:
+            counts = self.count_tokens(sentences, src_lang=src_lang, tgt_lang=tgt_lang)
+            return [count <= most for count in counts]
+
+        return Paragraphs(given, own, fits)
+
     def check(self, **settings: Any) -> None:
         """Refuses settings as `translate` would, the model's own included.
 
@@ -375,6 +411,38 @@ class Translator:
             ValueError: As said.
         """
         self._search(_Asked(settings))
+
+    def _translated(
+        self,
+        texts: list[str],
+        languages: tuple[str | None, str | None],
+        asked: _Asked,
+        split: bool,
+        break_loops: bool,
+        first: int,
+    ) -> tuple[list[Translation], int]:
+        """The translations of texts before which ``first`` sentences came, and how many sentences they have."""
+        paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1]) if split else None
+        task = self._task(texts if paragraphs is None else paragraphs.sentences, *languages, asked)
+        found = self._done(task, first)
+        if break_loops:
+            self._break_loops(task, found, first)
+        found = self._with_texts(found)
+        if paragraphs is None:
+            return found, task.count
+        return of_paragraphs(paragraphs, found), task.count
+
+    def _break_loops(self, task: _Task, found: list[Translation], first: int) -> None:
+        """Translates again what came out as a loop, where the call does not forbid repeats itself."""
+        size = task.search.config.no_repeat_ngram
+        again = [index for index, place in enumerate(task.places) if loops(found[place].tokens, found[place].source)]
+        if not again or 0 < size <= NO_REPEAT_NGRAM_SIZE:
+            return
+        asked = task.asked.with_settings({"no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE})
+        places, rows = [task.places[index] for index in again], [task.rows[index] for index in again]
+        done = self._done(_Task(task.count, places, rows, asked, self._search(asked)), first)
+        for place in places:
+            found[place] = replace(done[place], looped=True)
 
     def _task(self, texts: list[str], src_lang: str | None, tgt_lang: str | None, asked: _Asked) -> _Task:
         """What there is to do for some texts: all that can be refused is refused here."""
@@ -561,6 +629,32 @@ def _translation(
         return Translation("", (), source=source)
     best, *others = hypotheses
     return one(best, tuple(map(one, others)))
+
+
+def of_paragraphs(paragraphs: Paragraphs, found: Sequence[Translation]) -> list[Translation]:
+    """The translations of texts from those of their sentences."""
+    each = enumerate(paragraphs.gathered(found))
+    return [_paragraph(paragraphs, place, sentences) for place, sentences in each]
+
+
+def _paragraph(paragraphs: Paragraphs, place: int, sentences: list[Translation]) -> Translation:
+    """The translation of a text from those of its sentences."""
+    text = paragraphs.text(place, [one.text for one in sentences])
+    if len(sentences) == 1:
+        (only,) = sentences
+        others = (replace(one, text=paragraphs.text(place, [one.text])) for one in only.alternatives)
+        return replace(only, text=text, alternatives=tuple(others))
+    scores = [one.score for one in sentences if one.score is not None]
+    each = [one.token_scores for one in sentences if one.token_scores is not None]
+    return Translation(
+        text,
+        tuple(chain.from_iterable(one.tokens for one in sentences)),
+        sum(scores) if scores else None,
+        tuple(chain.from_iterable(each)) if each else None,
+        source=tuple(chain.from_iterable(one.source for one in sentences)),
+        looped=any(one.looped for one in sentences),
+        sentences=tuple(sentences),
+    )
 
 
 def _rows(name: str, given: Any) -> list[Sequence[int]]:

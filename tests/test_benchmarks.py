@@ -22,6 +22,7 @@ from benchmarks import (
     kernels,
     memory,
     methods,
+    paragraphs,
     real_text,
     scaling,
     serve,
@@ -184,6 +185,39 @@ def test_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in record["rows"])
     assert record["memory_mib"]["sentences"] > 0
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["clients", "server", "sentences/s", "p95 ms"])
+
+
+def test_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    save_packed(model, tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    (tmp_path / "news").mkdir()
+    for side, line in (("en", "A man sleeps."), ("de", "Ein Mann schläft.")):
+        (tmp_path / "news" / f"test.{side}").write_text(f"{line}\n" * 5, encoding="utf-8")
+    file = tmp_path / "paragraphs.json"
+    arguments = [
+        str(tmp_path / "packed"),
+        f"{tmp_path / 'news'}:test",
+        "--lines",
+        "2",
+        "--sentences",
+        "5",
+        "--beams",
+        "1",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark", *arguments, "--beams", "1", "--note", "a test", "--output", str(file)]
+    )
+    paragraphs.main()
+    rows = tables.read(file)["rows"]
+    assert [(row["way"], row["paragraphs"], row["sentences"]) for row in rows] == [
+        ("whole", 3, 5),
+        ("split", 3, 5),
+        ("line by line", 3, 5),
+    ]
+    assert all(0 <= row["lost"] <= 5 for row in rows)
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["given to the model", "BLEU", "sentences lost"])
 
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:

@@ -36,7 +36,10 @@ BANDS = {
         *("allocator", "products"),  # and how a process trains on CPUs
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
-    "translation": {"shortlist", "texts", "text_tokenizer", "streaming", "translator", "pipeline"},
+    "translation": {
+        *("shortlist", "texts", "paragraphs", "loops", "text_tokenizer", "streaming"),
+        *("translator", "pipeline"),
+    },
     "tools": {
         *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),
         *("run_files", "run_logs", "plots", "comet_metric", "run_report", "report_page"),  # on finished runs

@@ -171,7 +171,7 @@ class TestGenerationSettings:
 
         def lengths(**kwargs: Any) -> set[int]:
             batches = _generated(model, TOKENIZER_OF_40, ["a", "b b b"], 1, None, None, kwargs)
-            return {output.shape[1] for _, output in batches}
+            return {output.shape[1] for _, _, output in batches}
 
         assert lengths(max_new_tokens=most) == lengths(max_length=most + 1) == {most + 1}
         model.generation_config.max_length = 500

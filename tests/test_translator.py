@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
 from hf_nmsparse.kernels import engine
+from hf_nmsparse.loops import loops
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.translator import Translation
 from tests import tiny
@@ -259,6 +262,60 @@ def test_attention_is_that_of_transformers(folder: Path, translator: Translator)
     expected = output.cross_attentions[-1][0].mean(0)
     assert one.attention is not None
     assert np.abs(one.attention - expected.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2, "return_scores": True}, {"do_sample": True}])
+def test_paragraphs_are_translated_sentence_by_sentence(translator: Translator, settings: dict[str, Any]) -> None:
+    texts = ["A dog. A cat runs.\n\n  a b", "", " A dog. ", "one"]
+    sentences = ["A dog.", "A cat runs.", "a b", "A dog.", "one"]
+    single = translator.translate(sentences, max_length=20, **settings)
+    found = translator.translate(texts, split=True, max_length=20, **settings)
+    assert translator.paragraphs(texts).sentences == sentences
+    assert found[0].text == f"{single[0].text} {single[1].text}\n\n  {single[2].text}"
+    assert found[0].sentences == tuple(single[:3])
+    assert found[0].tokens == single[0].tokens + single[1].tokens + single[2].tokens
+    if settings.get("return_scores"):
+        assert found[0].score == sum(one.score or 0 for one in single[:3])
+        assert found[0].token_scores == tuple(chain.from_iterable(one.token_scores or () for one in single[:3]))
+    assert (found[1].text, found[1].tokens, found[1].sentences) == ("", (), ())
+    assert found[2] == replace(single[3], text=f" {single[3].text} ")
+    assert found[3] == single[4]
+    assert list(translator.translate_iterable(texts, chunk_size=1, split=True, max_length=20, **settings)) == found
+
+
+def test_a_sentence_alone_keeps_its_alternatives(translator: Translator) -> None:
+    settings: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2, "max_length": 20}
+    [found], [single] = (translator.translate([text], split=True, **settings) for text in (" A dog.", "A dog."))
+    assert [one.text for one in found.alternatives] == [f" {one.text}" for one in single.alternatives] != []
+
+
+def test_what_is_too_long_is_cut_and_none_of_it_lost(translator: Translator) -> None:
+    text = ", ".join(["a b c d e f g h"] * 20) + ". one"
+    sentences = translator.paragraphs([text]).sentences
+    assert "".join(sentences).replace(" ", "") == text.replace(" ", "")
+    assert max(translator.count_tokens(sentences)) <= translator.longest_source < translator.count_tokens([text])[0]
+
+
+def test_loops_are_broken(folder: Path, translator: Translator) -> None:
+    settings: dict[str, Any] = {"max_length": 60}
+    as_they_are = translator.translate(TEXTS, **settings)
+    without = translator.translate(TEXTS, no_repeat_ngram_size=3, **settings)
+    found = translator.translate(TEXTS, break_loops=True, **settings)
+    expected = [
+        replace(other, looped=True) if loops(one.tokens, one.source) else one
+        for one, other in zip(as_they_are, without, strict=True)
+    ]
+    assert found == expected
+    assert {one.looped for one in found} == {True, False}
+    assert not any(
+        one.looped for one in translator.translate(TEXTS, break_loops=True, no_repeat_ngram_size=2, **settings)
+    )
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    paragraph = "\n".join(TEXTS)
+    by_transformers = translate(model, tokenizer, [paragraph], break_loops=True, split=True, **settings)
+    assert by_transformers == [
+        one.text for one in translator.translate([paragraph], break_loops=True, split=True, **settings)
+    ]
 
 
 def test_blank_texts_have_blank_translations(translator: Translator) -> None:

@@ -107,7 +107,7 @@ class Batcher:
             if len(self._queue) + len(added) > self._most_waiting:
                 self._drop_cancelled()
             if self._queue and len(self._queue) + len(added) > self._most_waiting:
-                message = f"{len(self._queue)} texts wait already; come again"
+                message = f"{len(self._queue)} sentences wait already; come again"
                 raise RequestError(429, message, {"Retry-After": "1"})
             self._queue.extend(added)
             self._observer.waiting(len(added))

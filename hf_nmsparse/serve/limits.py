@@ -27,7 +27,7 @@ class Limits:
     Attributes:
         characters: Most characters in the texts of a request.
         texts: Most texts in it.
-        waiting: Most texts that wait for a model; a request beyond them is told to come again.
+        waiting: Most sentences that wait for a model; a request beyond them is told to come again.
         seconds: How long a request may take from its last byte to its answer.
         body_seconds: How long its body may take to come.
         beams: Most beams, and with them alternatives.

@@ -29,9 +29,9 @@ class Metrics:
         self.seconds = Histogram(
             "nmsparse_request_seconds", "From header to answer", ["path"], registry=registry, buckets=_SECONDS
         )
-        self._texts = Counter("nmsparse_texts", "Texts translated in batches", registry=registry)
+        self._texts = Counter("nmsparse_sentences", "Sentences translated in batches", registry=registry)
         self._tokens = Counter("nmsparse_source_tokens", "Their tokens", registry=registry)
-        self._batches = Histogram("nmsparse_batch_texts", "Texts of a batch", registry=registry, buckets=_TEXTS)
+        self._batches = Histogram("nmsparse_batch_sentences", "Sentences of a batch", registry=registry, buckets=_TEXTS)
         self._batch_seconds = Histogram(
             "nmsparse_batch_seconds", "Time of a batch", registry=registry, buckets=_SECONDS
         )
@@ -39,7 +39,7 @@ class Metrics:
             "nmsparse_wait_seconds", "What a text waits for its batch", registry=registry, buckets=_SECONDS
         )
         self._waiting = Gauge(
-            "nmsparse_waiting_texts", "Texts in the queues", registry=registry, multiprocess_mode="livesum"
+            "nmsparse_waiting_sentences", "Sentences in the queues", registry=registry, multiprocess_mode="livesum"
         )
 
     def waiting(self, change: int) -> None:

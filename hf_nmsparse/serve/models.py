@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 from starlette.requests import Request
 
+from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.serve.batcher import Batcher, Observer, Settings, Translates, as_exception
 from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.serve.limits import Limits, finished
 from hf_nmsparse.serve.metrics import Metrics
 from hf_nmsparse.texts import languages_of
-from hf_nmsparse.translator import Translation, Translator
+from hf_nmsparse.translator import Translation, Translator, of_paragraphs
 
 __all__ = ["Model", "Models", "Route", "load_models"]
 
@@ -28,13 +29,12 @@ _NAME = re.compile(r"(?:([\w-]+):([\w-]+)=)?(.+)", re.DOTALL)
 class ServedTranslator(Translates, Protocol):
     """What a server needs of a `Translator`."""
 
-    @property
-    def longest_source(self) -> float:
-        """Most tokens of a text."""
-        ...
-
     def count_tokens(self, texts: list[str], *, src_lang: str | None, tgt_lang: str | None) -> list[int]:
         """How many tokens each text has."""
+        ...
+
+    def paragraphs(self, texts: list[str], *, src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
+        """Texts as sentences that the model takes whole."""
         ...
 
     def stream(self, text: str, **settings: Any) -> Generator[str]:
@@ -81,7 +81,7 @@ class Route:
     async def translate(
         self, request: Request, texts: Sequence[str], limits: Limits, **settings: Any
     ) -> list[Translation]:
-        """Translates the texts of a request, with those of others.
+        """Translates the texts of a request sentence by sentence, with those of others.
 
         Args:
             request: The request, whose body has been read.
@@ -94,10 +94,10 @@ class Route:
             ClientDisconnect: The client went away.
         """
         limits.check(texts)
-        counts = await self._checked(list(texts), settings)
-        key: Settings = tuple(sorted({**self._languages, **settings}.items()))
-        futures = self._at_work.batcher.submit(texts, counts, key)
-        return await finished(request, futures, limits.seconds)
+        paragraphs, counts = await self._checked(list(texts), settings)
+        key: Settings = tuple(sorted({**self._languages, "break_loops": True, **settings}.items()))
+        futures = self._at_work.batcher.submit(paragraphs.sentences, counts, key)
+        return of_paragraphs(paragraphs, await finished(request, futures, limits.seconds))
 
     async def stream(self, text: str, limits: Limits, **settings: Any) -> AsyncGenerator[str]:
         """The pieces of the translation of a text, as `Translator.stream` gives them.
@@ -109,19 +109,22 @@ class Route:
             RequestError: As `translate` does; while the pieces come, that it takes too long.
         """
         limits.check([text])
-        await self._checked([text], settings)
+        paragraphs, _ = await self._checked([text], settings)
         if self._at_work.streams >= self._at_work.threads + limits.waiting:
             raise RequestError(429, f"{self._at_work.streams} texts stream or wait already; come again")
-        return self._pieces(text, limits.seconds, settings)
+        return self._pieces(paragraphs, limits.seconds, settings)
 
-    async def _pieces(self, text: str, seconds: float, settings: dict[str, Any]) -> AsyncGenerator[str]:
+    async def _pieces(self, paragraphs: Paragraphs, seconds: float, settings: dict[str, Any]) -> AsyncGenerator[str]:
         loop, found = asyncio.get_running_loop(), asyncio.Queue[str | Exception | None]()
         closed, at_work = Event(), self._at_work
+
+        def stream(sentence: str) -> Generator[str]:
+            return self._translator.stream(sentence, **self._languages, **settings)
 
         def work() -> None:
             end: Exception | None = None
             try:
-                with closing(self._translator.stream(text, **self._languages, **settings)) as pieces:
+                with closing(paragraphs.streamed(stream)) as pieces:
                     for piece in pieces:
                         if closed.is_set():
                             return
@@ -144,27 +147,22 @@ class Route:
             closed.set()
             future.cancel()
 
-    async def _checked(self, texts: list[str], settings: dict[str, Any]) -> list[int]:
-        """The tokens of each text, which all are refused here that `translate` would refuse."""
+    async def _checked(self, texts: list[str], settings: dict[str, Any]) -> tuple[Paragraphs, list[int]]:
+        """The texts as sentences, and the tokens of each; all is refused here that `translate` would refuse."""
         try:
-            counts = await asyncio.get_running_loop().run_in_executor(
+            found = await asyncio.get_running_loop().run_in_executor(
                 self._at_work.checking, self._counted, texts, settings
             )
         except RequestError:
             raise
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return counts
+        return found
 
-    def _counted(self, texts: list[str], settings: dict[str, Any]) -> list[int]:
+    def _counted(self, texts: list[str], settings: dict[str, Any]) -> tuple[Paragraphs, list[int]]:
         self._translator.translate([], **self._languages, **settings)  # which checks all but the texts
-        counts, most = self._translator.count_tokens(texts, **self._languages), self._translator.longest_source
-        for place, count in enumerate(counts):
-            if count > most:
-                raise RequestError(
-                    413, f"text {place} has {count} tokens, and the model takes {most}; split it into sentences"
-                )
-        return counts
+        paragraphs = self._translator.paragraphs(texts, **self._languages)
+        return paragraphs, self._translator.count_tokens(paragraphs.sentences, **self._languages)
 
 
 class _AtWork:

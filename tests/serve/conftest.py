@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from hf_nmsparse import Translator
 from hf_nmsparse.kernels import engine
 from hf_nmsparse.serve import Limits, create_app, load_models
+from hf_nmsparse.translator import Translation
 from tests import tiny
 from tests.test_translator import random, saved
 
@@ -48,9 +49,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class AsServed(Translator):
+    """What a server answers: sentence by sentence, and no loops."""
+
+    def translate(self, texts: Iterable[str], **settings: Any) -> list[Translation]:
+        return super().translate(texts, **{"split": True, "break_loops": True, **settings})
+
+
 @pytest.fixture(scope="session")
 def translator(folder: Path) -> Translator:
-    return Translator(folder, threads=1)
+    return AsServed(folder, threads=1)
 
 
 @pytest.fixture(scope="session")

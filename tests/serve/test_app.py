@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.serve import Limits, create_app, load_models
 from hf_nmsparse.translator import Translation
 from tests.serve.test_libretranslate import PAIR, refused
@@ -22,11 +23,13 @@ class Slow:
     """A translator that takes its time, or fails."""
 
     tokenizer = SimpleNamespace()
-    longest_source = 100.0
 
     def __init__(self, path: str, **_: Any) -> None:
         self.begun: list[str] = []
         self.closed = 0
+
+    def paragraphs(self, texts: list[str], **_: Any) -> Paragraphs:
+        return Paragraphs(texts)
 
     def count_tokens(self, texts: list[str], **_: Any) -> list[int]:
         return [len(text) for text in texts]
@@ -182,7 +185,7 @@ def test_what_is_counted(client: TestClient) -> None:
         client.post("/translate", json={"q": text, **PAIR})
     client.get("/none/%1b[31m")
     client.post("/translate", json={"q": "a", "source": "fr", "target": "de"})
-    while "nmsparse_texts_total 3.0" not in client.get("/metrics").text:  # which counts when the texts are answered
+    while "nmsparse_sentences_total 3.0" not in client.get("/metrics").text:  # which counts when the texts are answered
         time.sleep(0.01)
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -192,10 +195,10 @@ def test_what_is_counted(client: TestClient) -> None:
         'nmsparse_requests_total{path="/translate",status="400"} 1.0',
         'nmsparse_requests_total{path="unknown",status="404"} 1.0',
         'nmsparse_request_seconds_count{path="/translate"} 3.0',
-        "nmsparse_texts_total 3.0",
+        "nmsparse_sentences_total 3.0",
         "nmsparse_source_tokens_total 4.0",
         "nmsparse_wait_seconds_count 3.0",
-        "nmsparse_waiting_texts 0.0",
+        "nmsparse_waiting_sentences 0.0",
     ):
         assert line in lines
     assert "31m" not in response.text

@@ -153,7 +153,7 @@ def test_a_full_queue_takes_no_more(make: Make, held: Held) -> None:
     submit(batcher, "a")
     held.calls.get(timeout=20)
     submit(batcher, "b c d")  # an empty queue takes a request whole
-    with pytest.raises(RequestError, match="3 texts wait already") as refused:
+    with pytest.raises(RequestError, match="3 sentences wait already") as refused:
         submit(batcher, "e")
     assert refused.value.status == 429
     assert refused.value.headers == {"Retry-After": "1"}

@@ -23,6 +23,7 @@ from libretranslatepy import LibreTranslateAPI
 
 from hf_nmsparse import Translator
 from hf_nmsparse.cli import main
+from hf_nmsparse.paragraphs import Paragraphs
 from tests.serve.test_libretranslate import PAIR
 from tests.test_translator import TEXTS
 
@@ -183,7 +184,7 @@ def test_told_twice_it_ends_with_what_is_under_way(start: Start) -> None:
     texts = [f"{TEXTS[0]} {number}" for number in range(250)]
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(process.ask, q=texts, alternatives=7) for _ in range(4)]
-        while not process.counted("nmsparse_texts_total"):
+        while not process.counted("nmsparse_sentences_total"):
             time.sleep(0.01)
         process.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
@@ -203,7 +204,7 @@ def test_a_process_that_is_killed_is_replaced(start: Start) -> None:
     assert process.ask()[0] == 200
     before = processes_of(process.process.pid)
     assert len(before) == 2
-    over, statuses = threading.Event(), list[int]()
+    over, statuses, asked = threading.Event(), list[int](), len(Paragraphs(TEXTS).sentences)
 
     def keep_asking() -> None:
         while not over.is_set():
@@ -223,7 +224,7 @@ def test_a_process_that_is_killed_is_replaced(start: Start) -> None:
             one.result(60)
     assert set(statuses) <= {0, 200}
     assert statuses.count(0) <= 4
-    while process.counted("nmsparse_texts_total") < 1 + len(TEXTS) * statuses.count(200):  # by all, the killed one too
+    while process.counted("nmsparse_sentences_total") < 1 + asked * statuses.count(200):  # by all, the killed one too
         time.sleep(0.05)
     assert process.end() == ""
 
