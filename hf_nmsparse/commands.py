@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from hf_nmsparse.devices import device_of, on_cpu
 from hf_nmsparse.line_files import check_output, is_one_file, read_lines, reading, writing
 from hf_nmsparse.terminal import make_record_plain, named, one_line, row, say
 
@@ -410,7 +409,7 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
 def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]] | None:
     """Translates on the native engine; None for what that does not run, which transformers may know or refuse."""
     chosen = args.head is not None or args.compute in ("dense", "reference")
-    if os.environ.get("HF_NMSPARSE_ENGINE") == "0" or chosen or not _on_cpu(args.device):
+    if os.environ.get("HF_NMSPARSE_ENGINE") == "0" or chosen or not on_cpu(args.device):
         return None
     from hf_nmsparse.translator import Translator
 
@@ -430,17 +429,6 @@ def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[
     return translate
 
 
-def _on_cpu(device: str | None) -> bool:
-    """Whether a CPU is to translate. Only where there may be a GPU is torch asked, which takes a second to import."""
-    if device is not None:
-        return device == "cpu"
-    for name in ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libamdhip64.so"):
-        with suppress(OSError):  # no such driver
-            ctypes.CDLL(name)
-            return _device(None) == "cpu"
-    return True
-
-
 def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]]:
     """Translates with the model of transformers."""
     import torch
@@ -450,7 +438,7 @@ def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[l
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    device = _device(args.device)
+    device = device_of(args.device)
     model, tokenizer = _load(args.model)
     _mask_for_good(model)
     if args.compute is not None or args.head is not None:
@@ -478,21 +466,6 @@ def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[l
             raise ValueError(f"{args.model} cannot translate: {named(error)}") from error
 
     return translated
-
-
-def _device(name: str | None) -> str:
-    """The device to compute on: the one that was named, if numbers can be had there."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that were devices once
-            torch.zeros(1, device=name).item()
-    except Exception as error:  # what is raised is up to each device: AssertionError, ModuleNotFoundError and others
-        raise ValueError(f"--device {name}: {str(error).strip()}") from error
-    return name
 
 
 def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:

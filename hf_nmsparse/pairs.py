@@ -15,16 +15,29 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["find_files", "is_text", "read_lines", "read_pairs", "same_length"]
+__all__ = [
+    "FORMATS",
+    "column_of",
+    "find_files",
+    "is_text",
+    "read_column",
+    "read_lines",
+    "read_pairs",
+    "same_length",
+    "write_rows",
+]
+
+FORMATS = ("jsonl.gz", "jsonl.zst", "jsonl", "parquet")
+"""What `write_rows` writes, by the ends of names."""
 
 _FORMATS = (".jsonl", ".json", ".parquet", ".tsv")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -102,6 +115,68 @@ def read_lines(file: Path) -> Iterator[dict[str, str]]:
     """
     for line in _lines(file):
         yield {"source": line}
+
+
+def read_column(file: Path, column: str) -> Iterator[str]:
+    """The texts of one language in a file, in order: its lines, or what rows hold under the name of the language.
+
+    A row that holds none there has a blank text.
+
+    Args:
+        file: Parquet, JSON lines or tab-separated by its name, and a text of one sentence a line otherwise; all but
+            parquet plain or compressed.
+        column: The name.
+
+    Raises:
+        ValueError: While they are read: the file cannot be, or it has no such column.
+    """
+    if not any(suffix in _FORMATS for suffix in file.suffixes):
+        yield from _lines(file)
+        return
+    for where, row in _rows((file,), column, column):
+        yield column_of(row, column, where)
+
+
+def column_of(row: Any, column: str, where: str) -> str:
+    """The text that a row holds in one language; blank where that is none or holds half a character.
+
+    Raises:
+        ValueError: The row has no such language, or something there that is no text.
+    """
+    texts = row["translation"] if isinstance(row, dict) and "translation" in row else row
+    if not isinstance(texts, dict):
+        raise ValueError(f"corpus: {where}: holds {type(texts).__name__}, not one text a language")
+    if column not in texts:
+        raise ValueError(f"corpus: {where}: no language {column!r}; it has {', '.join(map(str, texts))}")
+    text = texts[column]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"corpus: {where}: {column!r} holds {type(text).__name__}, not text")
+    return str(text) if is_text(text) else ""
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], form: str, schema: pa.Schema | None = None) -> None:
+    """Writes rows as `read_pairs` and ``datasets`` read them; the same rows give the same bytes.
+
+    Args:
+        file: Where to.
+        rows: They are written as they come.
+        form: One of `FORMATS`.
+        schema: What parquet has in its columns; JSON needs none.
+    """
+    if form == "parquet":
+        rows = iter(rows)
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            while batch := list(islice(rows, 10_000)):
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+        return
+    with file.open("wb") as raw:
+        packed: Any = raw
+        if form.endswith(".gz"):
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+        elif form.endswith(".zst"):
+            packed = pa.CompressedOutputStream(pa.PythonFile(raw, "w"), "zstd")
+        with io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as stream:
+            stream.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 def same_length(files: tuple[Path, ...]) -> None:
@@ -243,7 +318,7 @@ def _parsed(text: str, where: str) -> Any:
 def _parquet(file: Path, source_lang: str, target_lang: str) -> Iterator[Row]:
     with _opened(file) as stream, closing(pq.ParquetFile(stream)) as reader:
         names, index = reader.schema_arrow.names, 0
-        wanted = ["translation"] if "translation" in names else [source_lang, target_lang]
+        wanted = ["translation"] if "translation" in names else list(dict.fromkeys((source_lang, target_lang)))
         for name in wanted:
             if names.count(name) > 1:
                 raise ValueError(f"corpus: {file}: several columns are named {name!r}")

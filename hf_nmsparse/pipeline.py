@@ -30,7 +30,7 @@ from hf_nmsparse.texts import (
     start_token,
 )
 
-__all__ = ["TASK", "NMTranslationPipeline", "translate"]
+__all__ = ["TASK", "NMTranslationPipeline", "generated", "translate"]
 
 TASK = "nmt-translation"
 """The name that ``transformers.pipeline`` takes; importing this module registers it."""
@@ -126,7 +126,7 @@ def translate(
         return paragraphs.joined(found)
     translations, looped = [""] * len(texts), []
     settings = {**generate_kwargs, "num_return_sequences": 1}
-    for places, sources, output in _generated(model, tokenizer, texts, batch_size, src_lang, tgt_lang, settings):
+    for places, sources, output in generated(model, tokenizer, texts, batch_size, src_lang, tgt_lang, settings):
         decoded = tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for place, source, row, text in zip(places, sources, output.tolist(), decoded, strict=True):
             translations[place] = text
@@ -155,7 +155,7 @@ def _longest_source(model: Any, tokenizer: Any) -> float:
     return min(longest_text(tokenizer), positions_of(model.get_encoder()) or inf)
 
 
-def _generated(
+def generated(
     model: Any,
     tokenizer: Any,
     texts: list[str],
@@ -164,7 +164,23 @@ def _generated(
     tgt_lang: str | None,
     given: Mapping[str, Any],
 ) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
-    """Batch by batch the places of its texts, their tokens, and what ``generate`` gives [batch * sequences, target]."""
+    """What ``generate`` gives for texts, batch by batch, the longest first.
+
+    Args:
+        model: As `translate` takes it.
+        tokenizer: As `translate` takes it.
+        texts: As `translate` takes them; blank ones are in no batch.
+        batch_size: Sentences in a batch.
+        src_lang: As `translate` takes it.
+        tgt_lang: As `translate` takes it.
+        given: Arguments of ``generate``.
+
+    Returns:
+        Of each batch the places of its texts, their tokens, and the output: [batch * sequences, target].
+
+    Raises:
+        ValueError: As `translate` raises it.
+    """
     if not getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"translate: {type(model).__name__} is no encoder-decoder model; load a translation model")
     _check_count("batch_size", batch_size)
@@ -388,9 +404,7 @@ class NMTranslationPipeline(Pipeline):
         count = _asked_for(settings).get("num_return_sequences") or own or 1
         _check_count("num_return_sequences", count)
         tokens = [[torch.empty(0, dtype=torch.long)] * count for _ in batch]  # of a blank text
-        for places, _, output in _generated(
-            self.model, self.tokenizer, batch, len(batch), src_lang, tgt_lang, settings
-        ):
+        for places, _, output in generated(self.model, self.tokenizer, batch, len(batch), src_lang, tgt_lang, settings):
             for place, rows in zip(places, output.split(len(output) // len(places)), strict=True):
                 tokens[place] = list(rows)
         return {"tokens": tokens[0] if isinstance(texts, str) else tokens}

@@ -11,38 +11,34 @@ in the order of the sources and the corpus's other splits as they are, so that t
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate import PartialState
 from sacrebleu.metrics import BLEU, CHRF
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
+from hf_nmsparse.bulk import BulkTranslator, Search, translate_each
 from hf_nmsparse.corpus import Rows, load_text
 from hf_nmsparse.faults import who_is_gone
 from hf_nmsparse.files import check_writable, replaced
-from hf_nmsparse.pairs import is_text
+from hf_nmsparse.pairs import is_text, write_rows
+from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model
 from recipes.corpora import first_of, read_corpus
 from recipes.distill_arguments import DistillArguments, parse
 from recipes.mistakes import in_one_line
-from recipes.shards import Shards, digest_of_texts, name_of_model
-from recipes.teachers import Search, Teacher, load_teacher
+from recipes.teachers import load_teacher
 from recipes.threads import take_all_cores
 
-# Why a source has no translation in the output.
-BLANK, TOO_LONG, NOTHING = "blank", "too long", "without a translation"
+Row: TypeAlias = dict[str, str]
 
 # What makes translations what they are; a run goes on with the same.
 SETTINGS = (
@@ -63,7 +59,8 @@ def main() -> None:
         check_writable(output)
         splits = read_splits(args)
     train = splits.pop("train")
-    shards, finished = Shards(output, len(train), args.shard_size), output / f"train.{args.format}"
+    shards = Shards(output, len(train), args.shard_size, "distill.json", "shards/{number:06}.jsonl")
+    finished = output / f"train.{args.format}"
     settings = settings_of(args, train) if state.is_main_process else {}
     with state.main_process_first():
         if state.is_main_process:
@@ -81,12 +78,13 @@ def main() -> None:
         teacher = load(args, state)
         if state.is_main_process:
             print(f"distill: {len(train):,} sources in {len(shards.all):,} shards; {teacher.name}", flush=True)
-        say = progress(shards, missing) if state.is_main_process else None
+        progress = Progress(shards) if state.is_main_process else None
         for shard in mine:
             rows = shards.rows_of(shard)
-            shards.write(shard, translated(train[rows.start : rows.stop], teacher, args))
-            if say is not None:
-                print(f"distill: {say()}", flush=True)
+            made, tokens = translated(train[rows.start : rows.stop], teacher, args)
+            shards.write(shard, partial(write_shard, made, tokens))
+            if progress is not None:
+                print(f"distill: {progress.say()}", flush=True)
     state.wait_for_everyone()
     if state.is_main_process:
         for split, pairs in splits.items():
@@ -114,15 +112,17 @@ def read_splits(args: DistillArguments) -> dict[str, Any]:
 
 def settings_of(args: DistillArguments, train: Any) -> dict[str, Any]:
     """What the translations depend on, models and texts included."""
-    columns = ["source", "target"] if args.interpolation is not None else ["source"]
+    digest = Digest().add_all(train["source"])
+    if args.interpolation is not None:
+        digest.add_all(train["target"])
     return {
         "teachers": [name_of_model(model) for model in args.teachers],
-        "texts": f"{len(train):,} with digest {digest_of_texts(train[column] for column in columns)}",
+        "texts": f"{len(train):,} with digest {digest}",
         **{name: getattr(args, name) for name in SETTINGS},
     }
 
 
-def load(args: DistillArguments, state: PartialState) -> Teacher:
+def load(args: DistillArguments, state: PartialState) -> BulkTranslator:
     """The teacher, with the threads that a process may have."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if state.num_processes == 1 and state.device.type == "cpu":
@@ -131,34 +131,33 @@ def load(args: DistillArguments, state: PartialState) -> Teacher:
     return load_teacher(args.teachers, args.compute, args.threads or max(1, cores // beside), state.device)
 
 
-def translated(rows: dict[str, list[str]], teacher: Teacher, args: DistillArguments) -> Iterator[dict[str, str]]:
-    """For each row its source and its translation, or why it is left out."""
-    sources = rows["source"]
-    why = {place: BLANK for place, source in enumerate(sources) if not is_text(source)}
-    there = [place for place in range(len(sources)) if place not in why]
-    texts = [args.source_prefix + sources[place] for place in there]
-    tokens = teacher.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    limit = min(args.max_length, teacher.longest)
-    fitting = []
-    for place, text, row in zip(there, texts, tokens, strict=True):
-        if len(row) <= limit:
-            fitting.append((place, text))
-        else:
-            why[place] = TOO_LONG
-    count = args.beams if args.interpolation is not None else 1
-    languages = {"src_lang": args.source_code, "tgt_lang": args.target_code}
-    found = teacher.translate([text for _, text in fitting], Search(args.beams, count, args.batch_size, languages))
-    chosen = {}
+def translated(rows: dict[str, list[str]], teacher: BulkTranslator, args: DistillArguments) -> tuple[list[Row], int]:
+    """For each row its source and its translation, or why it is left out; and the tokens of all translations."""
+    search = Search(
+        count=args.beams if args.interpolation is not None else 1,
+        batch_size=args.batch_size,
+        languages={"src_lang": args.source_code, "tgt_lang": args.target_code},
+        settings={"num_beams": args.beams},
+    )
+    # What is no text has no translation either.
+    sources = [source if is_text(source) else "" for source in rows["source"]]
+    found = translate_each(sources, teacher, search, args.max_length, args.source_prefix)
     nearest = nearest_by(args.interpolation)
-    for (place, _), candidates in zip(fitting, found, strict=True):
-        good = [text for text in candidates if is_text(text)]
-        if good:
-            chosen[place] = nearest(good, rows["target"][place]) if len(good) > 1 else good[0]
-    for place, source in enumerate(sources):
-        if place in chosen:
-            yield {"source": source, "target": chosen[place]}
-        else:
-            yield {"left_out": why.get(place, NOTHING)}
+    made, tokens = list[Row](), 0
+    for place, (source, candidates) in enumerate(zip(sources, found, strict=True)):
+        if isinstance(candidates, str):
+            made.append({"left_out": candidates})
+            continue
+        texts = [one.text for one in candidates]
+        made.append({"source": source, "target": nearest(texts, rows["target"][place]) if len(texts) > 1 else texts[0]})
+        tokens += sum(one.tokens for one in candidates)
+    return made, tokens
+
+
+def write_shard(made: list[Row], tokens: int, file: Path) -> dict[str, int]:
+    """Writes the rows of a shard; what is to be known of it."""
+    write_rows(file, made, "jsonl")
+    return {"tokens": tokens}
 
 
 def nearest_by(metric: str | None) -> Callable[[Sequence[str], str], str]:
@@ -169,24 +168,6 @@ def nearest_by(metric: str | None) -> Callable[[Sequence[str], str], str]:
         return max(candidates, key=lambda text: scorer.sentence_score(text, [reference]).score)
 
     return nearest
-
-
-def progress(shards: Shards, missing: Sequence[int]) -> Callable[[], str]:
-    """Tells how far all processes are, how fast they were since this call, and what that leaves."""
-    begun = time.monotonic()
-
-    def rows(of: Iterable[int]) -> int:
-        return sum(len(shards.rows_of(shard)) for shard in of)
-
-    def say() -> str:
-        still = shards.missing()
-        left, seconds = rows(still), time.monotonic() - begun
-        speed = (rows(missing) - left) / seconds
-        rest = timedelta(seconds=round(left / speed)) if speed else "unknown time"
-        done = len(shards.all) - len(still)
-        return f"{done:,} of {len(shards.all):,} shards, {speed:,.1f} sentences/s, {rest} left"
-
-    return say
 
 
 def merge(shards: Shards, file: Path, args: DistillArguments) -> Counter[str]:
@@ -213,19 +194,9 @@ def write_pairs(file: Path, pairs: Iterable[tuple[str, str]], args: DistillArgum
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{file}: all sources are left out; look at them, or raise max_length")
-    rows = chain([first], rows)
+    texts = pa.struct([(lang, pa.string()) for lang in (args.source_lang, args.target_lang)])
     with replaced(file) as beside:
-        if args.format == "parquet":
-            texts = pa.struct([(lang, pa.string()) for lang in (args.source_lang, args.target_lang)])
-            schema = pa.schema([("translation", texts)])
-            with pq.ParquetWriter(beside, schema) as writer:
-                while batch := list(islice(rows, 10_000)):
-                    writer.write_table(pa.Table.from_pylist(batch, schema))
-            return
-        with beside.open("wb") as raw:
-            packed: Any = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if args.format.endswith(".gz") else raw
-            with io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as stream:
-                stream.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        write_rows(beside, chain([first], rows), args.format, pa.schema([("translation", texts)]))
 
 
 def run() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_nmsparse.pairs import FORMATS
 from recipes.parser import Parser
 
-FORMATS = ("jsonl.gz", "jsonl", "parquet")
 METRICS = ("chrf", "bleu")
 COUNTS = ("max_train_pairs", "max_length", "beams", "threads", "batch_size", "shard_size")
 
@@ -49,7 +49,7 @@ class DistillArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Sentences of a batch."})
     shard_size: int = field(default=4096, metadata={"help": "Sources of a shard, which is what a stop loses at most."})
-    format: str = field(default="jsonl.gz", metadata={"help": "Of the files: jsonl.gz, jsonl or parquet."})
+    format: str = field(default="jsonl.gz", metadata={"help": "Of the files: jsonl.gz, jsonl.zst, jsonl or parquet."})
     use_cpu: bool = field(default=False, metadata={"help": "Translate on the CPU where there is a GPU."})
 
     def __post_init__(self) -> None:

@@ -24,8 +24,9 @@ from transformers.utils import logging
 
 from hf_nmsparse.calibration import Calibration
 from hf_nmsparse.cli import main
-from hf_nmsparse.commands import _copy_files_beside, _device
+from hf_nmsparse.commands import _copy_files_beside
 from hf_nmsparse.config import NMSparseConfig
+from hf_nmsparse.devices import device_of
 from hf_nmsparse.kernels import engine
 from hf_nmsparse.line_files import _decoded
 from hf_nmsparse.masks import count_violations
@@ -912,7 +913,7 @@ class TestTranslate:
     )
     def test_a_device_without_numbers(self, device: str) -> None:
         with pytest.raises(ValueError, match=f"^--device {device}: ."):
-            _device(device)
+            device_of(device)
 
     def test_what_is_no_translation_model(
         self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

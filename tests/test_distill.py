@@ -7,21 +7,22 @@ import re
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
+from hf_nmsparse import Translator
+from hf_nmsparse.bulk import BLANK, NOTHING, TOO_LONG, Candidate, Search
 from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.evaluation import Evaluation
-from hf_nmsparse.loading import load_seq2seq
+from hf_nmsparse.shards import Digest, Shards, name_of_model
 from hf_nmsparse.tokenizer import train_tokenizer
-from recipes.distill import BLANK, NOTHING, TOO_LONG, nearest_by, run, translated
+from recipes.distill import nearest_by, run, translated, write_shard
 from recipes.distill_arguments import DistillArguments, parse
-from recipes.shards import Shards, digest_of_texts, name_of_model
-from recipes.teachers import EngineTeacher, Search, TorchTeacher, load_teacher
+from recipes.teachers import mean_of
 from tests.processes import ROOT, in_two
 from tests.recipe_runs import PAIRS, run_recipe, tiny, write_corpus
 from tests.tiny import marian
@@ -102,7 +103,7 @@ def test_the_best_translations_become_a_corpus(
     assert list(splits["train"]["target"]) == [one.text for one in best]
     printed = capsys.readouterr().out
     assert "distill: 120 sources in 3 shards; the native engine, 1 thread(s)" in printed
-    assert re.search(r"distill: 2 of 3 shards, [\d.,]+ sentences/s, 0:00:0\d left", printed)
+    assert re.search(r"distill: 2 of 3 shards, [\d.,]+ sentences/s, [\d.,]+ tokens/s, 0:00:0\d left", printed)
     assert f"{output}/train.jsonl: 120 of 120 sources; left out: none" in printed
     assert json.loads((output / "distill.json").read_text())["rows"] == {"translated": 120}
     assert not (output / "shards").exists()
@@ -147,22 +148,23 @@ class Told:
     def tokenizer(self, texts: list[str], verbose: bool) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(range(len(text.split()))) for text in texts]}
 
-    def translate(self, texts: list[str], search: Search) -> list[list[str]]:
+    def translate(self, texts: list[str], search: Search) -> list[list[Candidate]]:
         self.asked += texts
-        return [self.found[text][: search.count] for text in texts]
+        return [[Candidate(one, 1) for one in self.found[text][: search.count]] for text in texts]
 
 
 def test_what_is_left_out_has_a_reason() -> None:
     teacher: Any = Told({">> a b": ["x"], ">> c": [" ", ""], ">> d": ["", "y"]})
     args = DistillArguments("o", ["t"], corpus="c", source_prefix=">> ", beams=2, interpolation="chrf")
     given = {"source": ["a b", "  ", "one two three four", "c", "d"], "target": ["r"] * 5}
-    assert list(translated(given, teacher, args)) == [
+    made = [
         {"source": "a b", "target": "x"},
         {"left_out": BLANK},
         {"left_out": TOO_LONG},
         {"left_out": NOTHING},
         {"source": "d", "target": "y"},
     ]
+    assert translated(given, teacher, args) == (made, 2)
     assert teacher.asked == [">> a b", ">> c", ">> d"]
 
 
@@ -189,29 +191,9 @@ def test_several_teachers_are_averaged(place: Path, tmp_path: Path, monkeypatch:
     models = [str(place / "teacher"), str(place / "other")]
     output = tmp_path / "out"
     distil(monkeypatch, *arguments(place, output, teachers=models, max_train_pairs=10))
-    found = TorchTeacher(models, CPU).translate([source for source, _ in PAIRS[:10]], Search(2, 1, 3, {}))
-    assert [target for _, target in rows(output / "train.jsonl")] == [text for [text] in found]
-
-
-def test_the_engine_and_torch_give_the_same_beams(place: Path) -> None:
-    """Of a dense and of a packed teacher, whatever the batch."""
-    model = load_seq2seq(str(place / "teacher"), dtype=torch.float32)
-    sparsify(model, NMSparseConfig("2:4"))
-    finalize(model)
-    packed = place / "packed"
-    save_packed(model, packed, values="fp32")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(place / "teacher" / name, packed / name)
-    texts = [source for source, _ in PAIRS[:8]]
-    languages: dict[str, str | None] = {"src_lang": None, "tgt_lang": None}
-    for folder in ("teacher", "packed"):
-        name = str(place / folder)
-        engine, stock = load_teacher([name], "auto", 1, CPU), TorchTeacher([name], CPU)
-        assert isinstance(engine, EngineTeacher)
-        assert engine.longest == stock.longest == 40
-        found = [teacher.translate(texts, Search(3, 2, 3, languages)) for teacher in (engine, stock)]
-        assert found[0] == found[1]
-        assert {len(each) for each in found[0]} == {2}
+    search = Search(batch_size=3, settings={"num_beams": 2})
+    found = mean_of(models, CPU).translate([source for source, _ in PAIRS[:10]], search)
+    assert [target for _, target in rows(output / "train.jsonl")] == [best.text for [best] in found]
 
 
 def test_a_text_of_one_language(
@@ -251,7 +233,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         patch.setattr(Shards, "write", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             distil(patch, *arguments(place, output))
-    assert [file.name for file in sorted((output / "shards").iterdir())] == ["000000.jsonl", "000001.jsonl"]
+    assert [file.name for file in sorted((output / "shards").glob("*.jsonl"))] == ["000000.jsonl", "000001.jsonl"]
     assert not list(output.glob("train*"))
     kept = [file.stat().st_mtime_ns for file in sorted((output / "shards").iterdir())]
 
@@ -271,12 +253,12 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 
 def test_damaged_shards_and_records_are_one_line(tmp_path: Path) -> None:
-    shards = Shards(tmp_path, rows=3, size=2)
+    shards = Shards(tmp_path, rows=3, size=2, record="distill.json", names="shards/{number:06}.jsonl")
     assert [list(shards.rows_of(shard)) for shard in shards.all] == [[0, 1], [2]]
     shards.begin({"beams": 1})
-    shards.write(0, [{"source": "a", "target": "b"}] * 2)
+    shards.write(0, partial(write_shard, [{"source": "a", "target": "b"}] * 2, 3))
     assert shards.missing() == [1]
-    shards.write(1, [{"left_out": BLANK}])
+    shards.write(1, partial(write_shard, [{"left_out": BLANK}], 0))
     assert Counter(map(len, shards.read())) == {2: 2, 1: 1}
     for damage, message in (("", "has 0 rows, and 1 are due"), ("{\n", "cannot be read"), (None, "cannot be read")):
         if damage is None:
@@ -285,10 +267,10 @@ def test_damaged_shards_and_records_are_one_line(tmp_path: Path) -> None:
             shards.file_of(1).write_text(damage)
         with pytest.raises(ValueError, match=rf"000001\.jsonl: {message}.*; delete it and run again$"):
             list(shards.read())
-    shards.record.write_text("[")
+    (tmp_path / shards.record).write_text("[")
     with pytest.raises(ValueError, match=r"distill\.json: the file is no JSON; choose another output_dir, or delete"):
         shards.begin({"beams": 1})
-    shards.record.unlink()
+    (tmp_path / shards.record).unlink()
     (tmp_path / "train.tsv").touch()
     with pytest.raises(ValueError, match=r"output_dir: .* holds train\.tsv, of something else; choose another"):
         shards.begin({"beams": 1})
@@ -298,8 +280,7 @@ def test_models_and_texts_are_told_apart(place: Path) -> None:
     names = {name_of_model(str(place / model)) for model in ("teacher", "other")}
     assert len(names) == 2
     assert name_of_model("user/model") == "user/model"
-    digests = {digest_of_texts(columns) for columns in ([["ab", "c"]], [["a", "bc"]], [["ab"], ["c"]])}
-    assert len(digests) == 2  # columns one after the other are as one, and count as many rows
+    assert len({str(Digest().add_all(texts)) for texts in (["ab", "c"], ["a", "bc"])}) == 2
 
 
 @pytest.mark.parametrize(
@@ -309,13 +290,13 @@ def test_models_and_texts_are_told_apart(place: Path) -> None:
         ({"corpus": None}, "corpus: give it, or text in its place, and not both"),
         ({"text": "x"}, "corpus: give it, or text in its place, and not both"),
         ({"beams": 0}, "beams: needs at least 1, got 0"),
-        ({"format": "tsv"}, "format: is one of jsonl.gz, jsonl, parquet, got 'tsv'"),
+        ({"format": "tsv"}, "format: is one of jsonl.gz, jsonl.zst, jsonl, parquet, got 'tsv'"),
         ({"interpolation": "ter"}, "interpolation: is one of chrf, bleu, got 'ter'"),
         ({"interpolation": "chrf", "beams": 1}, "interpolation: chooses among beams, and beams is 1; raise it"),
         ({"interpolation": "chrf", "corpus": None, "text": "x"}, "interpolation: needs references, which text has not"),
         ({"beam": 1}, "arguments: command line: unknown key 'beam'; did you mean 'beams'?"),
         ({"compute": "int4"}, "compute: 'int4' is for the native engine, which is not taken for translator: compute"),
-        ({"teachers": "none/here"}, "teachers: none/here: "),
+        ({"teachers": "none/here"}, "model: none/here cannot be loaded: "),
         ({"corpus": "none/here"}, "corpus 'none/here': no local folder"),
         ({"corpus": None, "text": "none.txt"}, "text: no file none.txt"),
     ],
@@ -333,7 +314,7 @@ def test_teachers_of_other_tokens_are_not_averaged(place: Path, tmp_path: Path) 
     shutil.copytree(place / "other", other)
     train_tokenizer(["Etwas ganz anderes."] * 9, 300, max_length=40).save_pretrained(other)
     with pytest.raises(ValueError, match=r"teachers: .*teacher and .*tokens have other tokens; average models of the"):
-        TorchTeacher([str(place / "teacher"), str(other)], CPU)
+        mean_of([str(place / "teacher"), str(other)], CPU)
 
 
 def test_the_published_distillations_parse() -> None:

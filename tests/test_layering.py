@@ -25,6 +25,7 @@ BANDS = {
     },
     "files": {
         *("files", "sparsity_record", "quantization_config", "packed_files", "checkpoint_fit", "saving", "standalone"),
+        "shards",
         *("compressed_tensors", "engine_weights"),
     },
     "loading": {
@@ -38,13 +39,13 @@ BANDS = {
     },
     "translation": {
         *("shortlist", "texts", "paragraphs", "loops", "text_tokenizer", "streaming"),
-        *("translator", "pipeline"),
+        *("translator", "pipeline", "bulk"),
     },
     "tools": {
         *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),
         *("run_files", "run_logs", "plots", "comet_metric", "run_report", "report_page"),  # on finished runs
     },
-    "commands": {"terminal", "line_files", "serve", "commands", "cli", "__main__"},
+    "commands": {"terminal", "line_files", "devices", "translate_corpus", "serve", "commands", "cli", "__main__"},
     "package": {"registration", "__init__"},  # which no module imports
 }
 TORCH_ALONE = ("ground", "kernels", "idea", "model")

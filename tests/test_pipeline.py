@@ -29,7 +29,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _generated, _register, translate
+from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _register, generated, translate
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
 from tests import tiny
@@ -170,7 +170,7 @@ class TestGenerationSettings:
         most = positions or 40
 
         def lengths(**kwargs: Any) -> set[int]:
-            batches = _generated(model, TOKENIZER_OF_40, ["a", "b b b"], 1, None, None, kwargs)
+            batches = generated(model, TOKENIZER_OF_40, ["a", "b b b"], 1, None, None, kwargs)
             return {output.shape[1] for _, _, output in batches}
 
         assert lengths(max_new_tokens=most) == lengths(max_length=most + 1) == {most + 1}

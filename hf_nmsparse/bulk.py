@@ -1,0 +1,234 @@
+"""Many texts at once: the native engine where it runs the model, transformers elsewhere, and why a text is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from hf_nmsparse.texts import longest_text
+from hf_nmsparse.translator import Translator
+
+__all__ = [
+    "BLANK",
+    "NOTHING",
+    "TOO_LONG",
+    "BulkTranslator",
+    "Candidate",
+    "EngineTranslator",
+    "Search",
+    "TorchTranslator",
+    "load_translator",
+    "translate_each",
+]
+
+# Why a text has no translation.
+BLANK, TOO_LONG, NOTHING = "blank", "too long", "without a translation"
+
+
+@dataclass(frozen=True)
+class Search:
+    """How texts are translated.
+
+    Attributes:
+        count: How many translations of each are wanted.
+        batch_size: Sentences of a batch.
+        scores: Whether log-probabilities are wanted.
+        seed: Of sampling.
+        languages: ``src_lang`` and ``tgt_lang``, None for models of one pair.
+        settings: Further ones of ``generate``, such as ``num_beams``.
+    """
+
+    count: int = 1
+    batch_size: int = 64
+    scores: bool = False
+    seed: int = 0
+    languages: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Candidate(NamedTuple):
+    """A translation.
+
+    Attributes:
+        text: Its text.
+        tokens: How many it has, EOS included.
+        score: The mean of their log-probabilities; None where none are wanted.
+    """
+
+    text: str
+    tokens: int
+    score: float | None = None
+
+
+class BulkTranslator(Protocol):
+    """What translates."""
+
+    name: str
+    """What it computes with, in words."""
+    tokenizer: Any
+    longest: float
+    """How many tokens of a source it takes."""
+
+    def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
+        """For each text, none of them blank, its translations, the best first."""
+
+
+class EngineTranslator:
+    """A model on the native engine.
+
+    Args:
+        model: Its folder, or its name on the Hub.
+        compute: As `Translator` takes it.
+        threads: The same.
+
+    Raises:
+        ValueError: The engine does not run it.
+    """
+
+    def __init__(self, model: str, compute: str, threads: int) -> None:
+        self._translator = Translator(model, compute=compute, threads=threads)
+        self.name = f"the native engine, {threads} thread(s)"
+        self.tokenizer = self._translator.tokenizer
+        self.longest = self._translator.longest_source
+
+    def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
+        """As `BulkTranslator`."""
+        found = self._translator.translate(
+            texts,
+            num_return_sequences=search.count,
+            return_scores=search.scores,
+            seed=search.seed,
+            batch_size=search.batch_size,
+            **search.languages,
+            **search.settings,
+        )
+        return [
+            [
+                Candidate(one.text, len(one.tokens), _mean(one.token_scores) if search.scores else None)
+                for one in (best, *best.alternatives)
+            ]
+            for best in found
+        ]
+
+
+class TorchTranslator:
+    """A model in torch, on the device where it is.
+
+    Args:
+        model: An encoder-decoder model.
+        tokenizer: Its tokenizer.
+        name: What it computes with, in words.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        from hf_nmsparse.positions import positions_of
+
+        self._model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.longest = min(longest_text(tokenizer), positions_of(model.get_encoder()) or float("inf"))
+
+    def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
+        """As `BulkTranslator`; texts of like length make a batch."""
+        import torch
+
+        from hf_nmsparse.pipeline import generated
+
+        if search.settings.get("do_sample"):
+            torch.manual_seed(search.seed)
+        languages = (search.languages.get("src_lang"), search.languages.get("tgt_lang"))
+        settings = {**search.settings, "num_return_sequences": search.count}
+        found: list[list[Candidate]] = [[] for _ in texts]
+        batches = generated(self._model, self.tokenizer, list(texts), search.batch_size, *languages, settings)
+        for places, sources, output in batches:
+            targets = [self._cut(row) for row in output[:, 1:].tolist()]  # [batch * sequences]
+            scores: list[float | None] = [None] * len(targets)
+            if search.scores:
+                given = [source for source in sources for _ in range(search.count)]
+                scores[:] = self._scores(given, output, targets)
+            decoded = self.tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            each = list(map(Candidate, decoded, map(len, targets), scores))
+            for row, place in enumerate(places):
+                found[place] = each[row * search.count : (row + 1) * search.count]
+        return found
+
+    def _cut(self, row: list[int]) -> list[int]:
+        """A translation without the padding behind its EOS."""
+        own = self._model.generation_config.eos_token_id
+        ends = set(own if isinstance(own, list) else [own])
+        return row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
+
+    def _scores(self, sources: Sequence[Sequence[int]], output: Any, targets: Sequence[Sequence[int]]) -> list[float]:
+        """The mean log-probability of each translation's tokens; before them ``output`` has the start token."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        rows = [torch.tensor(source, device=output.device) for source in sources]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)  # [batch, source]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        with torch.no_grad():
+            logits = self._model(input_ids=ids, attention_mask=mask, decoder_input_ids=output[:, :-1]).logits
+        # [batch, target]
+        of_tokens = logits.float().log_softmax(-1).gather(-1, output[:, 1:, None]).squeeze(-1)
+        return [_mean(scores[: len(target)]) for scores, target in zip(of_tokens.tolist(), targets, strict=True)]
+
+
+def load_translator(model: str, compute: str, threads: int, device: str) -> BulkTranslator:
+    """The engine where it runs the model and a CPU is to translate, transformers otherwise.
+
+    Args:
+        model: Its folder, or its name on the Hub.
+        compute: What the engine computes in, as `Translator` takes it.
+        threads: How many a CPU translates with.
+        device: ``"cpu"``, or another as torch calls it.
+
+    Raises:
+        ValueError: The model cannot be loaded, or ``compute`` is asked for and the engine cannot be taken.
+    """
+    why = f"a device of {device}"
+    if device == "cpu":
+        try:
+            return EngineTranslator(model, compute, threads)
+        except ValueError as error:
+            why = str(error)
+    if compute != "auto":
+        raise ValueError(f"compute: {compute!r} is for the native engine, which is not taken for {why}; leave it out")
+    import torch
+    from transformers import AutoTokenizer
+
+    from hf_nmsparse.loading import load_seq2seq
+
+    dtype: Any = torch.float32 if device == "cpu" else "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        loaded: Any = load_seq2seq(model, dtype=dtype, trust_remote_code=False)
+    except (OSError, ImportError) as error:
+        [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"model: {model} cannot be loaded: {reason}") from error
+    return TorchTranslator(loaded.to(device), tokenizer, f"transformers on {device}")
+
+
+def translate_each(
+    texts: Sequence[str], translator: BulkTranslator, search: Search, longest: float = float("inf"), prefix: str = ""
+) -> list[list[Candidate] | str]:
+    """For each text its translations, or why it has none; texts that are equal are translated once.
+
+    Args:
+        texts: The texts.
+        translator: Who translates.
+        search: How.
+        longest: Most tokens of a text.
+        prefix: Put before every text.
+    """
+    unique = [text for text in dict.fromkeys(texts) if text.strip()]
+    longest = min(longest, translator.longest)
+    lengths = translator.tokenizer([prefix + text for text in unique], verbose=False)["input_ids"] if unique else []
+    fitting = [text for text, row in zip(unique, lengths, strict=True) if len(row) <= longest]
+    found: dict[str, list[Candidate] | str] = dict.fromkeys(unique, TOO_LONG)
+    translations = translator.translate([prefix + text for text in fitting], search)
+    for text, candidates in zip(fitting, translations, strict=True):
+        found[text] = [one for one in candidates if one.text.strip()] or NOTHING
+    return [found.get(text, BLANK) for text in texts]
+
+
+def _mean(scores: Sequence[float] | None) -> float:
+    return sum(scores) / len(scores) if scores else 0.0
