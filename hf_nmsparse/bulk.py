@@ -197,7 +197,10 @@ def load_translator(model: str, compute: str, threads: int, device: str) -> Bulk
 
     from hf_nmsparse.loading import load_seq2seq
 
-    dtype: Any = torch.float32 if device == "cpu" else "auto"
+    dtype: Any = "auto"
+    if device == "cpu":
+        dtype = torch.float32
+        torch.set_num_threads(threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded: Any = load_seq2seq(model, dtype=dtype, trust_remote_code=False)

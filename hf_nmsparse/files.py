@@ -14,7 +14,7 @@ from pathlib import Path
 if sys.platform != "win32":  # where folders cannot be locked
     import fcntl
 
-__all__ = ["check_writable", "flush", "model_folder", "replaced"]
+__all__ = ["check_writable", "flush", "locked", "model_folder", "replaced"]
 
 _UNFINISHED = ".nmsparse-saving-"
 
@@ -51,13 +51,13 @@ def model_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):  # no other process takes the folder for left behind before it is locked
+    with locked(path):  # no other process takes the folder for left behind before it is locked
         beside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path))
         lock = _lock(beside)
     try:
         yield beside
         flush(beside)
-        with _locked(path):
+        with locked(path):
             _move(beside, path)
             _sweep(path)
     finally:
@@ -94,7 +94,7 @@ def _sweep(path: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Holds ``folder`` alone among the processes that ask for it; the lock ends with the process at the latest."""
     lock = _lock(folder)
     try:

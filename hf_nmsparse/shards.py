@@ -68,12 +68,7 @@ class Shards:
         Raises:
             ValueError: They are others, or the record is damaged.
         """
-        file = self.output / self.record
-        if file.is_file():
-            try:
-                found = read_object(file)
-            except PackedFormatError as error:
-                raise ValueError(f"{error}; choose another output_dir, or delete {self.output}") from error
+        if (found := self._found()) is not None:
             begun = found.get("settings")
             begun = begun if isinstance(begun, dict) else {}
             for name in dict.fromkeys([*settings, *begun]):
@@ -82,12 +77,20 @@ class Shards:
                         f"{name}: the translations in {self.output} began with {begun.get(name)!r}, got "
                         f"{settings.get(name)!r}; give the same, or another output_dir"
                     )
-            return "rows" in found
+            return self.is_ended()
         others = sorted(file.name for file in self.output.glob("train[.-]*"))
         if others:
             raise ValueError(f"output_dir: {self.output} holds {others[0]}, of something else; choose another")
-        _write_object(file, {"settings": dict(settings)})
+        _write_object(self.output / self.record, {"settings": dict(settings)})
         return False
+
+    def is_ended(self) -> bool:
+        """Whether somebody has called `end`.
+
+        Raises:
+            ValueError: The record is damaged.
+        """
+        return "rows" in (self._found() or {})
 
     def end(self, settings: Mapping[str, Any], rows: Mapping[str, Any], **more: Any) -> None:
         """Adds to the record how many rows there are of each kind and whatever else is known.
@@ -95,7 +98,8 @@ class Shards:
         What was known of single shards goes, and so does what killed processes have left beside the files.
         """
         _write_object(self.output / self.record, {"settings": dict(settings), "rows": dict(rows), **more})
-        for left in (self.output / "shards", *self.output.glob(".train-*")):
+        left_behind = (*self.output.glob(".train-*"), *self.output.glob(f".{self.record}.*"))
+        for left in (self.output / "shards", *left_behind):
             shutil.rmtree(left, ignore_errors=True)  # another process may be at it
 
     def write(self, shard: int, content: Callable[[Path], Mapping[str, Any]]) -> None:
@@ -152,6 +156,15 @@ class Shards:
                 )
             yield from rows
 
+    def _found(self) -> dict[str, Any] | None:
+        file = self.output / self.record
+        if not file.is_file():
+            return None
+        try:
+            return read_object(file)
+        except PackedFormatError as error:
+            raise ValueError(f"{error}; choose another output_dir, or delete {self.output}") from error
+
     def _known_file(self, shard: int) -> Path:
         return self.output / "shards" / f"{shard:06}.json"
 
@@ -173,8 +186,13 @@ class Progress:
         shards = self._shards
         still = set(shards.missing())
         for shard in self._waiting - still:
+            try:
+                self._tokens += shards.known(shard)["tokens"]
+            except ValueError:
+                if shards.is_ended():  # by another process, a moment ago
+                    return f"{len(shards.all):,} of {len(shards.all):,} shards"
+                raise
             self._rows += len(shards.rows_of(shard))
-            self._tokens += shards.known(shard)["tokens"]
         self._waiting = still
         left, seconds = sum(len(shards.rows_of(shard)) for shard in still), time.monotonic() - self._begun
         speed = self._rows / seconds

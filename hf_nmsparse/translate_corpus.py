@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from hf_nmsparse.bulk import Candidate, Search, load_translator, translate_each
 from hf_nmsparse.devices import device_of, on_cpu
-from hf_nmsparse.files import check_writable
+from hf_nmsparse.files import check_writable, locked
 from hf_nmsparse.pairs import FORMATS, column_of, read_column, write_rows
 from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model, share_of
 from hf_nmsparse.terminal import one_line, say
@@ -126,8 +126,6 @@ def _work(args: argparse.Namespace, place: Place, threads: int, shards: Shards, 
     else:
         device = device_of(args.device)
         device = f"{device}:{place.local}" if device == "cuda" else device
-    if threads and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
     translator = load_translator(args.model, args.compute, threads, device)
     progress = Progress(shards) if place.process == 0 else None
     if progress is not None:
@@ -196,19 +194,17 @@ def _write(
 
 def _end(shards: Shards, settings: Mapping[str, Any]) -> None:
     """Writes the manifest, once every file was found as it was written and every text is in one of them."""
-    try:
-        known = list(shards.checked())
-    except ValueError:
-        if shards.begin(settings):  # another process was as far, and has written it
+    with locked(shards.output):
+        if shards.is_ended():  # by another process that was as far
             return
-        raise
-    rows: Counter[str] = Counter()
-    for each in known:
-        rows.update(each["rows"])
-    done = sum(count for kind, count in rows.items() if kind != "pairs")
-    if done != shards.rows:
-        raise ValueError(f"{shards.output}: the shards have {done:,} texts, and {shards.rows:,} are due; delete it")
-    shards.end(settings, rows, tokens=sum(each["tokens"] for each in known), shards=known)
+        known = list(shards.checked())
+        rows: Counter[str] = Counter()
+        for each in known:
+            rows.update(each["rows"])
+        done = sum(count for kind, count in rows.items() if kind != "pairs")
+        if done != shards.rows:
+            raise ValueError(f"{shards.output}: the shards have {done:,} texts, and {shards.rows:,} are due; delete it")
+        shards.end(settings, rows, tokens=sum(each["tokens"] for each in known), shards=known)
 
 
 def _texts(args: argparse.Namespace) -> Generator[str, None, None]:

@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import sys
-from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ from hf_nmsparse import Translator
 from hf_nmsparse.bulk import BLANK, NOTHING, TOO_LONG, Candidate, Search
 from hf_nmsparse.corpus import load_corpus
 from hf_nmsparse.evaluation import Evaluation
-from hf_nmsparse.shards import Digest, Shards, name_of_model
+from hf_nmsparse.shards import Shards
 from hf_nmsparse.tokenizer import train_tokenizer
-from recipes.distill import nearest_by, run, translated, write_shard
+from recipes.distill import nearest_by, run, translated
 from recipes.distill_arguments import DistillArguments, parse
 from recipes.teachers import mean_of
 from tests.processes import ROOT, in_two
 from tests.recipe_runs import PAIRS, run_recipe, tiny, write_corpus
-from tests.tiny import marian
+from tests.teachers import save_teacher
 
 CPU = torch.device("cpu")
 
@@ -35,15 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, and two teachers of its tokens whose random weights are sure of something."""
     folder = tmp_path_factory.mktemp("distill")
     write_corpus(folder / "corpus")
-    tokenizer = train_tokenizer([text for pair in PAIRS for text in pair], 300, max_length=40)
     for name, seed in (("teacher", 0), ("other", 1)):
-        special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = marian(seed, vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id, **special)
-        model.generation_config.update(bad_words_ids=[[tokenizer.pad_token_id]], max_length=12, num_beams=1)
-        with torch.no_grad():
-            model.get_output_embeddings().weight.mul_(20)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_teacher(folder / name, seed)
     return folder
 
 
@@ -250,37 +241,6 @@ def test_a_stopped_run_goes_on_where_it_was(
     printed = capsys.readouterr().out
     assert printed.count(" of 3 shards, ") == printed.count("distill: 3 of 3 shards, ") == 1
     assert (output / "train.jsonl").read_bytes() == (whole / "train.jsonl").read_bytes()
-
-
-def test_damaged_shards_and_records_are_one_line(tmp_path: Path) -> None:
-    shards = Shards(tmp_path, rows=3, size=2, record="distill.json", names="shards/{number:06}.jsonl")
-    assert [list(shards.rows_of(shard)) for shard in shards.all] == [[0, 1], [2]]
-    shards.begin({"beams": 1})
-    shards.write(0, partial(write_shard, [{"source": "a", "target": "b"}] * 2, 3))
-    assert shards.missing() == [1]
-    shards.write(1, partial(write_shard, [{"left_out": BLANK}], 0))
-    assert Counter(map(len, shards.read())) == {2: 2, 1: 1}
-    for damage, message in (("", "has 0 rows, and 1 are due"), ("{\n", "cannot be read"), (None, "cannot be read")):
-        if damage is None:
-            shards.file_of(1).unlink()
-        else:
-            shards.file_of(1).write_text(damage)
-        with pytest.raises(ValueError, match=rf"000001\.jsonl: {message}.*; delete it and run again$"):
-            list(shards.read())
-    (tmp_path / shards.record).write_text("[")
-    with pytest.raises(ValueError, match=r"distill\.json: the file is no JSON; choose another output_dir, or delete"):
-        shards.begin({"beams": 1})
-    (tmp_path / shards.record).unlink()
-    (tmp_path / "train.tsv").touch()
-    with pytest.raises(ValueError, match=r"output_dir: .* holds train\.tsv, of something else; choose another"):
-        shards.begin({"beams": 1})
-
-
-def test_models_and_texts_are_told_apart(place: Path) -> None:
-    names = {name_of_model(str(place / model)) for model in ("teacher", "other")}
-    assert len(names) == 2
-    assert name_of_model("user/model") == "user/model"
-    assert len({str(Digest().add_all(texts)) for texts in (["ab", "c"], ["a", "bc"])}) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Texts in bulk: the engine and torch say the same, and what is equal is translated once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_nmsparse import NMSparseConfig, finalize, save_packed, sparsify
+from hf_nmsparse.bulk import (
+    BLANK,
+    TOO_LONG,
+    BulkTranslator,
+    Candidate,
+    EngineTranslator,
+    Search,
+    TorchTranslator,
+    load_translator,
+    translate_each,
+)
+from hf_nmsparse.loading import load_seq2seq
+from tests.recipe_runs import PAIRS
+from tests.teachers import save_teacher
+
+TEXTS = [source for source, _ in PAIRS[:8]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, and a packed one of it."""
+    folder = tmp_path_factory.mktemp("bulk")
+    dense = save_teacher(folder / "dense")
+    model = load_seq2seq(str(dense), dtype=torch.float32)
+    sparsify(model, NMSparseConfig("2:4"))
+    finalize(model)
+    save_packed(model, folder / "packed", values="fp32")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / name, folder / "packed" / name)
+    return folder
+
+
+def both(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[BulkTranslator, BulkTranslator]:
+    """The model on the engine and in torch."""
+    engine = load_translator(str(place / name), "auto", 1, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_NMSPARSE_ENGINE", "0")
+        stock = load_translator(str(place / name), "auto", torch.get_num_threads(), "cpu")
+    assert isinstance(engine, EngineTranslator)
+    assert isinstance(stock, TorchTranslator)
+    assert engine.longest == stock.longest == 40
+    return engine, stock
+
+
+@pytest.mark.parametrize("name", ["dense", "packed"])
+def test_the_engine_and_torch_give_the_same(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams, their tokens and their scores, whatever the batch."""
+    translators = both(place, name, monkeypatch)
+    for settings, count in (({"num_beams": 3}, 2), ({"num_beams": 1}, 1)):
+        for scores in (False, True):
+            search = Search(count, 3, scores, settings=settings)
+            found = [translator.translate(TEXTS, search) for translator in translators]
+            assert {len(each) for each in found[0]} == {count}
+            flat = [[one for each in texts for one in each] for texts in found]
+            assert [one[:2] for one in flat[0]] == [one[:2] for one in flat[1]]
+            for one, other in zip(*flat, strict=True):
+                assert one.score == pytest.approx(other.score, abs=1e-3) if scores else one.score is other.score is None
+
+
+def test_samples_are_those_of_their_seed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"do_sample": True, "num_beams": 1, "top_k": 0, "temperature": 30.0}
+    for translator in both(place, "dense", monkeypatch):
+        one, same, other = (translator.translate(TEXTS, Search(2, seed=seed, settings=settings)) for seed in (1, 1, 2))
+        assert one == same != other
+
+
+class Told:
+    """Says a text once more."""
+
+    name, longest = "told", 4.0
+
+    def __init__(self) -> None:
+        self.asked = list[str]()
+
+    def tokenizer(self, texts: list[str], verbose: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(range(len(text.split()))) for text in texts]}
+
+    def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
+        self.asked += texts
+        return [[Candidate(f"{text} {text}", 2)] for text in texts]
+
+
+def test_what_is_equal_is_translated_once() -> None:
+    told: Any = Told()
+    found = translate_each(["b", "", "a", "b", "a b c d", "\t"], told, Search(), prefix="> ")
+    a, b = ([Candidate(f"> {text} > {text}", 2)] for text in "ab")
+    assert found == [b, BLANK, a, b, TOO_LONG, BLANK]
+    assert told.asked == ["> b", "> a"]
+    assert translate_each(["a b", "c"], told, Search(), longest=1)[0] == TOO_LONG
+    assert translate_each([" "], told, Search()) == [BLANK]
+
+
+def test_what_cannot_be_loaded_is_one_line(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"^compute: 'int8' is for the native engine, which is not taken for a device"):
+        load_translator(str(place / "dense"), "int8", 1, "cuda")
+    with pytest.raises(ValueError, match=r"^model: .*nowhere cannot be loaded: ."):
+        load_translator(str(place / "nowhere"), "auto", torch.get_num_threads(), "cpu")
