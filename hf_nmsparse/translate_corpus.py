@@ -107,16 +107,17 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     }
     names = f"train-{{number:05}}-of-{{all:05}}.{args.format}"
     shards = Shards(output, texts.count, args.shard_size, _MANIFEST, names)
-    if not shards.begin(settings):
+    ended = shards.begin(settings)
+    if not ended:
         mine = share_of(shards.all, place.process, place.processes) & set(shards.missing())
         if mine:
             _work(args, place, threads, shards, mine)
-        if not shards.missing():
-            _end(shards, settings)
-    if place.process == 0:
         left = len(shards.missing())
-        where = f"{output / _MANIFEST}: finished" if not left else f"{left:,} shards are with other processes"
-        say(f"translate_corpus: {where}")
+        ended = not left and _end(shards, settings)
+        if left and place.process == 0:
+            say(f"translate_corpus: done here; {left:,} of {len(shards.all):,} shards are left to other processes")
+    if ended:
+        say(f"translate_corpus: {output / _MANIFEST}: finished")
 
 
 def _work(args: argparse.Namespace, place: Place, threads: int, shards: Shards, mine: set[int]) -> None:
@@ -192,11 +193,15 @@ def _write(
     return {"first": rows.start, "texts": str(Digest().add_all(given)), "rows": dict(counts), "tokens": tokens}
 
 
-def _end(shards: Shards, settings: Mapping[str, Any]) -> None:
-    """Writes the manifest, once every file was found as it was written and every text is in one of them."""
+def _end(shards: Shards, settings: Mapping[str, Any]) -> bool:
+    """Writes the manifest, once every file was found as it was written and every text is in one of them.
+
+    Returns:
+        Whether it was this process that has.
+    """
     with locked(shards.output):
         if shards.is_ended():  # by another process that was as far
-            return
+            return False
         known = list(shards.checked())
         rows: Counter[str] = Counter()
         for each in known:
@@ -205,6 +210,7 @@ def _end(shards: Shards, settings: Mapping[str, Any]) -> None:
         if done != shards.rows:
             raise ValueError(f"{shards.output}: the shards have {done:,} texts, and {shards.rows:,} are due; delete it")
         shards.end(settings, rows, tokens=sum(each["tokens"] for each in known), shards=known)
+        return True
 
 
 def _texts(args: argparse.Namespace) -> Generator[str, None, None]:
