@@ -128,7 +128,20 @@ class TorchTranslator:
         self.longest = min(longest_text(tokenizer), positions_of(model.get_encoder()) or float("inf"))
 
     def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
-        """As `BulkTranslator`; texts of like length make a batch."""
+        """As `BulkTranslator`; texts of like length make a batch.
+
+        Raises:
+            ValueError: As `pipeline.translate` raises it, or a batch does not fit the device.
+        """
+        import torch
+
+        try:
+            return self._translated(texts, search)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"batch_size: {search.batch_size} does not fit {self.name}: {reason}; lower it") from error
+
+    def _translated(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
         import torch
 
         from hf_nmsparse.pipeline import generated

@@ -81,13 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process if None.
 
     Returns:
-        0, or 2 after a user's error, with one line on standard error.
+        0; or 2 after a user's error, with one line on standard error; or 130 where it was interrupted.
     """
     try:
         _translate_corpus(_parser().parse_args(argv), Place.here())
     except (ValueError, OSError) as error:
         say(f"translate_corpus: {one_line(error)}", error=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

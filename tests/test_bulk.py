@@ -103,6 +103,18 @@ def test_what_is_equal_is_translated_once() -> None:
     assert translate_each([" "], told, Search()) == [BLANK]
 
 
+def test_a_batch_that_does_not_fit_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nAdvice")
+
+    _, stock = both(place, "dense", monkeypatch)
+    monkeypatch.setattr("hf_nmsparse.pipeline.generated", full)
+    with pytest.raises(
+        ValueError, match=r"^batch_size: 64 does not fit transformers on cpu: CUDA out of memory\.; lower"
+    ):
+        stock.translate(TEXTS, Search())
+
+
 def test_what_cannot_be_loaded_is_one_line(place: Path) -> None:
     with pytest.raises(ValueError, match=r"^compute: 'int8' is for the native engine, which is not taken for a device"):
         load_translator(str(place / "dense"), "int8", 1, "cuda")
