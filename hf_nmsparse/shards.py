@@ -98,6 +98,10 @@ class Shards:
         What was known of single shards goes, and so does what killed processes have left beside the files.
         """
         _write_object(self.output / self.record, {"settings": dict(settings), "rows": dict(rows), **more})
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Removes what the work has left beside its files, once it was ended; the one that ends it may be killed."""
         left_behind = (*self.output.glob(".train-*"), *self.output.glob(f".{self.record}.*"))
         for left in (self.output / "shards", *left_behind):
             shutil.rmtree(left, ignore_errors=True)  # another process may be at it

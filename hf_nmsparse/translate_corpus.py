@@ -110,7 +110,9 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     names = f"train-{{number:05}}-of-{{all:05}}.{args.format}"
     shards = Shards(output, texts.count, args.shard_size, _MANIFEST, names)
     ended = shards.begin(settings)
-    if not ended:
+    if ended:
+        shards.sweep()
+    else:
         mine = share_of(shards.all, place.process, place.processes) & set(shards.missing())
         if mine:
             _work(args, place, threads, shards, mine)
