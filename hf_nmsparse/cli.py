@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenize", default="13a", help="sacreBLEU's tokenizer (default: 13a)")
     command.add_argument("--json", metavar="OUT", help="write the scores to this file too")
     command.add_argument("--output", metavar="HYP", help="write the translations to this file")
-    command.set_defaults(run=commands.evaluate, split=False)
+    command.set_defaults(run=commands.evaluate)
 
     command = subparsers.add_parser("shortlist", help="learn which target tokens go with a source token, for speed")
     command.add_argument("model", metavar="MODEL", help="folder of the model, where the shortlist goes")

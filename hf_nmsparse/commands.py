@@ -197,7 +197,7 @@ def translate(args: argparse.Namespace) -> None:
     """Translates lines of text."""
     with reading(args.input) as source:
         check_output(args.output, args.input)
-        chunks = _translations(args, source, _CHUNK if Path(args.input).is_file() else args.batch_size)
+        chunks = _translations(args, source, _CHUNK if Path(args.input).is_file() else args.batch_size, args.split)
         first = next(chunks, [])  # whatever fails fails before the output is touched
         with writing(args.output) as target:
             for chunk in chain([first], chunks):
@@ -394,11 +394,14 @@ def doctor(args: argparse.Namespace) -> None:
         row(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
 
 
-def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) -> Iterator[list[str]]:
+def _translations(
+    args: argparse.Namespace, lines: Iterator[str], chunk: int, split: bool = False
+) -> Iterator[list[str]]:
     """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
     given = {"num_beams": args.beams, "max_length": args.max_length}
     settings = {key: value for key, value in given.items() if value is not None}
-    translate = _on_engine(args, settings) or _on_torch(args, settings)
+    ways = {"split": split, "break_loops": split}
+    translate = _on_engine(args, settings, ways) or _on_torch(args, {**settings, **ways})
 
     def translated(texts: list[str]) -> list[str]:
         return [" ".join(text.splitlines()) for text in translate(texts)]
@@ -406,7 +409,9 @@ def _translations(args: argparse.Namespace, lines: Iterator[str], chunk: int) ->
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
 
 
-def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]] | None:
+def _on_engine(
+    args: argparse.Namespace, settings: dict[str, Any], ways: dict[str, bool]
+) -> Callable[[list[str]], list[str]] | None:
     """Translates on the native engine; None for what that does not run, which transformers may know or refuse."""
     chosen = args.head is not None or args.compute in ("dense", "reference")
     if os.environ.get("HF_NMSPARSE_ENGINE") == "0" or chosen or not on_cpu(args.device):
@@ -421,9 +426,7 @@ def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[
 
     def translate(texts: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
-        found = translator.translate(
-            texts, batch_size=args.batch_size, split=args.split, break_loops=args.split, **languages, **settings
-        )
+        found = translator.translate(texts, batch_size=args.batch_size, **ways, **languages, **settings)
         return [translation.text for translation in found]
 
     return translate
@@ -448,16 +451,7 @@ def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[l
     def translated(texts: list[str]) -> list[str]:
         languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
         try:
-            return translate(
-                model,
-                tokenizer,
-                texts,
-                args.batch_size,
-                split=args.split,
-                break_loops=args.split,
-                **languages,
-                **settings,
-            )
+            return translate(model, tokenizer, texts, args.batch_size, **languages, **settings)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--device {device}: {error}; give a smaller --batch-size") from error
         except (ValueError, OSError):

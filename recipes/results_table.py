@@ -111,9 +111,10 @@ def beside_ste(folder: Path, settings: Mapping[str, list[LoggedRun]]) -> list[st
     return [f"- To ste, over the seeds of both: {'; '.join(found)}"] if found else []
 
 
-def beginning_of(run: LoggedRun) -> tuple[int, str | None, str | None]:
-    """The seed of a run, the model that it starts from and the one that it learns from."""
-    return run.evaluation.seed, run.evaluation.base_model, run.evaluation.options.get("distill_from")
+def beginning_of(run: LoggedRun) -> tuple[int, str, str | None, str | None]:
+    """The seed of a run, its shape, the model that it starts from and the one that it learns from."""
+    of = run.evaluation
+    return of.seed, of.model, of.base_model, of.options.get("distill_from")
 
 
 def compare_runs(folder: Path, runs: list[LoggedRun], others: list[LoggedRun | None]) -> Comparison | None:
