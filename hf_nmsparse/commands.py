@@ -410,7 +410,7 @@ def _translations(
 
 
 def _on_engine(
-    args: argparse.Namespace, settings: dict[str, Any], ways: dict[str, bool]
+    args: argparse.Namespace, settings: dict[str, Any], ways: dict[str, Any]
 ) -> Callable[[list[str]], list[str]] | None:
     """Translates on the native engine; None for what that does not run, which transformers may know or refuse."""
     chosen = args.head is not None or args.compute in ("dense", "reference")
