@@ -20,7 +20,7 @@ from recipes.study import Study
 from tests.tiny import marian, token_pairs, tokenizer
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "benchmarks/README.md", "recipes/README.md", "model_cards/README.md")
+FILES = ("README.md", "benchmarks/README.md", "recipes/README.md", "recipes/serve/README.md", "model_cards/README.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
 each_page = pytest.mark.parametrize("page", PAGES)
 
