@@ -717,7 +717,29 @@ class TestTranslate:
         files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
         assert main([*command, *files, "--beams", "2"]) == 0
         lines = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")
-        assert lines == [*translations(models / name, max_length=6, num_beams=2), ""]
+        assert lines == [*translations(models / name, split=True, max_length=6, num_beams=2), ""]
+
+    def test_a_line_of_several_sentences_is_translated_sentence_by_sentence(
+        self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in.txt").write_text("The dog runs. A man sleeps.\n", encoding="utf-8")
+        argv = [
+            "translate",
+            "--model",
+            str(models / "packed"),
+            "--input",
+            str(tmp_path / "in.txt"),
+            "--max-length",
+            "6",
+        ]
+        model, tokenizer = (kind.from_pretrained(models / "packed") for kind in (AutoModelForSeq2SeqLM, AutoTokenizer))
+        for flags, sentences in (
+            ([], ["The dog runs.", "A man sleeps."]),
+            (["--no-split"], ["The dog runs. A man sleeps."]),
+        ):
+            assert main([*argv, *flags]) == 0
+            found = translate(model, tokenizer, sentences, max_length=6)
+            assert capsys.readouterr().out == " ".join(" ".join(found).splitlines()) + "\n"
 
     @pytest.mark.parametrize("name", ["packed", "training", "dense"])
     def test_chunks_of_a_file_keep_the_order(
@@ -728,7 +750,7 @@ class TestTranslate:
         files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
         assert main(["translate", "--model", str(models / name), *files, "--max-length", "6"]) == 0
         lines = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")
-        assert lines == [*translations(models / name, max_length=6), ""]
+        assert lines == [*translations(models / name, split=True, max_length=6), ""]
 
     @pytest.mark.parametrize("compute", ["dense", "reference"])
     def test_compute(self, models: Path, tmp_path: Path, compute: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -736,7 +758,7 @@ class TestTranslate:
         options = ["--input", str(tmp_path / "in.txt"), "--max-length", "6", "--compute", compute]
         capsys.readouterr()
         assert main(["translate", "--model", str(models / "packed"), *options]) == 0
-        assert capsys.readouterr().out.split("\n") == [*translations(models / "packed", max_length=6), ""]
+        assert capsys.readouterr().out.split("\n") == [*translations(models / "packed", split=True, max_length=6), ""]
         fails(["translate", "--model", str(models / "training"), *options], "set_compute: ", capsys)
 
     @pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
@@ -753,7 +775,7 @@ class TestTranslate:
             check=True,
             encoding="utf-8",
         )
-        expected = translations(models / "packed", max_length=6, num_beams=2)
+        expected = translations(models / "packed", split=True, max_length=6, num_beams=2)
         assert done.stdout.split("\n") == [*expected, str(not chosen), ""]
 
     def test_a_break_inside_a_translation_is_a_space(
