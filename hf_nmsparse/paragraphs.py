@@ -29,6 +29,7 @@ _CUTS = [
 _EDGE = 0.2  # a cut leaves at least so much of the sentence on each side
 
 _LINES = re.compile(r"(\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*)")
+_SPACE = re.compile(r"\s")
 _SPACE_AROUND = re.compile(r"(\A\s+|\s+\Z)")
 
 # The codes of NLLB and SeamlessM4T for languages whose abbreviations sentencex knows by ISO 639-1.
@@ -119,9 +120,18 @@ def _pieces(text: str, language: str) -> list[str]:
     """A text as its sentences and the white space between them, which together are the text."""
     found: list[str] = []
     for line in _LINES.split(text):
-        for sentence in sentencex.segment(language, line) if line.strip() else [line]:
+        for sentence in _sentences(line, language) if line.strip() else [line]:
             found += _SPACE_AROUND.split(sentence)
     return [piece for piece in found if piece]
+
+
+def _sentences(line: str, language: str) -> Generator[str]:
+    """A line as its sentences, each with the white space behind it."""
+    start = 0
+    # It panics at some spaces of several bytes, as in "A\u3000.", and is shown plain ones in their place.
+    for sentence in sentencex.segment(language, _SPACE.sub(" ", line)):
+        yield line[start : start + len(sentence)]
+        start += len(sentence)
 
 
 def _halves(sentence: str) -> list[str]:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from hf_nmsparse.paragraphs import Paragraphs, language_code
 
 NEWS = Path(__file__).parents[2] / "shared/data/wmt-news/validation.jsonl.gz"
-TEXTS = st.text(st.sampled_from("aB .!?,;:\n\r\t\"')(0一。、\u2028\u00a0é"), max_size=60) | st.text(max_size=40)
+TEXTS = st.text(st.sampled_from("aB .!?,;:\n\r\t\"')(0一。、\u2028\u00a0\u2003\u3000é"), max_size=60) | st.text(
+    max_size=40
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,14 @@ def test_what_is_not_translated_stays(texts: list[str], language: str | None, lo
         assert all(sentence == sentence.strip() != "" for sentence in paragraphs.sentences)
         assert paragraphs.joined(paragraphs.sentences) == texts
         assert fits is None or all(len(sentence) <= longest for sentence in paragraphs.sentences)
+
+
+@pytest.mark.parametrize("language", ["en", "de", "fr"])
+@pytest.mark.parametrize("space", ["\u00a0", "\u2003", "\u3000"])
+def test_spaces_of_several_bytes(language: str, space: str) -> None:
+    """sentencex panics where one stands before an initial."""
+    paragraphs = Paragraphs([f"A{space}.B. He. {space}B{space}."], language)
+    assert paragraphs.joined(paragraphs.sentences) == [f"A{space}.B. He. {space}B{space}."]
 
 
 def test_white_space_and_lines_stay() -> None:
