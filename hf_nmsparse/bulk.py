@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from hf_nmsparse.texts import longest_text
 from hf_nmsparse.translator import Translator
 
 __all__ = [
@@ -122,10 +121,10 @@ class TorchTranslator:
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        from hf_nmsparse.positions import positions_of
+        from hf_nmsparse.pipeline import longest_source
 
         self._model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.longest = min(longest_text(tokenizer), positions_of(model.get_encoder()) or float("inf"))
+        self.longest = longest_source(model, tokenizer)
 
     def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
         """As `BulkTranslator`; texts of like length make a batch.

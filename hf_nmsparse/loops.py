@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["NO_REPEAT_NGRAM_SIZE", "loops"]
+__all__ = ["NO_REPEAT_NGRAM_SIZE", "forbids_loops", "loops"]
 
 NO_REPEAT_NGRAM_SIZE = 3
 """What such a sentence is translated again with: no three tokens come twice."""
@@ -35,6 +35,11 @@ def loops(tokens: Sequence[int], source: Sequence[int]) -> bool:
     return any(
         _repeats(tokens, period) >= (_MOST_REPEATS_OF_ONE if period == 1 else _MOST_REPEATS) for period in periods
     )
+
+
+def forbids_loops(no_repeat_ngram_size: int | None) -> bool:
+    """Whether a search with this setting gives what translating again would: it forbids as much already."""
+    return 0 < (no_repeat_ngram_size or 0) <= NO_REPEAT_NGRAM_SIZE
 
 
 def _repeats(tokens: Sequence[int], period: int) -> int:

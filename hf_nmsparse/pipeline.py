@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_nmsparse.generation_settings import DEFAULT_MAX_NEW_TOKENS
-from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, loops
+from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
 from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.positions import positions_of
 from hf_nmsparse.texts import (
@@ -30,7 +30,7 @@ from hf_nmsparse.texts import (
     start_token,
 )
 
-__all__ = ["TASK", "NMTranslationPipeline", "generated", "translate"]
+__all__ = ["TASK", "NMTranslationPipeline", "generated", "longest_source", "translate"]
 
 TASK = "nmt-translation"
 """The name that ``transformers.pipeline`` takes; importing this module registers it."""
@@ -132,7 +132,8 @@ def translate(
             translations[place] = text
             if break_loops and loops([token for token in row if token != tokenizer.pad_token_id], source):
                 looped.append(place)
-    if looped and not _asked_for(generate_kwargs).get("no_repeat_ngram_size"):
+    own = {**_set_in(model.generation_config), **_asked_for(generate_kwargs)}
+    if looped and not forbids_loops(own.get("no_repeat_ngram_size")):
         settings = {**generate_kwargs, "no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE}
         found = translate(model, tokenizer, [texts[place] for place in looped], batch_size, **languages, **settings)
         for place, text in zip(looped, found, strict=True):
@@ -142,7 +143,7 @@ def translate(
 
 def _paragraphs(model: Any, tokenizer: Any, texts: list[str], src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
     """The texts as sentences that the model takes whole."""
-    direction, limit = direction_of(model, tokenizer, src_lang, tgt_lang), _longest_source(model, tokenizer)
+    direction, limit = direction_of(model, tokenizer, src_lang, tgt_lang), longest_source(model, tokenizer)
 
     def fits(sentences: list[str]) -> list[bool]:
         rows = encode(tokenizer, [direction.prompt + sentence for sentence in sentences], inf, direction.frame)
@@ -151,7 +152,8 @@ def _paragraphs(model: Any, tokenizer: Any, texts: list[str], src_lang: str | No
     return Paragraphs(texts, src_lang or getattr(tokenizer, "source_lang", None), fits)
 
 
-def _longest_source(model: Any, tokenizer: Any) -> float:
+def longest_source(model: Any, tokenizer: Any) -> float:
+    """How many tokens of a text are translated, with those around it; what is longer is cut."""
     return min(longest_text(tokenizer), positions_of(model.get_encoder()) or inf)
 
 
@@ -193,7 +195,7 @@ def generated(
     todo = [place for place, text in enumerate(texts) if text.strip()]
     if settings.get("streamer") is not None and len(todo) > 1:
         raise ValueError(f"translate: a streamer follows one sentence, got {len(todo)}; leave it out")
-    limit = _longest_source(model, tokenizer)
+    limit = longest_source(model, tokenizer)
     rows = encode(tokenizer, [direction.prompt + texts[place] for place in todo], limit, direction.frame)
     _check_vocabulary(model, rows, settings)
     tokens = dict(zip(todo, rows, strict=True))

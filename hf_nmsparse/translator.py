@@ -15,7 +15,7 @@ from typing import Any
 from hf_nmsparse.engine_files import COMPUTES, load_engine
 from hf_nmsparse.generation_settings import Search, plain, read_settings, search_of
 from hf_nmsparse.kernels.engine import Array, Hypothesis
-from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, loops
+from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
 from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
@@ -434,9 +434,8 @@ class Translator:
 
     def _break_loops(self, task: _Task, found: list[Translation], first: int) -> None:
         """Translates again what came out as a loop, where the call does not forbid repeats itself."""
-        size = task.search.config.no_repeat_ngram
         again = [index for index, place in enumerate(task.places) if loops(found[place].tokens, found[place].source)]
-        if not again or 0 < size <= NO_REPEAT_NGRAM_SIZE:
+        if not again or forbids_loops(task.search.config.no_repeat_ngram):
             return
         asked = task.asked.with_settings({"no_repeat_ngram_size": NO_REPEAT_NGRAM_SIZE})
         places, rows = [task.places[index] for index in again], [task.rows[index] for index in again]

@@ -166,15 +166,20 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["text", "candidate", "BLEU", "same sentences"])
 
 
-def test_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+def packed_with_news(folder: Path, lines: int) -> None:
+    """A packed model and a test set of so many lines."""
     model = marian()
     sparsify(model, NMSparseConfig("2:4"))
-    save_packed(model, tmp_path / "packed")
-    tokenizer().save_pretrained(tmp_path / "packed")
-    (tmp_path / "news").mkdir()
+    save_packed(model, folder / "packed")
+    tokenizer().save_pretrained(folder / "packed")
+    (folder / "news").mkdir()
     for side, line in (("en", "A man sleeps."), ("de", "Ein Mann schläft.")):
-        (tmp_path / "news" / f"test.{side}").write_text(f"{line}\n{line}\n", encoding="utf-8")
+        (folder / "news" / f"test.{side}").write_text(f"{line}\n" * lines, encoding="utf-8")
+
+
+def test_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+    packed_with_news(tmp_path, 2)
     file = tmp_path / "serve.json"
     arguments = [str(tmp_path / "packed"), f"{tmp_path / 'news'}:test", "--rounds", "1", "--beams", "2"]
     arguments += ["--clients", "1", "3", "--seconds", "0.2", "--minutes", "0.01", "--max-new-tokens", "5"]
@@ -188,13 +193,7 @@ def test_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = marian()
-    sparsify(model, NMSparseConfig("2:4"))
-    save_packed(model, tmp_path / "packed")
-    tokenizer().save_pretrained(tmp_path / "packed")
-    (tmp_path / "news").mkdir()
-    for side, line in (("en", "A man sleeps."), ("de", "Ein Mann schläft.")):
-        (tmp_path / "news" / f"test.{side}").write_text(f"{line}\n" * 5, encoding="utf-8")
+    packed_with_news(tmp_path, 5)
     file = tmp_path / "paragraphs.json"
     arguments = [
         str(tmp_path / "packed"),
