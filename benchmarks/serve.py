@@ -52,9 +52,9 @@ class ByCTranslate2:
         """Sentences, as `Translator` cuts them but for those that are too long."""
         from hf_nmsparse.paragraphs import Paragraphs
 
-        return Paragraphs(texts, "en")
+        return Paragraphs(texts, "en", self.count_tokens)
 
-    def count_tokens(self, texts: list[str], **_: Any) -> list[int]:
+    def count_tokens(self, texts: list[str]) -> list[int]:
         """As `Translator` counts them."""
         return list(map(len, self.tokenizer(texts)["input_ids"])) if texts else []
 

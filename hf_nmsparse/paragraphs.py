@@ -10,16 +10,17 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Sequence
+from math import inf
 from typing import TypeVar
 
 import sentencex
 
-__all__ = ["Fits", "Paragraphs", "language_code"]
+__all__ = ["Count", "Paragraphs", "language_code"]
 
 T = TypeVar("T")
 
-Fits = Callable[[list[str]], Sequence[bool]]
-"""Whether a model takes each of some texts whole."""
+Count = Callable[[list[str]], Sequence[int]]
+"""How many tokens each of some texts has."""
 
 # Where a sentence that is too long may be cut, the best places first: ends of clauses, commas, brackets, any space.
 _CUTS = [
@@ -54,31 +55,38 @@ class Paragraphs:
     Args:
         texts: The texts.
         language: Code of their language, as models name it.
-        fits: Says which sentences a model takes whole: others are cut at the ends of clauses, or at a space. None
-            cuts none.
+        count: Counts the tokens of sentences.
+        longest: Most tokens of a sentence that a model takes whole: longer ones are cut at the ends of clauses, or at
+            a space.
 
     Attributes:
         sentences: Those of all texts, one after the other, without the white space around them.
+        lengths: The tokens of each; empty without ``count``.
     """
 
-    def __init__(self, texts: Iterable[str], language: str | None = None, fits: Fits | None = None) -> None:
+    def __init__(
+        self, texts: Iterable[str], language: str | None = None, count: Count | None = None, longest: float = inf
+    ) -> None:
         code = language_code(language)
         self._texts = [_pieces(text, code) for text in texts]
-        if fits is not None:
-            self._cut(fits)
+        known = {} if count is None else self._cut(count, longest)
         self.sentences = [piece for pieces in self._texts for piece in pieces if piece.strip()]
+        self.lengths = [known[sentence] for sentence in self.sentences] if known else []
 
-    def _cut(self, fits: Fits) -> None:
-        """Halves what is too long until all is short enough or a single character."""
-        known: dict[str, bool] = {}
-        while asked := sorted(
-            {piece for pieces in self._texts for piece in pieces if len(piece) > 1 and piece.strip()} - set(known)
-        ):
-            known |= zip(asked, fits(asked), strict=True)
+    def _cut(self, count: Count, longest: float) -> dict[str, int]:
+        """Halves what is too long until all is short or a single character; the tokens of all that was counted."""
+        known: dict[str, int] = {}
+        while asked := sorted({piece for pieces in self._texts for piece in pieces if piece.strip()} - set(known)):
+            known |= zip(asked, count(asked), strict=True)
             self._texts = [
-                [part for piece in pieces for part in ([piece] if known.get(piece, True) else _halves(piece))]
+                [
+                    part
+                    for piece in pieces
+                    for part in (_halves(piece) if len(piece) > 1 and known.get(piece, 0) > longest else [piece])
+                ]
                 for pieces in self._texts
             ]
+        return known
 
     def gathered(self, of_sentences: Sequence[T]) -> list[list[T]]:
         """What belongs to the sentences of each text, from a list of what belongs to all."""

@@ -143,13 +143,14 @@ def translate(
 
 def _paragraphs(model: Any, tokenizer: Any, texts: list[str], src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
     """The texts as sentences that the model takes whole."""
-    direction, limit = direction_of(model, tokenizer, src_lang, tgt_lang), longest_source(model, tokenizer)
+    direction = direction_of(model, tokenizer, src_lang, tgt_lang)
 
-    def fits(sentences: list[str]) -> list[bool]:
-        rows = encode(tokenizer, [direction.prompt + sentence for sentence in sentences], inf, direction.frame)
-        return [len(row) <= limit for row in rows]
+    def count(sentences: list[str]) -> list[int]:
+        given = [direction.prompt + sentence for sentence in sentences]
+        return list(map(len, encode(tokenizer, given, inf, direction.frame)))
 
-    return Paragraphs(texts, src_lang or getattr(tokenizer, "source_lang", None), fits)
+    own = src_lang or getattr(tokenizer, "source_lang", None)
+    return Paragraphs(texts, own, count, longest_source(model, tokenizer))
 
 
 def longest_source(model: Any, tokenizer: Any) -> float:

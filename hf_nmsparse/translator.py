@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from math import inf
 from pathlib import Path
@@ -398,11 +399,8 @@ class Translator:
         given, most = list(read_texts(texts, "translate")), self.longest_source
         own = src_lang or self._languages[0] or getattr(self.tokenizer, "source_lang", None)
 
-        def fits(sentences: list[str]) -> list[bool]:
-            counts = self.count_tokens(sentences, src_lang=src_lang, tgt_lang=tgt_lang)
-            return [count <= most for count in counts]
-
-        return Paragraphs(given, own, fits)
+        count = partial(self.count_tokens, src_lang=src_lang, tgt_lang=tgt_lang)
+        return Paragraphs(given, own, count, most)
 
     def check(self, **settings: Any) -> None:
         """Refuses settings as `translate` would, the model's own included.

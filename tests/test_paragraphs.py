@@ -45,11 +45,12 @@ def test_sentences(language: str, text: str, sentences: list[str]) -> None:
 
 @given(st.lists(TEXTS, max_size=4), st.sampled_from(["en", "de", "zh", "ar", "xx", None]), st.integers(1, 12))
 def test_what_is_not_translated_stays(texts: list[str], language: str | None, longest: int) -> None:
-    for fits in (None, lambda given: [len(each) <= longest for each in given]):
-        paragraphs = Paragraphs(texts, language, fits)
+    for count in (None, lambda given: list(map(len, given))):
+        paragraphs = Paragraphs(texts, language, count, longest)
         assert all(sentence == sentence.strip() != "" for sentence in paragraphs.sentences)
         assert paragraphs.joined(paragraphs.sentences) == texts
-        assert fits is None or all(len(sentence) <= longest for sentence in paragraphs.sentences)
+        assert paragraphs.lengths == ([] if count is None else list(map(len, paragraphs.sentences)))
+        assert count is None or all(len(sentence) <= longest for sentence in paragraphs.sentences)
 
 
 @pytest.mark.parametrize("language", ["en", "de", "fr"])
@@ -77,7 +78,7 @@ def test_a_space_stands_between_sentences_of_a_script_that_has_it() -> None:
 
 def test_a_long_sentence_is_cut_where_a_clause_ends() -> None:
     def cut(text: str, longest: int) -> list[str]:
-        return Paragraphs([text], "en", lambda given: [len(each) <= longest for each in given]).sentences
+        return Paragraphs([text], "en", lambda given: list(map(len, given)), longest).sentences
 
     assert cut("He came, saw; and he won, at last", 20) == ["He came, saw;", "and he won, at last"]
     assert cut("He came and saw, and he won", 20) == ["He came and saw,", "and he won"]

@@ -29,12 +29,8 @@ _NAME = re.compile(r"(?:([\w-]+):([\w-]+)=)?(.+)", re.DOTALL)
 class ServedTranslator(Translates, Protocol):
     """What a server needs of a `Translator`."""
 
-    def count_tokens(self, texts: list[str], *, src_lang: str | None, tgt_lang: str | None) -> list[int]:
-        """How many tokens each text has."""
-        ...
-
     def paragraphs(self, texts: list[str], *, src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
-        """Texts as sentences that the model takes whole."""
+        """Texts as sentences that the model takes whole, counted."""
         ...
 
     def stream(self, text: str, **settings: Any) -> Generator[str]:
@@ -94,9 +90,9 @@ class Route:
             ClientDisconnect: The client went away.
         """
         limits.check(texts)
-        paragraphs, counts = await self._checked(list(texts), settings)
+        paragraphs = await self._checked(list(texts), settings)
         key: Settings = tuple(sorted({**self._languages, "break_loops": True, **settings}.items()))
-        futures = self._at_work.batcher.submit(paragraphs.sentences, counts, key)
+        futures = self._at_work.batcher.submit(paragraphs.sentences, paragraphs.lengths, key)
         return of_paragraphs(paragraphs, await finished(request, futures, limits.seconds))
 
     async def stream(self, text: str, limits: Limits, **settings: Any) -> AsyncGenerator[str]:
@@ -109,7 +105,7 @@ class Route:
             RequestError: As `translate` does; while the pieces come, that it takes too long.
         """
         limits.check([text])
-        paragraphs, _ = await self._checked([text], settings)
+        paragraphs = await self._checked([text], settings)
         if self._at_work.streams >= self._at_work.threads + limits.waiting:
             raise RequestError(429, f"{self._at_work.streams} texts stream or wait already; come again")
         return self._pieces(paragraphs, limits.seconds, settings)
@@ -147,8 +143,8 @@ class Route:
             closed.set()
             future.cancel()
 
-    async def _checked(self, texts: list[str], settings: dict[str, Any]) -> tuple[Paragraphs, list[int]]:
-        """The texts as sentences, and the tokens of each; all is refused here that `translate` would refuse."""
+    async def _checked(self, texts: list[str], settings: dict[str, Any]) -> Paragraphs:
+        """The texts as sentences, counted; all is refused here that `translate` would refuse."""
         try:
             found = await asyncio.get_running_loop().run_in_executor(
                 self._at_work.checking, self._counted, texts, settings
@@ -159,10 +155,9 @@ class Route:
             raise RequestError(400, str(error)) from error
         return found
 
-    def _counted(self, texts: list[str], settings: dict[str, Any]) -> tuple[Paragraphs, list[int]]:
+    def _counted(self, texts: list[str], settings: dict[str, Any]) -> Paragraphs:
         self._translator.translate([], **self._languages, **settings)  # which checks all but the texts
-        paragraphs = self._translator.paragraphs(texts, **self._languages)
-        return paragraphs, self._translator.count_tokens(paragraphs.sentences, **self._languages)
+        return self._translator.paragraphs(texts, **self._languages)
 
 
 class _AtWork:

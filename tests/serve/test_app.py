@@ -29,10 +29,7 @@ class Slow:
         self.closed = 0
 
     def paragraphs(self, texts: list[str], **_: Any) -> Paragraphs:
-        return Paragraphs(texts)
-
-    def count_tokens(self, texts: list[str], **_: Any) -> list[int]:
-        return [len(text) for text in texts]
+        return Paragraphs(texts, None, lambda sentences: list(map(len, sentences)))
 
     def translate(self, texts: list[str], **settings: Any) -> list[Translation]:
         if settings.get("src_lang"):
