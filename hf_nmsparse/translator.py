@@ -13,11 +13,19 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from hf_nmsparse.alignment import attended, word_spans
 from hf_nmsparse.engine_files import COMPUTES, load_engine
 from hf_nmsparse.generation_settings import Search, plain, read_settings, search_of
+from hf_nmsparse.html_text import translate_html
 from hf_nmsparse.kernels.engine import Array, Hypothesis
 from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
+from hf_nmsparse.marked_texts import MarkedTexts
+from hf_nmsparse.markup import Marked
+from hf_nmsparse.masking import Masked
 from hf_nmsparse.paragraphs import Paragraphs
+from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.streaming import pieces
@@ -29,6 +37,8 @@ __all__ = ["Scored", "Translation", "Translator", "cpus", "of_paragraphs"]
 _CHUNK = 4096  # sentences of an iterable that are sorted and translated together
 _WATCHED = 256  # sentences whose attention is held at a time
 _STEP = 0x9E3779B97F4A7C15  # between the seeds of two sentences, as in csrc/engine/engine.cpp
+
+_Languages = tuple[str | None, str | None]  # of a call: the source, and the target
 
 _Watch = Callable[[int, list[int]], None]  # as the engine calls it
 
@@ -52,6 +62,8 @@ class Translation:
             heads of the last layer; None without ``return_attention``.
         source: The ids of the source, which the columns of ``attention`` belong to.
         looped: Whether a first translation ran in a loop, so that this is another; with ``break_loops`` alone.
+        masked: Whether a first translation had lost placeholders, so that this is one of the text with short ones in
+            their place, and ``tokens``, ``source`` and ``attention`` belong to that; with ``keep_placeholders`` alone.
         sentences: With ``split``, the translations of the sentences of a text of several. It has their tokens and the
             sum of their scores; alternatives and attention are theirs alone.
     """
@@ -64,6 +76,7 @@ class Translation:
     attention: Array | None = field(default=None, compare=False, repr=False)
     source: tuple[int, ...] = field(default=(), repr=False)
     looped: bool = False
+    masked: bool = False
     sentences: tuple[Translation, ...] = ()
 
 
@@ -178,6 +191,7 @@ class Translator:
         return_scores: bool = False,
         split: bool = False,
         break_loops: bool = False,
+        keep_placeholders: bool = False,
         return_attention: bool = False,
         seed: int = 0,
         batch_size: int = 64,
@@ -194,6 +208,9 @@ class Translator:
             split: Whether texts are cut into sentences, and these, where they are longer than the model takes, at the
                 ends of clauses. White space between them stays as it is. Without it a model may leave out sentences.
             break_loops: Whether a sentence that comes out as a loop is translated again without repeats.
+            keep_placeholders: Whether ``{name}``, ``%s``, ``<0/>`` and addresses come back as they are, as
+                `placeholders` knows them: a sentence that loses some is translated again with short ones in their
+                place. Of alternatives those are left out that lose some.
             return_attention: Whether the weights over the source are wanted.
             seed: Of ``do_sample``.
             batch_size: Sentences that a thread works on together; translations do not depend on it.
@@ -209,7 +226,9 @@ class Translator:
         """
         given = list(read_texts(texts, "translate"))
         asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
-        return self._translated(given, (src_lang, tgt_lang), asked, split, break_loops, 0)[0]
+        ways = _Ways(split, break_loops, keep_placeholders)
+        paragraphs, found = self._translated(given, (src_lang, tgt_lang), asked, ways, 0)
+        return found if paragraphs is None else of_paragraphs(paragraphs, found)
 
     def translate_iterable(
         self, texts: Iterable[str], *, chunk_size: int = _CHUNK, **arguments: Any
@@ -228,12 +247,60 @@ class Translator:
             raise ValueError(f"translate: chunk_size needs at least 1, got {chunk_size!r}")
         waiting, first = read_texts(texts, "translate"), 0
         languages = arguments.pop("src_lang", None), arguments.pop("tgt_lang", None)
-        split, break_loops = arguments.pop("split", False), arguments.pop("break_loops", False)
+        ways = _Ways(**{name: arguments.pop(name) for name in _Ways.__dataclass_fields__ if name in arguments})
         asked = _Asked.of(arguments)
         while chunk := list(islice(waiting, chunk_size)):
-            found, count = self._translated(chunk, languages, asked, split, break_loops, first)
-            yield from found
-            first += count
+            paragraphs, found = self._translated(chunk, languages, asked, ways, first)
+            yield from found if paragraphs is None else of_paragraphs(paragraphs, found)
+            first += len(found)
+
+    def translate_marked(
+        self, texts: Iterable[Marked], *, src_lang: str | None = None, tgt_lang: str | None = None, **settings: Any
+    ) -> list[Marked]:
+        """Translates texts with marks in them, which go with the words that they belong to.
+
+        They are cut into sentences, loops are broken and placeholders kept, as `translate` does if it is told to.
+
+        Args:
+            texts: The texts, as their parts.
+            src_lang: As in `translate`.
+            tgt_lang: As in `translate`.
+            **settings: As in `translate`, but for ``num_return_sequences`` and the like.
+
+        Raises:
+            ValueError: As `translate` does, or in a text a tag closes nothing or is not closed.
+        """
+        marked, languages = MarkedTexts(texts), (src_lang, tgt_lang)
+        paragraphs = self.paragraphs(marked.plain, src_lang=src_lang, tgt_lang=tgt_lang)
+        asked = _Asked.of({**settings, "return_attention": True})
+        ways = _Ways(break_loops=True, keep_placeholders=True)
+        return self.marked(marked, paragraphs, self._translated(paragraphs.sentences, languages, asked, ways, 0)[1])
+
+    def marked(self, texts: MarkedTexts, paragraphs: Paragraphs, found: Sequence[Translation]) -> list[Marked]:
+        """Translations with the marks of their texts.
+
+        Args:
+            texts: The texts.
+            paragraphs: Their plain texts as sentences.
+            found: The translation of each sentence, with ``attention``.
+        """
+        looked = [partial(self.attended, *each) for each in zip(paragraphs.sentences, found, strict=True)]
+        return texts.marked(paragraphs, [one.text for one in found], lambda number: looked[number]())
+
+    def translate_html(self, pages: Iterable[str], **settings: Any) -> list[str]:
+        """Translates the text of HTML and leaves all else as it is.
+
+        Tags within a sentence go with its words, and each comes back once. What is code, or says ``translate="no"`` or
+        ``class="notranslate"``, stays; so do attributes.
+
+        Args:
+            pages: The pages, or parts of some.
+            **settings: As `translate_marked` takes them.
+
+        Raises:
+            ValueError: As `translate` does.
+        """
+        return translate_html(read_texts(pages, "translate"), lambda texts: self.translate_marked(texts, **settings))
 
     def stream(
         self, text: str, *, src_lang: str | None = None, tgt_lang: str | None = None, seed: int = 0, **settings: Any
@@ -411,24 +478,66 @@ class Translator:
         self._search(_Asked(settings))
 
     def _translated(
-        self,
-        texts: list[str],
-        languages: tuple[str | None, str | None],
-        asked: _Asked,
-        split: bool,
-        break_loops: bool,
-        first: int,
-    ) -> tuple[list[Translation], int]:
-        """The translations of texts before which ``first`` sentences came, and how many sentences they have."""
-        paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1]) if split else None
-        task = self._task(texts if paragraphs is None else paragraphs.sentences, *languages, asked)
+        self, texts: list[str], languages: _Languages, asked: _Asked, ways: _Ways, first: int
+    ) -> tuple[Paragraphs | None, list[Translation]]:
+        """The translations of texts, or of their sentences where there are some, before which ``first`` came."""
+        paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1]) if ways.split else None
+        sentences = texts if paragraphs is None else paragraphs.sentences
+        found = self._sentences(sentences, languages, asked, ways, first)
+        if ways.keep_placeholders:
+            self._keep_placeholders(sentences, found, languages, asked, ways, first)
+        return paragraphs, found
+
+    def _sentences(
+        self, sentences: list[str], languages: _Languages, asked: _Asked, ways: _Ways, first: int
+    ) -> list[Translation]:
+        task = self._task(sentences, *languages, asked)
         found = self._done(task, first)
-        if break_loops:
+        if ways.break_loops:
             self._break_loops(task, found, first)
-        found = self._with_texts(found)
-        if paragraphs is None:
-            return found, task.count
-        return of_paragraphs(paragraphs, found), task.count
+        return self._with_texts(found)
+
+    def _keep_placeholders(
+        self,
+        sentences: list[str],
+        found: list[Translation],
+        languages: _Languages,
+        asked: _Asked,
+        ways: _Ways,
+        first: int,
+    ) -> None:
+        """Translates again what has lost placeholders, with short ones in their place."""
+        for place, one in enumerate(found):
+            if one.alternatives:
+                kept = (other for other in one.alternatives if keeps_placeholders(sentences[place], other.text))
+                found[place] = replace(one, alternatives=tuple(kept))
+        lost = [place for place, one in enumerate(found) if not keeps_placeholders(sentences[place], one.text)]
+        masked = [Masked.of(sentences[place]) for place in lost]
+        looking = replace(asked, return_attention=True)
+        again = self._sentences([mask.text for mask in masked], languages, looking, ways, first)
+        for place, mask, one in zip(lost, masked, again, strict=True):
+            best, *others = (
+                replace(each, text=mask.restored(each.text, self.attended(mask.text, each)))
+                for each in (one, *one.alternatives)
+            )
+            if not asked.return_attention:
+                best, *others = (replace(each, attention=None) for each in (best, *others))
+            found[place] = replace(best, masked=True, alternatives=tuple(others))
+
+    def attended(self, sentence: str, translation: Translation) -> Array:
+        """How much the words of a sentence's translation looked at those of the sentence.
+
+        Args:
+            sentence: The sentence.
+            translation: Its translation, with ``attention``.
+
+        Returns:
+            fp32 ``[target words, source words]``, whose words `alignment.word_spans` tells.
+        """
+        attention, target = translation.attention, translation.text
+        if attention is None:
+            return np.zeros((len(word_spans(target)), len(word_spans(sentence))), np.float32)
+        return attended(sentence, translation.source, target, translation.tokens, attention, self._text_of)
 
     def _break_loops(self, task: _Task, found: list[Translation], first: int) -> None:
         """Translates again what came out as a loop, where the call does not forbid repeats itself."""
@@ -541,6 +650,15 @@ class Translator:
             else one
             for one in translations
         ]
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """What is done about texts beside translating them, as `Translator.translate` says."""
+
+    split: bool = False
+    break_loops: bool = False
+    keep_placeholders: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,14 @@ BANDS = {
     },
     "translation": {
         *("shortlist", "texts", "paragraphs", "loops", "text_tokenizer", "streaming"),
+        *(
+            "placeholders",
+            "alignment",
+            "masking",
+            "markup",
+            "marked_texts",
+            "html_text",
+        ),  # what is more than a sentence
         *("translator", "pipeline", "bulk"),
     },
     "tools": {

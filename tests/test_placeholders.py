@@ -1,0 +1,52 @@
+"""What counts as a placeholder, and when a translation has kept those of its source."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_nmsparse.placeholders import keeps_placeholders, placeholders
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("no more than words, 100% of them", []),
+        ("{name} has {0} of {{ total }} in ${place}", ["{name}", "{0}", "{{ total }}", "${place}"]),
+        (
+            "{n, plural, one {# item} other {# {kind} items}}",
+            ["{n, plural, one {# item} other {# {kind} items}}"],
+        ),
+        ("%s, %1$s, %(name)d, %.2f, %5d, %ld and %@", ["%s", "%1$s", "%(name)d", "%.2f", "%5d", "%ld", "%@"]),
+        ("50% discount and 5 %", []),
+        ("<0/> and <b>bold</b> are tags, 1 < 2 > 0 is none", ["<0/>", "<b>", "</b>"]),
+        ("a&nbsp;b &#160; &amp c", ["&nbsp;", "&#160;"]),
+        ("See https://a.example/b?c=d#e, or (http://f.example).", ["https://a.example/b?c=d#e", "http://f.example"]),
+        ("Write to jane.doe@mail.example.org.", ["jane.doe@mail.example.org"]),
+        ("`{a}{b}`: {c} {d}", ["{a}{b}", "{c}", "{d}"]),
+        ("{ left open", []),
+    ],
+)
+def test_what_is_one(text: str, found: list[str]) -> None:
+    assert placeholders(text) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "kept"),
+    [
+        ("A man.", "Ein Mann {so}.", True),  # where there are none to keep nothing is asked
+        ("{a} of {b}", "von {b} {a}", True),
+        ("{a} of {b}", "{a} von {a}", False),
+        ("{a}", "{a} {a}", False),
+        ("{a}", "{ a }", False),
+        ("%s of %d", "%d von %s", False),  # they are filled by their order
+        ("%1$s of %2$d", "%2$d von %1$s", True),
+        ("{} of {n} {}", "{n} {} von {}", True),
+    ],
+)
+def test_when_they_are_kept(source: str, target: str, kept: bool) -> None:
+    assert keeps_placeholders(source, target) is kept
+
+
+def test_hostile_texts_take_no_time() -> None:
+    for part in ("{", "{{}", "<a ", "%", "a@", "http://", "&a", "{a}", "a", "a."):
+        placeholders(part * 4000)
