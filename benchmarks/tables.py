@@ -405,6 +405,24 @@ def paragraphs_of(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def placeholders_of(record: dict[str, Any]) -> str:
+    """Placeholders, tags and BLEU of the texts of an interface."""
+    lines = table_head(["", "placeholders kept", "texts that kept all", "tags kept", "BLEU", "chrF", "CPU s"])
+    for row in record["rows"]:
+        of_tags = f"{row['tags_kept']:,} of {row['tags']:,}" if "tags" in row else "-"
+        kept, whole = f"{row['kept']:,} of {row['placeholders']:,}", f"{row['whole']:,} of {row['texts']:,}"
+        figures = [f"{row[name]:.2f}" for name in ("bleu", "chrf", "cpu_s")]
+        lines.append(table_row([row["way"], kept, whole, of_tags, *figures]))
+    if balanced := [f"{row['balanced']:,} of {row['texts']:,}" for row in record["rows"] if "balanced" in row]:
+        lines += ["", f"Of the pages {balanced[0]} are balanced."]
+    lines += [
+        "",
+        f"{record['model']}, beam {record['beams']}, one thread; BLEU and chrF `{record['signature']}`. "
+        f"{machine(record)}",
+    ]
+    return "\n".join(lines)
+
+
 def measured_table(name: str) -> str:
     """The table of a benchmark's file."""
     return OF[name](read(MEASURED / f"{name}.json"))
@@ -464,6 +482,7 @@ OF = {
     "gpu": gpu_of,
     "serve": serve_of,
     "paragraphs": paragraphs_of,
+    "placeholders": placeholders_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 

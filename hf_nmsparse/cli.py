@@ -130,12 +130,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subparsers.add_parser("translate", help="translate text, one line out for each line in")
     _add_model_arguments(command)
-    command.add_argument(
+    ways = command.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--split",
+        default=True,
+        metavar="CODE",
+        help="language by whose rules lines are cut into sentences, such as de, where the model does not say it",
+    )
+    ways.add_argument(
         "--no-split",
         dest="split",
         action="store_false",
-        help="give each line to the model whole and keep what comes (default: sentence by sentence, and one that comes "
-        "out as a loop again without repeats)",
+        help="give each line to the model whole and keep what comes (default: sentence by sentence, one that comes out "
+        "as a loop again without repeats, and one that has lost placeholders such as {name} and %%s again with them)",
     )
     command.add_argument(
         "--input",

@@ -395,12 +395,12 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def _translations(
-    args: argparse.Namespace, lines: Iterator[str], chunk: int, split: bool = False
+    args: argparse.Namespace, lines: Iterator[str], chunk: int, split: bool | str = False
 ) -> Iterator[list[str]]:
     """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
     given = {"num_beams": args.beams, "max_length": args.max_length}
     settings = {key: value for key, value in given.items() if value is not None}
-    ways = {"split": split, "break_loops": split}
+    ways = {"split": split, "break_loops": bool(split), "keep_placeholders": bool(split)}
     translate = _on_engine(args, settings, ways) or _on_torch(args, {**settings, **ways})
 
     def translated(texts: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from hf_nmsparse.alignment import Span, word_spans
 from hf_nmsparse.kernels.engine import Array
 from hf_nmsparse.placeholders import ONE_PLACEHOLDER, PLACEHOLDERS, is_unnamed, placeholders
 
-__all__ = ["Masked", "diagonal"]
+__all__ = ["Masked"]
 
 _MARKS = "{}<>%&$@/"  # what placeholders are made of
 
@@ -48,14 +48,16 @@ class Masked:
             masked, end = masked + stand_in, match.end()
         return cls(masked + text[end:], tuple(found), tuple(spans))
 
-    def restored(self, translation: str, looked: Array) -> str:
+    def restored(self, translation: str, looked: Array | None = None) -> str:
         """A translation with the placeholders in it.
 
         Args:
             translation: Of ``text``. Stand-ins that it lacks go where it has another one twice or one that there is
                 not, and else behind or before the word that stands for their neighbour in the source.
-            looked: As `alignment.attended` gives it for ``text`` and the translation.
+            looked: As `alignment.attended` gives it for ``text`` and the translation; None where nobody knows, and
+                words stand for those at their place.
         """
+        looked = _diagonal(translation, self.text) if looked is None else looked
         found: dict[int, Span] = {}
         surplus: list[Span] = []
         for match in ONE_PLACEHOLDER.finditer(translation):
@@ -72,10 +74,12 @@ class Masked:
                 place = self._place(index, translation, looked, [*found.values(), *surplus])
                 found[index] = place, place
         names = self._names(found)
-        text = _filled(translation, names, surplus)
-        # A bracket that the model has left open takes a placeholder for its own, and letters may make it another.
+        # A bracket that the model has left open would take placeholders behind it for its own.
+        brackets = "".join(mark for mark in "{}" if mark not in PLACEHOLDERS.sub("", self.text))
+        text = _filled(translation, names, surplus, brackets)
+        # And what stands beside a placeholder may make it another.
         whole = Counter(placeholders(text)) == Counter(self.placeholders)
-        return text if whole else _filled(translation, names, surplus, apart=True)
+        return text if whole else _filled(translation, names, surplus, _MARKS, apart=True)
 
     def _index(self, stand_in: str) -> int | None:
         number = stand_in[1:-1]
@@ -105,9 +109,11 @@ class Masked:
         return [(found[index], names[index]) for index in order]
 
 
-def _filled(text: str, names: Sequence[tuple[Span, str]], surplus: Sequence[Span], apart: bool = False) -> str:
-    """A text with names at some places and nothing at others; ``apart`` from letters, and without marks like theirs."""
-    drop = str.maketrans("", "", _MARKS if apart else "")
+def _filled(
+    text: str, names: Sequence[tuple[Span, str]], surplus: Sequence[Span], without: str, apart: bool = False
+) -> str:
+    """A text with names at some places and nothing at others, without some marks; with space around names if apart."""
+    drop = str.maketrans("", "", without)
     pieces, end = [], 0  # each with whether it is a name, and whether it needs space around it
     for (start, stop), name in sorted([*names, *((span, "") for span in surplus)], key=lambda one: one[0]):
         pieces += [(text[end:start].translate(drop), False, False), (name, True, apart or start == stop)]
@@ -133,8 +139,8 @@ def _best(looked: Array, places: Sequence[int], word: int) -> int | None:
     return places[int(column.argmax())] if column.size and column.max() > 0 else None
 
 
-def diagonal(target_words: int, source_words: int) -> Array:
-    """What a translation word by word would look at, for models whose attention is not known."""
-    rows = np.arange(target_words)[:, None] / max(target_words - 1, 1)
-    columns = np.arange(source_words)[None] / max(source_words - 1, 1)
-    return (1 - np.abs(rows - columns)).astype(np.float32)
+def _diagonal(target: str, source: str) -> Array:
+    """What a translation word by word would look at."""
+    rows, columns = (np.linspace(0, 1, len(word_spans(text)), dtype=np.float32) for text in (target, source))
+    distance: Array = np.abs(rows[:, None] - columns)
+    return 1 - distance

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import sentencex
 
+from hf_nmsparse.placeholders import PLACEHOLDERS
+
 __all__ = ["Count", "Paragraphs", "language_code"]
 
 T = TypeVar("T")
@@ -136,8 +138,9 @@ def _pieces(text: str, language: str) -> list[str]:
 def _sentences(line: str, language: str) -> Generator[str]:
     """A line as its sentences, each with the white space behind it."""
     start = 0
-    # It panics at some spaces of several bytes, as in "A\u3000.", and is shown plain ones in their place.
-    for sentence in sentencex.segment(language, _SPACE.sub(" ", line)):
+    # No sentence ends in a placeholder or an address. And it panics at some spaces of several bytes, as in "A\u3000.".
+    shown = _SPACE.sub(" ", PLACEHOLDERS.sub(lambda match: "X" * len(match.group()), line))
+    for sentence in sentencex.segment(language, shown):
         yield line[start : start + len(sentence)]
         start += len(sentence)
 

@@ -17,7 +17,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_nmsparse.generation_settings import DEFAULT_MAX_NEW_TOKENS
 from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
+from hf_nmsparse.masking import Masked
 from hf_nmsparse.paragraphs import Paragraphs
+from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.positions import positions_of
 from hf_nmsparse.texts import (
     Direction,
@@ -60,6 +62,8 @@ _TOKENS = (
     "suppress_tokens",
     "begin_suppress_tokens",
 )
+# What `translate` does beside that.
+_WAYS = ("split", "break_loops", "keep_placeholders")
 # What `generate` gives beside tokens.
 _BESIDE_TOKENS = (
     "return_dict_in_generate",
@@ -78,8 +82,9 @@ def translate(
     *,
     src_lang: str | None = None,
     tgt_lang: str | None = None,
-    split: bool = False,
+    split: bool | str = False,
     break_loops: bool = False,
+    keep_placeholders: bool = False,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Translates texts in their order: of one sentence each, or cut into sentences with ``split``.
@@ -96,8 +101,11 @@ def translate(
         src_lang: Language code of the source as the tokenizer spells it, such as ``"eng_Latn"``. Multilingual only.
         tgt_lang: The same of the target. Both reach the model as `texts.direction_of` says.
         split: Whether texts are cut into sentences, and these, where they are longer than the model takes, at the ends
-            of clauses. White space between them stays as it is. Without it a model may leave out sentences.
+            of clauses. White space between them stays as it is. Without it a model may leave out sentences. The code of
+            a language splits by its rules, where nothing else says what the source is.
         break_loops: Whether a sentence that comes out as a loop is translated again without repeats.
+        keep_placeholders: Whether ``{name}``, ``%s``, ``<0/>`` and addresses come back as they are: a sentence that
+            loses some is translated again with short ones in their place.
         **generate_kwargs: For ``model.generate``, such as ``num_beams``, ``max_new_tokens`` and ``generation_config``.
             A keyword goes before ``generation_config``, and that before the model's own generation config.
 
@@ -113,13 +121,14 @@ def translate(
     texts = list(read_texts(sentences, "translate"))
     languages: dict[str, Any] = {"src_lang": src_lang, "tgt_lang": tgt_lang}
     if split:
-        paragraphs = _paragraphs(model, tokenizer, texts, **languages)
+        paragraphs = _paragraphs(model, tokenizer, texts, split, **languages)
         found = translate(
             model,
             tokenizer,
             paragraphs.sentences,
             batch_size,
             break_loops=break_loops,
+            keep_placeholders=keep_placeholders,
             **languages,
             **generate_kwargs,
         )
@@ -138,10 +147,20 @@ def translate(
         found = translate(model, tokenizer, [texts[place] for place in looped], batch_size, **languages, **settings)
         for place, text in zip(looped, found, strict=True):
             translations[place] = text
+    if keep_placeholders:
+        pairs = enumerate(zip(texts, translations, strict=True))
+        lost = [place for place, pair in pairs if not keeps_placeholders(*pair)]
+        masked = [Masked.of(texts[place]) for place in lost]
+        shown = [mask.text for mask in masked]
+        found = translate(model, tokenizer, shown, batch_size, break_loops=break_loops, **languages, **generate_kwargs)
+        for place, mask, text in zip(lost, masked, found, strict=True):
+            translations[place] = mask.restored(text)
     return translations
 
 
-def _paragraphs(model: Any, tokenizer: Any, texts: list[str], src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
+def _paragraphs(
+    model: Any, tokenizer: Any, texts: list[str], split: bool | str, src_lang: str | None, tgt_lang: str | None
+) -> Paragraphs:
     """The texts as sentences that the model takes whole."""
     direction = direction_of(model, tokenizer, src_lang, tgt_lang)
 
@@ -149,7 +168,7 @@ def _paragraphs(model: Any, tokenizer: Any, texts: list[str], src_lang: str | No
         given = [direction.prompt + sentence for sentence in sentences]
         return list(map(len, encode(tokenizer, given, inf, direction.frame)))
 
-    own = src_lang or getattr(tokenizer, "source_lang", None)
+    own = split if isinstance(split, str) else src_lang or getattr(tokenizer, "source_lang", None)
     return Paragraphs(texts, own, count, longest_source(model, tokenizer))
 
 
@@ -352,7 +371,8 @@ class NMTranslationPipeline(Pipeline):
         Args:
             inputs: What to translate.
             *args: None are known.
-            **kwargs: ``batch_size``, ``src_lang``, ``tgt_lang`` and arguments of ``generate`` such as ``num_beams``.
+            **kwargs: ``batch_size``, ``src_lang``, ``tgt_lang``, ``split``, ``break_loops``, ``keep_placeholders`` and
+                arguments of ``generate`` such as ``num_beams``.
                 ``return_tensors=True`` gives ``translation_token_ids`` in place of texts, and beside them with
                 ``return_text=True``; ``clean_up_tokenization_spaces`` is for decoding.
 
@@ -403,6 +423,11 @@ class NMTranslationPipeline(Pipeline):
             assistants = {"assistant_model": self.assistant_model, "assistant_tokenizer": self.assistant_tokenizer}
             settings = {**assistants, **settings}
         src_lang, tgt_lang = settings.pop("src_lang", None), settings.pop("tgt_lang", None)
+        ways = {name: settings.pop(name) for name in _WAYS if name in settings}
+        if any(ways.values()):
+            languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
+            found = translate(self.model, self.tokenizer, batch, len(batch), **ways, **languages, **settings)
+            return {"text": found[0] if isinstance(texts, str) else found}
         own = self.model.generation_config.num_return_sequences
         count = _asked_for(settings).get("num_return_sequences") or own or 1
         _check_count("num_return_sequences", count)
@@ -419,6 +444,10 @@ class NMTranslationPipeline(Pipeline):
         clean_up = postprocess_parameters.get("clean_up_tokenization_spaces", False)
         if not return_tensors and not return_text:
             raise ValueError(f"{TASK}: return_text=False needs return_tensors=True, or nothing is left to return")
+        if "text" in model_outputs:  # of several sentences or of another text: it has no tokens of its own
+            if return_tensors:
+                raise ValueError(f"{TASK}: with {', '.join(_WAYS)} there are texts alone; leave return_tensors out")
+            return {"translation_text": model_outputs["text"]}
         tokenizer: Any = self.tokenizer
         results = []
         for tokens in model_outputs["tokens"]:

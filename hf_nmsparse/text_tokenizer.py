@@ -101,6 +101,7 @@ class _FileTokenizer:
         bos_token_id: That of the beginning of a text, or None.
         eos_token_id: That of its end, or None.
         pad_token_id: That of padding, or None.
+        source_lang: The language of sources, as OPUS-MT says it, or None.
     """
 
     def __init__(self, settings: Mapping[str, Any], special: Mapping[str, int]) -> None:
@@ -108,6 +109,7 @@ class _FileTokenizer:
         self.truncation_side = settings.get("truncation_side") or "right"
         self.unk_token_id, self.bos_token_id = special.get("unk_token"), special.get("bos_token")
         self.eos_token_id, self.pad_token_id = special.get("eos_token"), special.get("pad_token")
+        self.source_lang = settings.get("source_lang")
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """The id of a token; that of what is unknown where there is no such token."""

@@ -189,7 +189,7 @@ class Translator:
         src_lang: str | None = None,
         tgt_lang: str | None = None,
         return_scores: bool = False,
-        split: bool = False,
+        split: bool | str = False,
         break_loops: bool = False,
         keep_placeholders: bool = False,
         return_attention: bool = False,
@@ -207,6 +207,7 @@ class Translator:
             return_scores: Whether log-probabilities are wanted.
             split: Whether texts are cut into sentences, and these, where they are longer than the model takes, at the
                 ends of clauses. White space between them stays as it is. Without it a model may leave out sentences.
+                The code of a language splits by its rules, where nothing else says what the source is.
             break_loops: Whether a sentence that comes out as a loop is translated again without repeats.
             keep_placeholders: Whether ``{name}``, ``%s``, ``<0/>`` and addresses come back as they are, as
                 `placeholders` knows them: a sentence that loses some is translated again with short ones in their
@@ -255,7 +256,13 @@ class Translator:
             first += len(found)
 
     def translate_marked(
-        self, texts: Iterable[Marked], *, src_lang: str | None = None, tgt_lang: str | None = None, **settings: Any
+        self,
+        texts: Iterable[Marked],
+        *,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        split: str | None = None,
+        **settings: Any,
     ) -> list[Marked]:
         """Translates texts with marks in them, which go with the words that they belong to.
 
@@ -265,13 +272,14 @@ class Translator:
             texts: The texts, as their parts.
             src_lang: As in `translate`.
             tgt_lang: As in `translate`.
+            split: Code of the language by whose rules they are cut; that of the source if None.
             **settings: As in `translate`, but for ``num_return_sequences`` and the like.
 
         Raises:
             ValueError: As `translate` does, or in a text a tag closes nothing or is not closed.
         """
         marked, languages = MarkedTexts(texts), (src_lang, tgt_lang)
-        paragraphs = self.paragraphs(marked.plain, src_lang=src_lang, tgt_lang=tgt_lang)
+        paragraphs = self.paragraphs(marked.plain, src_lang=src_lang, tgt_lang=tgt_lang, split=split)
         asked = _Asked.of({**settings, "return_attention": True})
         ways = _Ways(break_loops=True, keep_placeholders=True)
         return self.marked(marked, paragraphs, self._translated(paragraphs.sentences, languages, asked, ways, 0)[1])
@@ -451,7 +459,12 @@ class Translator:
         return [len(next(rows)) if text.strip() else 0 for text in given]
 
     def paragraphs(
-        self, texts: Iterable[str], *, src_lang: str | None = None, tgt_lang: str | None = None
+        self,
+        texts: Iterable[str],
+        *,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        split: str | None = None,
     ) -> Paragraphs:
         """Texts as sentences that this model takes whole, as ``split`` cuts them.
 
@@ -459,13 +472,13 @@ class Translator:
             texts: The texts.
             src_lang: Code of the source; where nothing names it, it is taken for English.
             tgt_lang: Code of the target.
+            split: Code of the language by whose rules they are cut; that of the source if None.
 
         Raises:
             ValueError: A text is none, or a language is unknown.
         """
         given, most = list(read_texts(texts, "translate")), self.longest_source
-        own = src_lang or self._languages[0] or getattr(self.tokenizer, "source_lang", None)
-
+        own = split or src_lang or self._languages[0] or getattr(self.tokenizer, "source_lang", None)
         count = partial(self.count_tokens, src_lang=src_lang, tgt_lang=tgt_lang)
         return Paragraphs(given, own, count, most)
 
@@ -481,7 +494,10 @@ class Translator:
         self, texts: list[str], languages: _Languages, asked: _Asked, ways: _Ways, first: int
     ) -> tuple[Paragraphs | None, list[Translation]]:
         """The translations of texts, or of their sentences where there are some, before which ``first`` came."""
-        paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1]) if ways.split else None
+        paragraphs = None
+        if ways.split:
+            code = ways.split if isinstance(ways.split, str) else None
+            paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1], split=code)
         sentences = texts if paragraphs is None else paragraphs.sentences
         found = self._sentences(sentences, languages, asked, ways, first)
         if ways.keep_placeholders:
@@ -656,7 +672,7 @@ class Translator:
 class _Ways:
     """What is done about texts beside translating them, as `Translator.translate` says."""
 
-    split: bool = False
+    split: bool | str = False
     break_loops: bool = False
     keep_placeholders: bool = False
 

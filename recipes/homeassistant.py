@@ -106,3 +106,15 @@ def texts_of(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     elif isinstance(node, dict):
         for key, child in node.items():
             yield from texts_of(child, (*path, key))
+
+
+def main() -> None:
+    """Writes all pairs of two languages as JSON lines."""
+    source_lang, target_lang = sys.argv[1:]
+    wheel = fetch_wheel(Path(datasets.config.HF_CACHE_HOME) / "nmsparse")
+    for source, target in sorted(set(wheel_pairs(wheel, source_lang, target_lang))):
+        print(json.dumps({"translation": {source_lang: source, target_lang: target}}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

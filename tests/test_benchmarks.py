@@ -23,6 +23,7 @@ from benchmarks import (
     memory,
     methods,
     paragraphs,
+    placeholders,
     real_text,
     scaling,
     serve,
@@ -217,6 +218,38 @@ def test_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert all(0 <= row["lost"] <= 5 for row in rows)
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["given to the model", "BLEU", "sentences lost"])
+
+
+def test_placeholders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_with_news(tmp_path, 5)
+    pairs = [
+        ("A {dog} runs.", "Ein {dog} rennt."),
+        ("no such", "nichts"),
+        ("%s {cat}", "%s {cat}"),
+        ("{x}", "verloren"),
+    ]
+    lines = (json.dumps({"translation": {"en": source, "de": target}}) for source, target in pairs)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    file = tmp_path / "placeholders.json"
+    given = [str(tmp_path / "packed"), str(tmp_path / "pairs.jsonl"), "--note", "a test", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *given])
+    placeholders.main()
+    rows = tables.read(file)["rows"]
+    assert [(row["way"], row["texts"], row["placeholders"]) for row in rows] == [
+        ("as they are", 2, 3),
+        ("placeholders kept", 2, 3),
+        ("as pages", 2, 3),
+    ]
+    assert [row["kept"] for row in rows[1:]] == [3, 3]
+    assert (rows[2]["tags"], rows[2]["tags_kept"], rows[2]["balanced"]) == (2 * 5, 2 * 5, 2)
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["placeholders kept", "BLEU", "tags kept"])
+
+
+def test_what_is_balanced() -> None:
+    assert placeholders.page("a b c d e") == "<p><b>a</b> b c <i class='x'>d</i> e<img></p>"
+    assert placeholders.balanced("<p><b>a</b><i class='x'></i><img></p>")
+    assert not placeholders.balanced("<p><b></p></b>")
+    assert not placeholders.balanced("</b>")
 
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:

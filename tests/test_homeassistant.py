@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,16 @@ def test_the_recipe_knows_it_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(streamed["train"], IterableDataset)
     assert list(streamed["train"]) == list(splits["train"])
     assert streamed["test"] is splits["test"]
+
+
+def test_pairs_are_written_as_json_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"en": {"a": "Where does the sun rise?"}, "de": {"a": "Wo geht die Sonne auf, ähm?"}}
+    path = wheel(tmp_path, monkeypatch, texts)
+    monkeypatch.setattr(homeassistant, "fetch_wheel", lambda folder: path)
+    monkeypatch.setattr(sys, "argv", ["homeassistant", "en", "de"])
+    homeassistant.main()
+    assert json.loads(capsys.readouterr().out) == {
+        "translation": {"en": "Where does the sun rise?", "de": "Wo geht die Sonne auf, ähm?"}
+    }

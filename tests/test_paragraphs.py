@@ -121,3 +121,13 @@ def test_news(language: str) -> None:
         found, kept, ends = found + len(cuts), kept + len(cuts & true), ends + len(true)
     assert kept / ends > 0.92
     assert kept / found > 0.95
+
+
+def test_no_sentence_ends_in_a_placeholder() -> None:
+    text = "Of {n, plural, one {# item. It} other {# items. They}} at http://a.example/?b. Then {it. Is} so. {a} is. b"
+    assert Paragraphs([text]).sentences == [
+        "Of {n, plural, one {# item. It} other {# items. They}} at http://a.example/?b.",
+        "Then {it. Is} so.",
+        "{a} is.",
+        "b",
+    ]

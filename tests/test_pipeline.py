@@ -30,6 +30,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.pipeline import TASK, NMTranslationPipeline, _register, generated, translate
+from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
 from tests import tiny
@@ -567,3 +568,18 @@ class TestPipeline:
         before = PIPELINE_REGISTRY.supported_tasks[TASK]
         _register()
         assert PIPELINE_REGISTRY.supported_tasks[TASK] is before
+
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_paragraphs_loops_and_placeholders(self, batch_size: int) -> None:
+        texts = ["A {dog} runs. A man sleeps.\n\nThe dog", "", "A man"]
+        ways: dict[str, Any] = {"split": "de", "break_loops": True, "keep_placeholders": True, "max_new_tokens": 12}
+        expected = translate(MODEL, TOKENIZER, texts, **ways)
+        translator = make_pipeline(TASK, model=MODEL, tokenizer=TOKENIZER, device="cpu", batch_size=batch_size)
+        assert [result["translation_text"] for result in translator(texts, **ways)] == expected
+        assert translator(texts[0], **ways) == [{"translation_text": expected[0]}]
+        assert keeps_placeholders(texts[0], expected[0])
+        assert expected[0].count("\n") == 2
+        with pytest.raises(ValueError, match="there are texts alone; leave return_tensors out"):
+            translator(texts, return_tensors=True, **ways)
+        with pytest.raises(ValueError, match="leave num_return_sequences out"):
+            translator(texts, num_beams=2, num_return_sequences=2, **ways)

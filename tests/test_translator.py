@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html import escape
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -21,7 +23,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
 from hf_nmsparse.kernels import engine
 from hf_nmsparse.loops import loops
+from hf_nmsparse.markup import Tag
+from hf_nmsparse.masking import Masked
 from hf_nmsparse.pipeline import translate
+from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.translator import Translation
 from tests import tiny
 from tests.test_engine_spec import CASES, sentence, tiny_model
@@ -316,6 +321,75 @@ def test_loops_are_broken(folder: Path, translator: Translator) -> None:
         given: dict[str, Any] = {"break_loops": True, "split": True, "no_repeat_ngram_size": size, **settings}
         expected_texts = [one.text for one in translator.translate([paragraph], **given)]
         assert translate(model, tokenizer, [paragraph], **given) == expected_texts
+
+
+PLACED = ["A {dog} runs.", "a b c", "%s of %d, http://a.example/b", "", "{dog}"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 4, "num_return_sequences": 3}, {"do_sample": True, "seed": 3}])
+def test_placeholders_come_back(translator: Translator, settings: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"max_length": 30, **settings}
+    as_they_are = translator.translate(PLACED, **given)
+    found = translator.translate(PLACED, keep_placeholders=True, **given)
+    for source, one, other in zip(PLACED, found, as_they_are, strict=True):
+        assert one.masked is not keeps_placeholders(source, other.text)
+        assert one.attention is None
+        if not one.masked:
+            assert replace(one, alternatives=()) == replace(other, alternatives=())
+        assert all(keeps_placeholders(source, each.text) for each in (one, *one.alternatives))
+    assert [one.masked for one in found] == [True, False, True, False, True]
+    if not settings:
+        masked = translator.translate([Masked.of(PLACED[0]).text], **given)[0]
+        assert found[0].tokens == masked.tokens
+    looking = translator.translate(PLACED[:1], keep_placeholders=True, return_attention=True, **given)[0]
+    assert looking.attention is not None
+    assert looking.attention.shape == (len(looking.tokens), len(looking.source))
+
+
+def test_placeholders_of_paragraphs_and_in_chunks(folder: Path, translator: Translator) -> None:
+    text = "A {dog} runs.  a b\n\n%s sleeps."
+    given: dict[str, Any] = {"split": True, "keep_placeholders": True, "max_length": 30}
+    found = translator.translate([text], **given)[0]
+    assert keeps_placeholders(text, found.text)
+    assert [one.masked for one in found.sentences] == [True, False, True]
+    assert list(translator.translate_iterable([text] * 3, chunk_size=2, **given)) == [found] * 3
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    # Without attention they stand elsewhere, and there are as many.
+    (other,) = translate(model, tokenizer, [text], **given)
+    assert keeps_placeholders(text, other)
+    assert sorted(other.split()) == sorted(found.text.split())
+
+
+def test_marks_come_back(translator: Translator) -> None:
+    bold = Tag("<b>", "open"), Tag("</b>", "close")
+    texts = [("A ", bold[0], "dog", bold[1], " runs. a b", Tag("<v>", "void")), ("a b c",), (), (bold[0], bold[1])]
+    found = translator.translate_marked(texts, max_length=30)
+    for text, one in zip(texts, found, strict=True):
+        assert [part for part in one if isinstance(part, Tag)] == [part for part in text if isinstance(part, Tag)]
+    plain = ["".join(part for part in text if isinstance(part, str)) for text in texts]
+    expected = translator.translate(plain, split=True, break_loops=True, keep_placeholders=True, max_length=30)
+    assert ["".join(part for part in one if isinstance(part, str)) for one in found] == [one.text for one in expected]
+
+
+def test_html(translator: Translator) -> None:
+    page = "<p class='x'>A <b>dog</b> runs. a b<p>use <code>a &lt; b</code> now<!-- c --><script>a b</script>"
+    (found,) = translator.translate_html([page], max_length=30)
+    tags = re.compile(r"<code>.*?</code>|<script>.*?</script>|<[^<>]*>")
+    assert tags.findall(found) == tags.findall(page)
+    assert translator.translate_html(iter(["a b", ""]), max_length=30) == [
+        escape(translator.translate(["a b"], break_loops=True, max_length=30)[0].text, quote=False),
+        "",
+    ]
+    with pytest.raises(ValueError, match=r"^translate: expected a list of texts, got one text"):
+        translator.translate_html(page)
+
+
+def test_sentences_are_cut_by_the_rules_that_are_named(translator: Translator) -> None:
+    text = "Am 3. Mai war es soweit."  # a day, not an end, in German
+    assert translator.paragraphs([text], split="de").sentences == [text]
+    assert len(translator.paragraphs([text]).sentences) == 2
+    found = translator.translate([text], split="de", max_length=30)[0]
+    assert found == translator.translate([text], max_length=30)[0]
 
 
 def test_blank_texts_have_blank_translations(translator: Translator) -> None:

@@ -29,14 +29,18 @@ def libretranslate(models: Models, limits: Limits, keys: Keys) -> APIRouter:
         texts = _texts(fields.get("q"))
         source, target = (_code(name, fields.get(name)) for name in ("source", "target"))
         kind = fields.get("format") or "text"
-        if kind != "text":
-            raise RequestError(400, f"format {kind!r} is not translated here; send text without markup as 'text'")
+        if kind not in ("text", "html"):
+            raise RequestError(400, f"format is text or html, got {str(kind)[:50]!r}")
         count = _alternatives(fields.get("alternatives"), limits)
         settings = {"num_return_sequences": count + 1, "num_beams": max(count + 1, 4)} if count else {}
-        found = await models.route(source, target).translate(
-            request, texts if isinstance(texts, list) else [texts], limits, **settings
-        )
         several = isinstance(texts, list)
+        route, given = models.route(source, target), texts if isinstance(texts, list) else [texts]
+        if kind == "html":
+            if count:
+                raise RequestError(400, "alternatives are of text without markup; leave them out")
+            pages = await route.translate_html(request, given, limits)
+            return {"translatedText": pages if several else pages[0]}
+        found = await route.translate(request, given, limits, **settings)
         answer: dict[str, Any] = {"translatedText": [one.text for one in found] if several else found[0].text}
         if count:
             others = [_others(one) for one in found]

@@ -8,11 +8,16 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
+from hf_nmsparse.html_text import Html
+from hf_nmsparse.marked_texts import MarkedTexts
+from hf_nmsparse.markup import Marked
 from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.serve.batcher import Batcher, Observer, Settings, Translates, as_exception
 from hf_nmsparse.serve.errors import RequestError
@@ -23,14 +28,20 @@ from hf_nmsparse.translator import Translation, Translator, of_paragraphs
 
 __all__ = ["Model", "Models", "Route", "load_models"]
 
+T = TypeVar("T")
+
 _NAME = re.compile(r"(?:([\w-]+):([\w-]+)=)?(.+)", re.DOTALL)
 
 
 class ServedTranslator(Translates, Protocol):
     """What a server needs of a `Translator`."""
 
-    def paragraphs(self, texts: list[str], *, src_lang: str | None, tgt_lang: str | None) -> Paragraphs:
+    def paragraphs(self, texts: list[str], *, src_lang: str | None, tgt_lang: str | None, split: str) -> Paragraphs:
         """Texts as sentences that the model takes whole, counted."""
+        ...
+
+    def marked(self, texts: MarkedTexts, paragraphs: Paragraphs, found: Sequence[Translation]) -> list[Marked]:
+        """Translations with the marks of their texts."""
         ...
 
     def stream(self, text: str, **settings: Any) -> Generator[str]:
@@ -68,7 +79,7 @@ class Route:
     """
 
     def __init__(self, model: Model, at_work: _AtWork, source: str, target: str) -> None:
-        self._translator, self._at_work = model.translator, at_work
+        self._translator, self._at_work, self._source = model.translator, at_work, source
         self._languages = {
             "src_lang": source if model.names_source else None,
             "tgt_lang": target if model.names_target else None,
@@ -90,10 +101,48 @@ class Route:
             ClientDisconnect: The client went away.
         """
         limits.check(texts)
-        paragraphs = await self._checked(list(texts), settings)
-        key: Settings = tuple(sorted({**self._languages, "break_loops": True, **settings}.items()))
+        paragraphs = await self._checked(partial(self._counted, list(texts)), settings)
+        return of_paragraphs(paragraphs, await self._sentences(request, paragraphs, limits, settings))
+
+    async def translate_html(
+        self, request: Request, pages: Sequence[str], limits: Limits, **settings: Any
+    ) -> list[str]:
+        """Translates the text of pages, as `Translator.translate_html` does.
+
+        Args:
+            request: The request, whose body has been read.
+            pages: Its pages, or parts of some.
+            limits: Of a request.
+            **settings: As `Translator.translate_marked` takes them.
+
+        Raises:
+            RequestError: As `translate` does.
+            ClientDisconnect: The client went away.
+        """
+        limits.check(pages)
+        settings = {**settings, "return_attention": True}
+
+        def read(settings: dict[str, Any]) -> tuple[list[Html], MarkedTexts, Paragraphs]:
+            found = list(map(Html, pages))
+            texts = MarkedTexts(text for page in found for text in page.texts)
+            return found, texts, self._counted(texts.plain, settings)
+
+        found, texts, paragraphs = await self._checked(read, settings)
+        sentences = await self._sentences(request, paragraphs, limits, settings)
+
+        def filled() -> list[str]:
+            marked = iter(self._translator.marked(texts, paragraphs, sentences))
+            return [page.filled(list(islice(marked, len(page.texts)))) for page in found]
+
+        return await asyncio.get_running_loop().run_in_executor(self._at_work.checking, filled)
+
+    async def _sentences(
+        self, request: Request, paragraphs: Paragraphs, limits: Limits, settings: dict[str, Any]
+    ) -> list[Translation]:
+        given = {**self._languages, "break_loops": True, "keep_placeholders": True, **settings}
+        key: Settings = tuple(sorted(given.items()))
         futures = self._at_work.batcher.submit(paragraphs.sentences, paragraphs.lengths, key)
-        return of_paragraphs(paragraphs, await finished(request, futures, limits.seconds))
+        return await finished(request, futures, limits.seconds)
 
     async def stream(self, text: str, limits: Limits, **settings: Any) -> AsyncGenerator[str]:
         """The pieces of the translation of a text, as `Translator.stream` gives them.
@@ -105,7 +154,7 @@ class Route:
             RequestError: As `translate` does; while the pieces come, that it takes too long.
         """
         limits.check([text])
-        paragraphs = await self._checked([text], settings)
+        paragraphs = await self._checked(partial(self._counted, [text]), settings)
         if self._at_work.streams >= self._at_work.threads + limits.waiting:
             raise RequestError(429, f"{self._at_work.streams} texts stream or wait already; come again")
         return self._pieces(paragraphs, limits.seconds, settings)
@@ -143,12 +192,10 @@ class Route:
             closed.set()
             future.cancel()
 
-    async def _checked(self, texts: list[str], settings: dict[str, Any]) -> Paragraphs:
-        """The texts as sentences, counted; all is refused here that `translate` would refuse."""
+    async def _checked(self, read: Callable[[dict[str, Any]], T], settings: dict[str, Any]) -> T:
+        """What a thread reads of a request; all is refused here that `translate` would refuse."""
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._at_work.checking, self._counted, texts, settings
-            )
+            found = await asyncio.get_running_loop().run_in_executor(self._at_work.checking, read, settings)
         except RequestError:
             raise
         except ValueError as error:
@@ -156,8 +203,9 @@ class Route:
         return found
 
     def _counted(self, texts: list[str], settings: dict[str, Any]) -> Paragraphs:
+        """The texts as sentences, counted."""
         self._translator.translate([], **self._languages, **settings)  # which checks all but the texts
-        return self._translator.paragraphs(texts, **self._languages)
+        return self._translator.paragraphs(texts, **self._languages, split=self._source)
 
 
 class _AtWork:

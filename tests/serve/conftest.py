@@ -50,10 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class AsServed(Translator):
-    """What a server answers: sentence by sentence, and no loops."""
+    """What a server answers: sentence by sentence, no loops, and all placeholders."""
 
     def translate(self, texts: Iterable[str], **settings: Any) -> list[Translation]:
-        return super().translate(texts, **{"split": True, "break_loops": True, **settings})
+        return super().translate(texts, **{"split": True, "break_loops": True, "keep_placeholders": True, **settings})
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from hf_nmsparse import Translator
+from hf_nmsparse.placeholders import keeps_placeholders
 from tests.serve.conftest import KEY, LIMITS
 from tests.test_translator import TEXTS
 
@@ -78,6 +79,20 @@ def test_a_paragraph_comes_sentence_by_sentence(client: TestClient, translator: 
     assert answer == {"translatedText": translator.translate([long])[0].text}
 
 
+def test_html(client: TestClient, translator: Translator) -> None:
+    pages = ["<p>A <b>dog</b> runs. a b<p>c <code>d</code>", "", "a &amp; b", "<p></p>"]
+    expected_pages = translator.translate_html(pages)
+    assert expected_pages[0].count("<b>") == expected_pages[0].count("<code>d</code>") == 1
+    asked = {**PAIR, "format": "html"}
+    assert client.post("/translate", json={"q": pages, **asked}).json() == {"translatedText": expected_pages}
+    assert client.post("/translate", data={"q": pages[0], **asked}).json() == {"translatedText": expected_pages[0]}
+
+
+def test_placeholders_come_back(client: TestClient) -> None:
+    answer = client.post("/translate", json={"q": "A {dog} runs. %s b", **PAIR}).json()
+    assert keeps_placeholders("A {dog} runs. %s b", answer["translatedText"])
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [
@@ -90,7 +105,9 @@ def test_a_paragraph_comes_sentence_by_sentence(client: TestClient, translator: 
         ({"target": "fr"}, 400, "en is not translated into 'fr' here; name one of de"),
         ({"target": "en"}, 400, "en is not translated into 'en' here; name one of de"),
         ({"target": ["de"]}, 400, "target is the code of a language"),
-        ({"format": "html"}, 400, "format 'html' is not translated here"),
+        ({"format": "xml"}, 400, "format is text or html, got 'xml'"),
+        ({"format": "html", "alternatives": 1}, 400, "alternatives are of text without markup"),
+        ({"format": "html", "q": ["a"] * 21}, 413, "a request takes 20 texts, got 21"),
         ({"alternatives": 8}, 400, "alternatives are 0 to 7, got '8'"),
         ({"alternatives": -1}, 400, "alternatives are 0 to 7"),
         ({"alternatives": True}, 400, "alternatives are 0 to 7"),
