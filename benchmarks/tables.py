@@ -423,6 +423,21 @@ def placeholders_of(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def glossary_of(record: dict[str, Any]) -> str:
+    """Terms that came out as the glossary says, and BLEU."""
+    lines = table_head(["glossary", "terms kept", "BLEU", "chrF", "CPU s"])
+    for row in record["rows"]:
+        figures = [f"{row[name]:.2f}" for name in ("bleu", "chrf", "cpu_s")]
+        lines.append(table_row([row["glossary"], f"{row['kept']:,} of {row['terms']:,}", *figures]))
+    sentences = f"{record['rows'][0]['sentences']:,} sentences of {record['text']}, one by one"
+    lines += [
+        "",
+        f"{record['model']}, beam {record['beams']}, one thread; {sentences}; BLEU and chrF `{record['signature']}`. "
+        f"{machine(record)}",
+    ]
+    return "\n".join(lines)
+
+
 def measured_table(name: str) -> str:
     """The table of a benchmark's file."""
     return OF[name](read(MEASURED / f"{name}.json"))
@@ -483,6 +498,7 @@ OF = {
     "serve": serve_of,
     "paragraphs": paragraphs_of,
     "placeholders": placeholders_of,
+    "glossary": glossary_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 

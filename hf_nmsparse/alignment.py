@@ -13,7 +13,7 @@ import numpy as np
 from hf_nmsparse.kernels.engine import Array
 from hf_nmsparse.placeholders import PLACEHOLDERS
 
-__all__ = ["Span", "attended", "word_spans"]
+__all__ = ["Span", "attended", "token_shares", "word_spans"]
 
 Span = tuple[int, int]
 """The first character of a part of a text, and the one behind its last."""
@@ -75,8 +75,8 @@ def attended(
         fp32 ``[target words, source words]`` over ``word_spans`` of both. A mark looks at its like alone: what a model
         attends to as it writes a comma says nothing.
     """
-    of_source = _shares(source, source_tokens, decode)  # [source tokens, source words]
-    of_target = _shares(target, target_tokens, decode)  # [target tokens, target words]
+    of_source = token_shares(source, source_tokens, decode)  # [source tokens, source words]
+    of_target = token_shares(target, target_tokens, decode)  # [target tokens, target words]
     looked: Array = of_target.T @ attention[: len(target_tokens)] @ of_source  # [target words, source words]
     words = [source[start:end] for start, end in word_spans(source)]
     for place, (start, end) in enumerate(word_spans(target)):
@@ -85,8 +85,17 @@ def attended(
     return looked
 
 
-def _shares(text: str, tokens: Sequence[int], decode: Decode) -> Array:
-    """The characters that each token has of each word: ``[tokens, words]``."""
+def token_shares(text: str, tokens: Sequence[int], decode: Decode) -> Array:
+    """The characters that each token has of each word of a text.
+
+    Args:
+        text: The text.
+        tokens: Its tokens.
+        decode: Gives the text of tokens, without those that are special.
+
+    Returns:
+        fp32 ``[tokens, words]`` over ``word_spans(text)``.
+    """
     spans = word_spans(text)
     word_of = [word for word, (start, end) in enumerate(spans) for _ in range(start, end)]  # of each visible character
     decoded = _visible(decode(tokens))

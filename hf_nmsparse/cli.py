@@ -145,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
         "as a loop again without repeats, and one that has lost placeholders such as {name} and %%s again with them)",
     )
     command.add_argument(
+        "--glossary",
+        type=Path,
+        metavar="FILE",
+        help="terms that have one right translation, a line each: term, tab, translation, and further forms that are "
+        "right too behind |",
+    )
+    command.add_argument(
         "--input",
         default="-",
         metavar="FILE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from math import inf
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_nmsparse.alignment import attended, word_spans
+from hf_nmsparse.alignment import attended, token_shares, word_spans
 from hf_nmsparse.engine_files import COMPUTES, load_engine
+from hf_nmsparse.forced_terms import looks_at, next_term
 from hf_nmsparse.generation_settings import Search, plain, read_settings, search_of
+from hf_nmsparse.glossary import Glossary, missing
 from hf_nmsparse.html_text import translate_html
 from hf_nmsparse.kernels.engine import Array, Hypothesis
 from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
@@ -192,6 +194,7 @@ class Translator:
         split: bool | str = False,
         break_loops: bool = False,
         keep_placeholders: bool = False,
+        glossary: Glossary | None = None,
         return_attention: bool = False,
         seed: int = 0,
         batch_size: int = 64,
@@ -212,6 +215,8 @@ class Translator:
             keep_placeholders: Whether ``{name}``, ``%s``, ``<0/>`` and addresses come back as they are, as
                 `placeholders` knows them: a sentence that loses some is translated again with short ones in their
                 place. Of alternatives those are left out that lose some.
+            glossary: Terms that have one right translation. A sentence that lacks one is translated again from where it
+                looked at the term, which is begun with the term's translation; there are no alternatives of it.
             return_attention: Whether the weights over the source are wanted.
             seed: Of ``do_sample``.
             batch_size: Sentences that a thread works on together; translations do not depend on it.
@@ -227,7 +232,7 @@ class Translator:
         """
         given = list(read_texts(texts, "translate"))
         asked = _Asked(settings, return_scores, return_attention, seed, batch_size, batch_tokens)
-        ways = _Ways(split, break_loops, keep_placeholders)
+        ways = _Ways(split, break_loops, keep_placeholders, glossary)
         paragraphs, found = self._translated(given, (src_lang, tgt_lang), asked, ways, 0)
         return found if paragraphs is None else of_paragraphs(paragraphs, found)
 
@@ -511,7 +516,97 @@ class Translator:
         found = self._done(task, first)
         if ways.break_loops:
             self._break_loops(task, found, first)
-        return self._with_texts(found)
+        found = self._with_texts(found)
+        if ways.glossary is not None:
+            target = self._direction(*languages).frame is None
+            self._force_terms(sentences, found, task, ways.glossary, target)
+        return found
+
+    def _force_terms(
+        self, sentences: list[str], found: list[Translation], task: _Task, glossary: Glossary, target: bool
+    ) -> None:
+        """Translates again what lacks terms of a glossary, one term of each sentence at a time, from left to right."""
+        left = {place: glossary.terms(text) for place, text in enumerate(sentences)}
+        scored = task.search.config.beams > 1 or bool(task.search.config.token_scores)
+        settings = task.asked.with_settings({"num_return_sequences": 1})
+        task = replace(task, asked=replace(settings, return_attention=True))
+        todo = [place for place, terms in left.items() if missing(terms, found[place].text)]
+        forced = dict(zip(todo, self._begun(task, todo, [()] * len(todo)), strict=True))
+        begun = dict.fromkeys(todo, 0)  # the tokens of each that stay
+        while todo:
+            starts: dict[int, tuple[tuple[int, ...], Array]] = {}
+            for place in todo:
+                one, text = forced[place], sentences[place]
+                shares = token_shares(one.text, one.tokens, self._text_of)
+                end = len(one.tokens) - (one.tokens[-1:] in [(token,) for token in task.search.eos])
+                lacking = missing(left[place], one.text)
+                term, at = next_term(text, self.attended(text, one), shares, lacking, begun[place], end)
+                left[place].remove(term)
+                tokens = self._term_tokens(one.tokens[:at], term.forms[0], target)
+                at = min(at, task.search.config.max_length - len(tokens) - 2)  # the start and a token behind
+                if at >= begun[place]:
+                    start = (*one.tokens[:at], *tokens)
+                    looks = looks_at(text, token_shares(text, one.source, self._text_of), term)
+                    starts[place] = start, np.concatenate([_attention(one)[:at], [looks] * (len(start) - at)])
+                    begun[place] = len(start)
+            again = self._begun(task, list(starts), [start for start, _ in starts.values()])
+            for (place, (start, rows)), one in zip(starts.items(), again, strict=True):
+                forced[place] = replace(one, attention=np.concatenate([rows, _attention(one)[len(start) :]]))
+            todo = [place for place in todo if missing(left[place], forced[place].text)]
+        for place, one in forced.items():
+            if one.tokens != found[place].tokens:
+                whole = self._with_scores(one, task.search) if scored else one
+                kept = whole.token_scores if settings.return_scores else None
+                found[place] = replace(whole, token_scores=kept, looped=found[place].looped)
+                if not settings.return_attention:
+                    found[place] = replace(found[place], attention=None)
+
+    def _begun(self, task: _Task, places: Sequence[int], starts: Sequence[tuple[int, ...]]) -> list[Translation]:
+        """The translations of some texts of a task that begin with some tokens; attention to these is none."""
+        rows, found = dict(zip(task.places, task.rows, strict=True)), dict[int, Translation]()
+        for length in sorted(set(map(len, starts))):
+            chosen = [(place, start) for place, start in zip(places, starts, strict=True) if len(start) == length]
+            search = self._search(task.asked, length + 1)
+            if length:  # behind a term a new word begins
+                search = replace(search, begin_banned=[*search.begin_banned, *self._inside_words])
+            hypotheses: list[Any] = [None] * len(chosen)
+            self._run(
+                search,
+                [rows[place] for place, _ in chosen],
+                [start for _, start in chosen],
+                range(len(chosen)),
+                [place for place, _ in chosen],
+                task.asked,
+                hypotheses,
+                whole=True,
+            )
+            found |= zip((place for place, _ in chosen), hypotheses, strict=True)
+        return self._with_texts(found[place] for place in places)
+
+    @cached_property
+    def _inside_words(self) -> list[int]:
+        """The tokens that go on with a word."""
+        tokenizer, size = self.tokenizer, self._spec.config.target_vocabulary
+        with self._lock:
+            (word,) = encode(tokenizer, ["a"], inf, ([], []))
+        texts = (self._text_of([*word, token]) for token in range(size))
+        return [token for token, text in enumerate(texts) if text[:1] == "a" and text[1:2].isalnum()]
+
+    def _term_tokens(self, start: Sequence[int], form: str, target: bool) -> list[int]:
+        """The tokens of a term in a translation behind some others."""
+        tokenizer = self.tokenizer
+        with self._lock:
+            plain, spaced = encode(tokenizer, [form, f" {form}"], inf, ([], []), target)
+        check_tokens([plain, spaced], self._spec.config.target_vocabulary)
+        # Tokenizers of bytes want the space, and others add one of their own.
+        before = self._text_of(start)
+        return plain if self._text_of([*start, *plain]) == f"{before} {form}".strip() else spaced
+
+    def _with_scores(self, one: Translation, search: Search) -> Translation:
+        """A translation with the scores of all its tokens."""
+        scores = self._engine.score([one.source], [[search.start, *one.tokens]], self._threads)[0][1:]
+        score = float(scores.sum(dtype="float64")) / len(one.tokens) ** search.config.length_penalty
+        return replace(one, score=score, token_scores=tuple(scores.tolist()))
 
     def _keep_placeholders(
         self,
@@ -626,8 +721,12 @@ class Translator:
         asked: _Asked,
         found: list[Any],
         watch: _Watch | None = None,
+        whole: bool = False,
     ) -> None:
-        """Translates the rows at some places, each with a seed of its own place, into ``found``."""
+        """Translates the rows at some places, each with a seed of its own place, into ``found``.
+
+        What is found has its prefix with ``whole`` alone.
+        """
         config = search.config
         size = _WATCHED if config.attention else _CHUNK
         runs = config.returned if config.sample else 1
@@ -650,7 +749,8 @@ class Translator:
                 watch,
             )
             for place, best in zip(chosen, hypotheses, strict=True):
-                found[place] = _translation(best, len(prefixes[place]) + 1, tuple(rows[place]), search)
+                before = 1 if whole else len(prefixes[place]) + 1
+                found[place] = _translation(best, before, tuple(rows[place]), search)
             start = end
 
     def _text_of(self, tokens: Sequence[int]) -> str:
@@ -675,6 +775,7 @@ class _Ways:
     split: bool | str = False
     break_loops: bool = False
     keep_placeholders: bool = False
+    glossary: Glossary | None = None
 
 
 @dataclass(frozen=True)
@@ -736,6 +837,11 @@ class _Asked:
             "batch_sentences": self.batch_size,
             "batch_tokens": self.batch_tokens,
         }
+
+
+def _attention(one: Translation) -> Array:
+    """What a translation looked at that was to tell it."""
+    return np.zeros((len(one.tokens), len(one.source)), np.float32) if one.attention is None else one.attention
 
 
 def _translation(

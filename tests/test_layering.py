@@ -45,6 +45,8 @@ BANDS = {
             "masking",
             "markup",
             "marked_texts",
+            "glossary",
+            "forced_terms",
             "html_text",
         ),  # what is more than a sentence
         *("translator", "pipeline", "bulk"),

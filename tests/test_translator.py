@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
+from hf_nmsparse.glossary import Glossary, missing
 from hf_nmsparse.kernels import engine
 from hf_nmsparse.loops import loops
 from hf_nmsparse.markup import Tag
 from hf_nmsparse.masking import Masked
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.placeholders import keeps_placeholders
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translator import Translation, _Asked
 from tests import tiny
 from tests.test_engine_spec import CASES, sentence, tiny_model
 from tests.test_texts import FAMILIES
@@ -382,6 +383,38 @@ def test_html(translator: Translator) -> None:
     ]
     with pytest.raises(ValueError, match=r"^translate: expected a list of texts, got one text"):
         translator.translate_html(page)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_terms_of_a_glossary_come_out(translator: Translator, settings: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"max_length": 60, **settings}
+    texts = ["A dog runs.", "a b c", "The man sleeps.", ""]
+    glossary = Glossary({"dog": "man", "the man": "runs"})
+    plain = translator.translate(texts, return_scores=True, **given)
+    found = translator.translate(texts, return_scores=True, glossary=glossary, **given)
+    lacking = [missing(glossary.terms(text), one.text) for text, one in zip(texts, found, strict=True)]
+    assert lacking == [[], [], [], []]
+    assert found[1] == plain[1]
+    assert found[0] != plain[0]
+    for text, one in zip(texts, found, strict=True):
+        if one.tokens != plain[texts.index(text)].tokens:
+            # What is told of it is told of all its tokens.
+            (scored,) = translator._engine.score([one.source], [[translator._search(_Asked({})).start, *one.tokens]], 1)
+            assert one.token_scores == tuple(scored[1:].tolist())
+            assert one.alternatives == ()
+    (looking,) = translator.translate(texts[:1], glossary=glossary, return_attention=True, **given)
+    assert looking.attention is not None
+    assert looking.attention.shape == (len(looking.tokens), len(looking.source))
+    assert looking.attention.sum(1) == pytest.approx(1)
+    both = {"split": True, "keep_placeholders": True, "glossary": glossary, **given}
+    paragraph = translator.translate(["A dog runs.  {x} of the man"], **both)[0].text
+    assert keeps_placeholders("{x}", paragraph)
+    assert not missing(glossary.terms("A dog runs. The man"), paragraph)
+
+
+def test_a_term_that_finds_no_room_is_left_out(translator: Translator) -> None:
+    glossary = Glossary({"dog": "man runs the dog a b c"})
+    assert len(translator.translate(["A dog runs."], glossary=glossary, max_length=6)[0].tokens) <= 5
 
 
 def test_sentences_are_cut_by_the_rules_that_are_named(translator: Translator) -> None:
