@@ -28,6 +28,7 @@ __all__ = [
     "FORMATS",
     "column_of",
     "find_files",
+    "is_quoted",
     "is_text",
     "read_column",
     "read_lines",
@@ -232,7 +233,7 @@ def _side_by_side(files: tuple[Path, ...], langs: tuple[str, str]) -> Iterator[R
 
 
 def _tsv(file: Path) -> Iterator[Row]:
-    quoted = _is_quoted(file)
+    quoted = is_quoted(file)
     columns: list[str] = []
     for number, line in enumerate(_lines(file), 1):
         fields = line.split("\t")
@@ -254,7 +255,7 @@ def _tsv(file: Path) -> Iterator[Row]:
             yield where, dict(zip(columns, fields, strict=True))
 
 
-def _is_quoted(file: Path) -> bool:
+def is_quoted(file: Path) -> bool:
     """Whether a writer of CSV has quoted the fields: all that have a quotation mark look so, and one nothing else.
 
     Most tools that write a header quote as CSV does, most that cut text with tabs know no quotes. A file of the latter

@@ -17,7 +17,7 @@ import sentencex
 
 from hf_nmsparse.placeholders import PLACEHOLDERS
 
-__all__ = ["Count", "Paragraphs", "language_code"]
+__all__ = ["Count", "Paragraphs", "is_wide", "language_code"]
 
 T = TypeVar("T")
 
@@ -169,13 +169,13 @@ def _filled(pieces: Iterable[str], translate: Callable[[str], Iterable[str]]) ->
             yield piece
             continue
         for part in filter(None, translate(piece)):
-            if before and last and _is_wide(before[-1]) and not _is_wide(last[-1]):
+            if before and last and is_wide(before[-1]) and not is_wide(last[-1]):
                 yield " "
             before, last = "", part
             yield part
         before = piece
 
 
-def _is_wide(character: str) -> bool:
+def is_wide(character: str) -> bool:
     """Whether it is of a script that is written without spaces between sentences."""
     return unicodedata.east_asian_width(character) in "WF"

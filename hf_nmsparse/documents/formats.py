@@ -1,0 +1,134 @@
+"""The formats by their names and suffixes, and the way of a file through its reader."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from hf_nmsparse.documents.base import DocumentError, Options, Reader, Translate
+from hf_nmsparse.documents.json_lines import translate_jsonl
+from hf_nmsparse.documents.po import translate_po
+from hf_nmsparse.documents.subtitles import translate_srt, translate_vtt
+from hf_nmsparse.documents.tables import translate_csv, translate_tsv
+
+__all__ = ["FORMATS", "Format", "format_of", "translate_document"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of documents.
+
+    Attributes:
+        suffixes: How its files end.
+        read: Reads and writes them.
+        needs: Modules of the extra ``documents`` that this takes.
+        options: The `Options` that it knows.
+    """
+
+    suffixes: tuple[str, ...]
+    read: Reader
+    needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+# What takes long to import, or may be missing, is imported by those who use it.
+
+
+def _parquet(source: Path, target: IO[bytes], translate: Translate, options: Options) -> None:
+    from hf_nmsparse.documents.parquet import translate_parquet
+
+    translate_parquet(source, target, translate, options)
+
+
+def _html(source: Path, target: IO[bytes], translate: Translate, options: Options) -> None:
+    from hf_nmsparse.documents.html import translate_html_file
+
+    translate_html_file(source, target, translate, options)
+
+
+def _markdown(source: Path, target: IO[bytes], translate: Translate, options: Options) -> None:
+    from hf_nmsparse.documents.markdown import translate_markdown
+
+    translate_markdown(source, target, translate, options)
+
+
+def _docx(source: Path, target: IO[bytes], translate: Translate, options: Options) -> None:
+    from hf_nmsparse.documents.docx import translate_docx
+
+    translate_docx(source, target, translate, options)
+
+
+_COLUMNS = ("column", "to_column")
+
+FORMATS = {
+    "jsonl": Format((".jsonl",), translate_jsonl, options=_COLUMNS),
+    "tsv": Format((".tsv",), translate_tsv, options=_COLUMNS),
+    "csv": Format((".csv",), translate_csv, options=_COLUMNS),
+    "parquet": Format((".parquet",), _parquet, options=_COLUMNS),
+    "srt": Format((".srt",), translate_srt),
+    "vtt": Format((".vtt",), translate_vtt),
+    "po": Format((".po",), translate_po, options=("overwrite",)),
+    "html": Format((".html", ".htm"), _html),
+    "md": Format((".md",), _markdown, needs=("markdown_it",)),
+    "docx": Format((".docx",), _docx, needs=("lxml",)),
+}
+
+
+def format_of(name: str) -> str | None:
+    """The format of a file by its suffix; None where that is none of these, and the file is lines of text."""
+    suffix = Path(name).suffix.lower()
+    return next((form for form, known in FORMATS.items() if suffix in known.suffixes), None)
+
+
+def translate_document(
+    source: str, target: IO[bytes], form: str, translate: Translate, options: Options | None = None
+) -> None:
+    """Translates a document.
+
+    Args:
+        source: Name of a file or a pipe; ``-`` is standard input.
+        target: Where the translated document goes.
+        form: One of `FORMATS`.
+        translate: Gives texts in another language.
+        options: What is asked of some formats alone.
+
+    Raises:
+        ValueError: The file is damaged or has not what was asked for, a library is missing, or ``translate`` says so.
+    """
+    known, options = FORMATS[form], options or Options()
+    for name in vars(options):
+        if name not in known.options and getattr(options, name) != getattr(Options(), name):
+            formats = ", ".join(other for other in FORMATS if name in FORMATS[other].options)
+            raise ValueError(f"--{name.replace('_', '-')} is for {formats}, and not for {form}; leave it out")
+    missing = [module for module in known.needs if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{form} needs {', '.join(missing)}: pip install 'hf-nmsparse[documents]'")
+    with _on_disk(source) as file:
+        try:
+            known.read(file, target, translate, options)
+        except DocumentError as error:
+            raise ValueError(f"{'standard input' if source == '-' else source}: {error}") from error
+
+
+@contextmanager
+def _on_disk(source: str) -> Iterator[Path]:
+    """A file, to be read in any order; what comes by a pipe is kept in one for so long."""
+    if source != "-" and (Path(source).is_file() or not Path(source).exists()):
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "input"
+        with kept.open("wb") as file:
+            if source == "-":
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            else:
+                with Path(source).open("rb") as stream:
+                    shutil.copyfileobj(stream, file)
+        yield kept

@@ -1,0 +1,206 @@
+"""Marked texts on their way through a translation: what is left out of it, and how their lines are wrapped again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+from hf_nmsparse.documents.base import Translate
+from hf_nmsparse.markup import Marked, Tag
+from hf_nmsparse.paragraphs import is_wide
+
+__all__ = ["Mark", "as_one", "joined", "one_line", "plain", "rendered", "translate_inner", "well_nested", "wrapped"]
+
+T = TypeVar("T")
+
+
+_LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+class Mark(NamedTuple):
+    """A tag as it stands in a document, where it may have no counterpart.
+
+    Attributes:
+        text: What stands there.
+        name: Which opening and closing ones belong together.
+        kind: As of `Tag`.
+    """
+
+    text: str
+    name: str
+    kind: str
+
+
+def well_nested(parts: Iterable[str | Mark]) -> Marked:
+    """The parts with a tag for each mark; those that have no counterpart stand alone."""
+    found: list[str | Tag] = []
+    opened: list[tuple[str, int]] = []
+    for part in parts:
+        if isinstance(part, str):
+            found.append(part)
+            continue
+        found.append(Tag(part.text, "void"))
+        if part.kind == "open":
+            opened.append((part.name, len(found) - 1))
+        elif part.kind == "close" and part.name in [name for name, _ in opened]:
+            while opened:
+                name, place = opened.pop()
+                if name == part.name:
+                    found[place] = Tag(found[place].text, "open")  # type: ignore[union-attr]
+                    found[-1] = Tag(part.text, "close")
+                    break
+    return joined(found)
+
+
+def joined(text: Iterable[str | Tag]) -> Marked:
+    """The same text with strings that stand side by side as one, and without empty ones."""
+    found: list[str | Tag] = []
+    for part in text:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return tuple(found)
+
+
+def rendered(text: Marked, escape: Callable[[str], str] = str) -> str:
+    """What stands in the document for a text whose strings need escaping."""
+    return "".join(part.text if isinstance(part, Tag) else escape(part) for part in text)
+
+
+def one_line(text: Marked) -> Marked:
+    """The same text in one line."""
+    return joined(part if isinstance(part, Tag) else _LINE_END.sub(" ", part) for part in text)
+
+
+def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marked]:
+    """Translates texts, but for what is around their words and for texts without a letter.
+
+    White space, tags that stand alone at an end and those around the whole text stay where they are, so that most texts
+    that have tags are translated without.
+
+    Args:
+        texts: The texts.
+        translate: Gives them in another language.
+
+    Raises:
+        ValueError: It gives more of them, or fewer.
+    """
+    split = [_split(joined(text)) for text in texts]
+    places = [place for place, (_, inner, _) in enumerate(split) if _has_words(inner)]
+    found = translate([split[place][1] for place in places]) if places else []
+    for place, inner in zip(places, found, strict=True):
+        before, _, after = split[place]
+        split[place] = before, inner, after
+    return [joined((*before, *inner, *after)) for before, inner, after in split]
+
+
+def _has_words(text: Marked) -> bool:
+    return any(isinstance(part, str) and any(map(str.isalpha, part)) for part in text)
+
+
+def _split(text: Marked) -> tuple[Marked, Marked, Marked]:
+    """A text as what stands before its words, the words with the tags between them, and what stands after."""
+    parts = [piece for part in text for piece in (_pieces(part) if isinstance(part, str) else [part])]
+    partner = _partners(parts)
+    first, last = 0, len(parts)  # the words lie in between
+    while True:
+        before = first, last
+        while first < last and _is_blank(parts[first : partner.get(first, first) + 1]):
+            first = partner.get(first, first) + 1
+        while first < last and _is_blank(parts[partner.get(last - 1, last - 1) : last]):
+            last = partner.get(last - 1, last - 1)
+        if last - first > 1 and partner.get(first) == last - 1:
+            first, last = first + 1, last - 1
+        if before == (first, last):
+            return tuple(parts[:first]), tuple(parts[first:last]), tuple(parts[last:])
+
+
+def _pieces(part: str) -> Iterator[str]:
+    """A string as the white space before it, itself, and the white space after it."""
+    inner = part.strip()
+    start = part.index(inner) if inner else len(part)
+    yield from filter(None, (part[:start], inner, part[start + len(inner) :]))
+
+
+def _partners(parts: Sequence[str | Tag]) -> dict[int, int]:
+    """The place of the other tag for each that opens or closes."""
+    found: dict[int, int] = {}
+    opened: list[int] = []
+    for place, part in enumerate(parts):
+        if isinstance(part, Tag) and part.kind == "open":
+            opened.append(place)
+        elif isinstance(part, Tag) and part.kind == "close":
+            start = opened.pop()
+            found[start], found[place] = place, start
+    return found
+
+
+def _is_blank(parts: Sequence[str | Tag]) -> bool:
+    """Whether a string, a tag alone, or a pair of tags with what is between holds no more than white space."""
+    return all(isinstance(part, Tag) or not part.strip() for part in parts) and bool(parts)
+
+
+def as_one(lines: Sequence[Sequence[str | T]]) -> tuple[list[str | T], list[float]]:
+    """Lines as one text, with a space where one ended unless their script has none.
+
+    Returns:
+        The parts of the text, and for each end of a line which share of the text stands before it.
+    """
+    parts, text, ends = list(lines[0]), plain(lines[0]), []
+    for line in lines[1:]:
+        more = plain(line)
+        space = "" if text and more and is_wide(text[-1]) and is_wide(more[0]) else " "
+        ends.append(len(text))
+        text += space + more
+        parts += [space, *line]
+    return parts, [end / len(text) for end in ends]
+
+
+def plain(text: Iterable[object]) -> str:
+    """A text without its tags."""
+    return "".join(part for part in text if isinstance(part, str))
+
+
+def wrapped(text: Marked, shares: Sequence[float], breaks: Sequence[str]) -> Marked:
+    """A text with line breaks, each as near as may be to where it was.
+
+    Args:
+        text: The text, in one line.
+        shares: For each break which share of the original stood before it.
+        breaks: What stands there; each is a tag of its own in the result.
+
+    Returns:
+        The text; with fewer breaks, from the first on, where it has not so many places for one.
+    """
+    whole = plain(text)
+    # A break takes the place of a space, or stands between characters of a script that has none.
+    places = [
+        place
+        for place, (before, here) in enumerate(pairwise(whole), 1)
+        if (here == " " != before and place < len(whole) - 1) or (is_wide(before) and is_wide(here))
+    ]
+    chosen: dict[int, str] = {}
+    for number, (share, mark) in enumerate(zip(shares, breaks, strict=True)):
+        left = [place for place in places if place > max(chosen, default=0)]
+        later = min(len(breaks) - number, len(left)) - 1  # breaks that still follow
+        left = left[: len(left) - later] if later > 0 else left
+        if left:
+            chosen[min(left, key=lambda place: abs(place - share * len(whole)))] = mark
+    return joined(_broken(text, chosen))
+
+
+def _broken(text: Marked, chosen: dict[int, str]) -> Iterator[str | Tag]:
+    place = 0
+    for part in text:
+        if isinstance(part, Tag):
+            yield part
+            continue
+        for character in part:
+            if place in chosen:
+                yield Tag(chosen[place], "void")
+            if place not in chosen or character != " ":
+                yield character
+            place += 1
