@@ -90,15 +90,25 @@ def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marke
     """
     split = [_split(joined(text)) for text in texts]
     places = [place for place, (_, inner, _) in enumerate(split) if _has_words(inner)]
-    found = translate([split[place][1] for place in places]) if places else []
+    found = translate([joined(split[place][1]) for place in places]) if places else []
     for place, inner in zip(places, found, strict=True):
         before, _, after = split[place]
-        split[place] = before, inner, after
+        split[place] = before, _stripped(inner), after
     return [joined((*before, *inner, *after)) for before, inner, after in split]
 
 
 def _has_words(text: Marked) -> bool:
     return any(isinstance(part, str) and any(map(str.isalpha, part)) for part in text)
+
+
+def _stripped(text: Marked) -> Marked:
+    """The text without white space at its ends: what belongs there is not translated."""
+    parts = list(joined(text))
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return joined(parts)
 
 
 def _split(text: Marked) -> tuple[Marked, Marked, Marked]:
