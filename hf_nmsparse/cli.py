@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_nmsparse import commands
+from hf_nmsparse.documents import FORMATS
 from hf_nmsparse.terminal import drop_output, keep_standard_numbers, one_line, say
 
 __all__ = ["main"]
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
     command.set_defaults(run=commands.convert)
 
-    command = subparsers.add_parser("translate", help="translate text, one line out for each line in")
+    command = subparsers.add_parser("translate", help="translate text, one line out for each line in, or documents")
     _add_model_arguments(command)
     ways = command.add_mutually_exclusive_group()
     ways.add_argument(
@@ -155,13 +156,27 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         default="-",
         metavar="FILE",
-        help="text, one paragraph or sentence a line; - is standard input, which is answered batch by batch",
+        help="text, one paragraph or sentence a line, or a document by its suffix (see --format); - is standard input, "
+        "of which lines are answered batch by batch",
     )
     command.add_argument(
         "--output",
         default="-",
         metavar="FILE",
-        help="one translation a line, whole or not at all; - is standard output, written batch by batch",
+        help="one translation a line, or the document, whole or not at all; - is standard output, where lines are "
+        "written batch by batch",
+    )
+    command.add_argument(
+        "--format",
+        choices=("txt", *FORMATS),
+        help="what --input is (default: by its suffix, and lines of text where that is none of these)",
+    )
+    command.add_argument("--column", metavar="NAME", help="column to translate (default: the only one that holds text)")
+    command.add_argument(
+        "--to-column", default="translation", metavar="NAME", help="new column for translations (default: translation)"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="translate messages of a .po file that have a translation, too"
     )
     command.set_defaults(run=commands.translate)
 

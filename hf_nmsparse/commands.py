@@ -13,13 +13,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from hf_nmsparse.devices import device_of, on_cpu
-from hf_nmsparse.line_files import check_output, is_one_file, read_lines, reading, writing
+from hf_nmsparse.line_files import (
+    check_input,
+    check_output,
+    is_one_file,
+    read_lines,
+    reading,
+    writing,
+    writing_whole,
+)
+from hf_nmsparse.markup import Marked, Tag
 from hf_nmsparse.terminal import make_record_plain, named, one_line, row, say
 
 __all__ = [
@@ -194,7 +204,34 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def translate(args: argparse.Namespace) -> None:
-    """Translates lines of text."""
+    """Translates lines of text, or a document."""
+    from hf_nmsparse.documents import Options, check_options, format_of, translate_document
+
+    form = args.format or format_of(args.input) or "txt"
+    options = Options(args.column, args.to_column, args.overwrite)
+    check_options(form, options)
+    if form == "txt":
+        _translate_lines(args)
+        return
+    check_input(args.input)
+    check_output(args.output, args.input)
+    with writing_whole(args.output) as target:
+        translate_document(args.input, target, form, _translate_marked(args), options)
+
+
+def _translate_marked(args: argparse.Namespace) -> Callable[[list[Marked]], list[Marked]]:
+    """Translates texts with markup; the model is loaded once there is a text."""
+    load = cache(lambda: _translate_texts(args, args.split))
+
+    def translated(texts: list[Marked]) -> list[Marked]:
+        if any(isinstance(part, Tag) for text in texts for part in text):
+            raise ValueError("translate: a text has markup in it; give a document without")
+        return [(text,) for text in load()(["".join(map(str, text)) for text in texts])]
+
+    return translated
+
+
+def _translate_lines(args: argparse.Namespace) -> None:
     with reading(args.input) as source:
         check_output(args.output, args.input)
         chunks = _translations(args, source, _CHUNK if Path(args.input).is_file() else args.batch_size, args.split)
@@ -398,15 +435,20 @@ def _translations(
     args: argparse.Namespace, lines: Iterator[str], chunk: int, split: bool | str = False
 ) -> Iterator[list[str]]:
     """Loads the model, then translates lines as they are asked for, so many at a time; a translation is one line."""
-    given = {"num_beams": args.beams, "max_length": args.max_length}
-    settings = {key: value for key, value in given.items() if value is not None}
-    ways = {"split": split, "break_loops": bool(split), "keep_placeholders": bool(split)}
-    translate = _on_engine(args, settings, ways) or _on_torch(args, {**settings, **ways})
+    translate = _translate_texts(args, split)
 
     def translated(texts: list[str]) -> list[str]:
         return [" ".join(text.splitlines()) for text in translate(texts)]
 
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
+
+
+def _translate_texts(args: argparse.Namespace, split: bool) -> Callable[[list[str]], list[str]]:
+    """Loads the model, on the native engine where that runs it."""
+    given = {"num_beams": args.beams, "max_length": args.max_length}
+    settings = {key: value for key, value in given.items() if value is not None}
+    ways = {"split": split, "break_loops": split}
+    return _on_engine(args, settings, ways) or _on_torch(args, {**settings, **ways})
 
 
 def _on_engine(

@@ -1,4 +1,4 @@
-"""Text files that a command reads and writes, one sentence a line; ``-`` is standard input or output."""
+"""Files that a command reads and writes, mostly text of one sentence a line; ``-`` is standard input or output."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import codecs
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["check_output", "is_one_file", "read_lines", "reading", "writing"]
+__all__ = ["check_input", "check_output", "is_one_file", "read_lines", "reading", "writing", "writing_whole"]
+
+
+def check_input(name: str) -> None:
+    """Refuses what cannot be read."""
+    if name == "-":
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; open it or name a file")
+    elif Path(name).is_dir():
+        raise ValueError(f"{name} is a folder; name a file")
+    elif not Path(name).exists():
+        raise ValueError(f"no file {name}")
 
 
 def check_output(output: str | None, *inputs: str | None) -> None:
@@ -51,15 +63,10 @@ def read_lines(name: str) -> list[str]:
 @contextmanager
 def reading(name: str) -> Iterator[Iterator[str]]:
     """The lines of a file, of a pipe or of standard input, without what ends them."""
+    check_input(name)
     if name == "-":
-        if sys.stdin is None:
-            raise ValueError("standard input is closed; open it or name a file")
         yield _decoded(sys.stdin.buffer, "standard input")
         return
-    if Path(name).is_dir():
-        raise ValueError(f"{name} is a folder; name a file")
-    if not Path(name).exists():
-        raise ValueError(f"no file {name}")
     with Path(name).open("rb") as file:
         yield _decoded(file, name)
 
@@ -109,6 +116,26 @@ def writing(name: str) -> Iterator[IO[str]]:
         return
     with path.open(**how) as file:
         yield file
+
+
+@contextmanager
+def writing_whole(name: str) -> Iterator[IO[bytes]]:
+    """A stream of bytes that go to a file, or to what is open under that name, once all are there."""
+    path = Path(name)
+    if name != "-" and not any(_is_open(path, number) for number in (1, 2)) and _is_written_beside(path):
+        with writing(name) as file:
+            yield _bytes_of(file)
+        return
+    with tempfile.TemporaryFile() as kept:
+        yield kept
+        kept.seek(0)
+        with writing(name) as file:
+            shutil.copyfileobj(kept, _bytes_of(file))
+
+
+def _bytes_of(file: IO[str]) -> IO[bytes]:
+    stream: IO[bytes] = file.buffer  # type: ignore[attr-defined]  # all that `writing` gives have one
+    return stream
 
 
 def _is_open(path: Path, number: int) -> bool:

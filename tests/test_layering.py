@@ -38,6 +38,7 @@ BANDS = {
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
     "translation": {
+        *("markup", "html_text", "documents"),
         *("shortlist", "texts", "paragraphs", "loops", "text_tokenizer", "streaming"),
         *(
             "placeholders",

@@ -4,6 +4,6 @@ Each format has a module with one function, a `Reader`; `formats` is the table o
 """
 
 from hf_nmsparse.documents.base import DocumentError, Options, Translate
-from hf_nmsparse.documents.formats import FORMATS, format_of, translate_document
+from hf_nmsparse.documents.formats import FORMATS, check_options, format_of, translate_document
 
-__all__ = ["FORMATS", "DocumentError", "Options", "Translate", "format_of", "translate_document"]
+__all__ = ["FORMATS", "DocumentError", "Options", "Translate", "check_options", "format_of", "translate_document"]

@@ -354,7 +354,7 @@ def _format(properties: Any) -> bytes:
 def _usual(items: Sequence[_Item]) -> Any:
     """The run properties of most of the text."""
     counts: Counter[bytes] = Counter()
-    known = {}
+    known: dict[bytes, Any] = {}
     for item in items:
         if item.kind == "text" and item.text.strip():
             counts[item.format] += len(item.text)

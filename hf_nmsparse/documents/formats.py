@@ -18,7 +18,7 @@ from hf_nmsparse.documents.po import translate_po
 from hf_nmsparse.documents.subtitles import translate_srt, translate_vtt
 from hf_nmsparse.documents.tables import translate_csv, translate_tsv
 
-__all__ = ["FORMATS", "Format", "format_of", "translate_document"]
+__all__ = ["FORMATS", "Format", "check_options", "format_of", "translate_document"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ def format_of(name: str) -> str | None:
     return next((form for form, known in FORMATS.items() if suffix in known.suffixes), None)
 
 
+def check_options(form: str, options: Options) -> None:
+    """Refuses what is asked of a format that does not know it.
+
+    Args:
+        form: One of `FORMATS`, or another, which knows none.
+        options: What is asked.
+
+    Raises:
+        ValueError: As said.
+    """
+    known = FORMATS[form].options if form in FORMATS else ()
+    for name, value in vars(options).items():
+        if name not in known and value != getattr(Options(), name):
+            formats = ", ".join(other for other in FORMATS if name in FORMATS[other].options)
+            raise ValueError(f"--{name.replace('_', '-')} is for {formats}, and not for {form}; leave it out")
+
+
 def translate_document(
     source: str, target: IO[bytes], form: str, translate: Translate, options: Options | None = None
 ) -> None:
@@ -102,16 +119,16 @@ def translate_document(
     Raises:
         ValueError: The file is damaged or has not what was asked for, a library is missing, or ``translate`` says so.
     """
-    known, options = FORMATS[form], options or Options()
-    for name in vars(options):
-        if name not in known.options and getattr(options, name) != getattr(Options(), name):
-            formats = ", ".join(other for other in FORMATS if name in FORMATS[other].options)
-            raise ValueError(f"--{name.replace('_', '-')} is for {formats}, and not for {form}; leave it out")
+    options = options or Options()
+    check_options(form, options)
+    known = FORMATS[form]
     missing = [module for module in known.needs if find_spec(module) is None]
     if missing:
         raise ValueError(f"{form} needs {', '.join(missing)}: pip install 'hf-nmsparse[documents]'")
     with _on_disk(source) as file:
         try:
+            if not file.stat().st_size:
+                raise DocumentError("is empty; there is nothing to translate")
             known.read(file, target, translate, options)
         except DocumentError as error:
             raise ValueError(f"{'standard input' if source == '-' else source}: {error}") from error

@@ -11,7 +11,6 @@ from typing import IO
 
 from hf_nmsparse.documents.base import DocumentError, Options, Translate, decoded
 from hf_nmsparse.documents.rows import Row, text_column, translate_rows
-from hf_nmsparse.pairs import is_quoted
 
 __all__ = ["translate_csv", "translate_tsv"]
 
@@ -25,6 +24,8 @@ def translate_tsv(source: Path, target: IO[bytes], translate: Translate, options
     Most tools that write a header quote fields as CSV does, most that cut text with tabs know no quotes: the whole file
     says which one has written it. Without quotes a translation has a space where it had a tab or a line break.
     """
+    from hf_nmsparse.pairs import is_quoted  # with pyarrow, which the other formats do without
+
     _translate(source, target, translate, options, "\t", is_quoted(source))
 
 
