@@ -50,10 +50,10 @@ def translate_docx(source: Path, target: IO[bytes], translate: Translate, option
         paragraphs = [(name, _Paragraph(element)) for name, root in trees.items() for element in _paragraphs(root)]
         given = [paragraph.text for _, paragraph in paragraphs]
         changed = set()
-        found = map(one_line, translate_inner(given, translate))
+        found = translate_inner(given, translate)
         for (name, paragraph), before, after in zip(paragraphs, given, found, strict=True):
             if after != before:
-                paragraph.replace(after)
+                paragraph.replace(one_line(after))
                 changed.add(name)
         new = {
             name: etree.tostring(trees[name].getroottree(), xml_declaration=True, encoding="UTF-8", standalone=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import contains
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +23,12 @@ from hf_nmsparse.markup import Marked, Tag
 
 __all__ = ["translate_markdown"]
 
+_END = r"(?:\r\n?|\n)"
 _FRONT_MATTER = re.compile(
-    r"\A(?:---[ \t]*(?:\r\n?|\n)(?=[^\s]).*?^(?:---|\.\.\.)|\+\+\+[ \t]*(?:\r\n?|\n).*?^\+\+\+)[ \t]*(?=[\r\n]|\Z)",
-    re.DOTALL | re.MULTILINE,
+    rf"(?:---[ \t]*{_END}(?=\S)(?!---).*?{_END}(?:---|\.\.\.)|\+\+\+[ \t]*{_END}.*?{_END}\+\+\+)[ \t]*(?=[\r\n]|\Z)",
+    re.DOTALL,
 )
-_BOX_OR_NOTE = re.compile(r"\[[ xX]\][ \t]+|\[\^[^\]\s]+\]:[ \t]*")  # before the text of an item or a footnote
+_BOX_OR_NOTE = re.compile(r"\[[ xX]\]\s+|\[\^[^\]\s]+\]:\s*")  # before the text of an item or a footnote
 _FOOTNOTE = re.compile(r"\[\^[^\]\s]+\]")
 _BREAK = re.compile(r"\\?[ \t]*\n[ \t]*")
 _HTML_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9-]*)")
@@ -71,9 +73,9 @@ def translate_markdown(source: Path, target: IO[bytes], translate: Translate, op
         marked, ends = _marked(one.content, environment)
         given.append(marked)
         shares.append(ends)
-    found = map(one_line, translate_inner(given, translate))
+    found = translate_inner(given, translate)
     changed = [
-        (one, _tidy(after), ends)
+        (one, _tidy(one_line(after)), ends)
         for one, before, after, ends in zip(texts, given, found, shares, strict=True)
         if after != before
     ]
@@ -146,6 +148,8 @@ def _texts(text: str, lines: list[str], environment: dict[str, Any]) -> Iterator
             yield _Text(content, "cell", line, start, end, ())
             continue
         inner = [part.strip(" \t") for part in content.split("\n")]
+        # Lines of odd spaces at its ends are not in the content.
+        line = next(n for n in range(line, token.map[1]) if all(map(contains, lines[n:], inner)))
         starts = [lines[line + number].rindex(part) for number, part in enumerate(inner)]
         prefixes = tuple(lines[line + number][: starts[number]] for number in range(1, len(inner)))
         stop = starts[-1] + len(inner[-1])
@@ -180,7 +184,9 @@ def _parts(content: str, environment: dict[str, Any]) -> Iterator[str | Mark]:
             assert content.startswith(token.content, start)
             place += len(token.content)
             for piece in re.split("(~~)", token.content):
-                if piece == "~~":
+                around = content[max(start - 1, 0) : start], content[start + 2 : start + 3]
+                start += len(piece)
+                if piece == "~~" and around[not struck].strip():  # the side of what is struck
                     struck = not struck
                     yield Mark(piece, piece, "open" if struck else "close")
                 else:
@@ -251,7 +257,7 @@ def _written(text: Marked, ends: Sequence[float], kind: str, environment: dict[s
                 return content
     tags = [
         Tag(f"<{'/' if part.kind == 'close' else ''}{_IN_HTML[part.text]}>", part.kind)
-        if isinstance(part, Tag) and part.text in _IN_HTML
+        if isinstance(part, Tag) and part.kind != "void" and part.text in _IN_HTML
         else part
         for part in text
     ]

@@ -86,7 +86,7 @@ def _write(lines: list[str], entry: _Entry, translations: dict[str, str], option
     end = lines[begin][len(lines[begin].rstrip("\r\n")) :] or "\n"
     old = {name: found.text for name, found in entry.fields.items() if name.startswith("msgstr")}
     kept = {name: text for name, text in old.items() if text and not options.overwrite}
-    new = {name: text for name, text in translations.items() if text and name not in kept}
+    new = {name: text for name, text in translations.items() if text.strip() and name not in kept}
     if not new:
         return
     place = entry.translations[0].lines.start

@@ -82,10 +82,10 @@ def _translate_lines(
         given.append(well_nested(parts))
         shares.append(ends)
         around.append([split[0][0], *(one[2] + other[0] for one, other in pairwise(split)), split[-1][2]])
-    found = map(one_line, translate_inner(given, translate))
+    found = translate_inner(given, translate)
     for text, before, after, ends, spaces in zip(texts, given, found, shares, around, strict=True):
         if after != before:
-            new = rendered(wrapped(after, ends, spaces[1:-1]), escape)
+            new = rendered(wrapped(one_line(after), ends, spaces[1:-1]), escape)
             lines[text.start : text.stop] = [spaces[0] + new + spaces[-1]] + [""] * (len(text) - 1)
 
 

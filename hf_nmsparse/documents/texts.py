@@ -16,7 +16,7 @@ __all__ = ["Mark", "as_one", "joined", "one_line", "plain", "rendered", "transla
 T = TypeVar("T")
 
 
-_LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 class Mark(NamedTuple):
@@ -72,7 +72,7 @@ def rendered(text: Marked, escape: Callable[[str], str] = str) -> str:
 
 def one_line(text: Marked) -> Marked:
     """The same text in one line."""
-    return joined(part if isinstance(part, Tag) else _LINE_END.sub(" ", part) for part in text)
+    return joined(part if isinstance(part, Tag) else _LINE_ENDS.sub(" ", part) for part in text)
 
 
 def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marked]:
