@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -248,6 +248,7 @@ def words(text: str) -> list[str]:
 @given(st.lists(st.sampled_from(_PIECES), max_size=14).map("".join))
 def test_any_text_keeps_its_structure(text: str) -> None:
     assert translated("md", text, same).decode() == text
+    assume(not text.startswith(("---", "+++")))  # no front matter
     out = translated("md", text, swapped).decode()
     assert shape(out) == shape(text)
     assert words(out) == [text.swapcase() for text in words(text)]
