@@ -73,22 +73,28 @@ def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
     Raises:
         DocumentError: They are not.
     """
-    try:
-        with zipfile.ZipFile(source) as archive:
-            infos = archive.infolist()
-            size = sum(info.file_size for info in infos)
-            if size > _LARGEST:
-                raise DocumentError(f"would unpack to {size:,} bytes; at most {_LARGEST:,} are read")
-            if any(info.flag_bits & 1 for info in infos):
-                raise DocumentError("is encrypted; save it without a password")
-            if len({info.filename for info in infos}) < len(infos):
-                raise DocumentError("holds two files of one name; save it anew in a word processor")
-            bad = archive.testzip()
-            if bad is not None:
-                raise DocumentError(f"is damaged: {bad} is not what it was")
+    with source.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            _check(archive)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+            raise DocumentError(f"is no Word document (.docx), or a damaged or encrypted one: {error}") from None
+        with archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise DocumentError(f"is no Word document (.docx), or a damaged or encrypted one: {error}") from None
+
+
+def _check(archive: zipfile.ZipFile) -> None:
+    infos = archive.infolist()
+    size = sum(info.file_size for info in infos)
+    if size > _LARGEST:
+        raise DocumentError(f"would unpack to {size:,} bytes; at most {_LARGEST:,} are read")
+    if any(info.flag_bits & 1 for info in infos):
+        raise DocumentError("is encrypted; save it without a password")
+    if len({info.filename for info in infos}) < len(infos):
+        raise DocumentError("holds two files of one name; save it anew in a word processor")
+    bad = archive.testzip()
+    if bad is not None:
+        raise DocumentError(f"is damaged: {bad} is not what it was")
 
 
 def _parts_with_texts(archive: zipfile.ZipFile) -> list[str]:

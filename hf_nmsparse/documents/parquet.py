@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,27 +18,43 @@ __all__ = ["translate_parquet"]
 
 def translate_parquet(source: Path, target: IO[bytes], translate: Translate, options: Options) -> None:
     """Translates a column of a parquet file into another, in constant memory."""
-    try:
-        reader = pq.ParquetFile(source)
-    except (pa.ArrowException, OSError) as error:
-        raise DocumentError(f"is no parquet file, or a damaged one: {_first_line(error)}") from None
-    with reader:
-        schema = reader.schema_arrow
-        texts = [field.name for field in schema if _holds_text(field.type)]
-        column = text_column(schema.names, texts, options)
+    with source.open("rb") as file:
+        with _damage():
+            reader = pq.ParquetFile(file)
+            schema = reader.schema_arrow
+            names, texts = schema.names, [field.name for field in schema if _holds_text(field.type)]
+        column = text_column(names, texts, options)
         if column not in texts:
             raise DocumentError(f"column {column!r} holds {schema.field(column).type}, not text")
         wider = schema.append(pa.field(options.to_column, pa.large_string()))
-        kind = _compression(reader)
         writer = None
-        batches = reader.iter_batches(CHUNK)
-        while (batch := _next(batches)) is not None:
-            values = batch.column(schema.names.index(column)).to_pylist()
+        for batch, values in _batches(reader, names.index(column)):
             new = pa.array(translated_texts(values, translate), pa.large_string())
             if writer is None:
-                writer = pq.ParquetWriter(target, wider, compression=kind)
+                writer = pq.ParquetWriter(target, wider, compression=_compression(reader))
             writer.write_batch(pa.RecordBatch.from_arrays([*batch.columns, new], schema=wider))
-        (writer or pq.ParquetWriter(target, wider, compression=kind)).close()
+        (writer or pq.ParquetWriter(target, wider)).close()
+
+
+def _batches(reader: Any, column: int) -> Iterator[tuple[Any, list[str | None]]]:
+    """Some rows at a time, and what they have in a column."""
+    batches = reader.iter_batches(CHUNK)
+    while True:
+        with _damage():
+            batch = next(batches, None)
+            values = [] if batch is None else batch.column(column).to_pylist()
+        if batch is None:
+            return
+        yield batch, values
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        [reason, *_] = str(error).splitlines() or [type(error).__name__]
+        raise DocumentError(f"is no parquet file, or a damaged one: {reason}") from None
 
 
 def _holds_text(kind: Any) -> bool:
@@ -46,20 +64,9 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _compression(reader: Any) -> str:
-    """How the first column is compressed."""
-    metadata = reader.metadata
-    if not metadata.num_row_groups or not metadata.num_columns:
-        return "snappy"
-    name = str(metadata.row_group(0).column(0).compression).lower()
+    """How the first column is compressed; pyarrow ends the process where damaged metadata name what it does not know.
+
+    What has been read from it is not so damaged.
+    """
+    name = str(reader.metadata.row_group(0).column(0).compression).lower()
     return "none" if name == "uncompressed" else name
-
-
-def _next(batches: Any) -> Any:
-    try:
-        return next(batches, None)
-    except (pa.ArrowException, OSError) as error:
-        raise DocumentError(f"is a damaged parquet file: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

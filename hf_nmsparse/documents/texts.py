@@ -16,7 +16,7 @@ __all__ = ["Mark", "as_one", "joined", "one_line", "plain", "rendered", "transla
 T = TypeVar("T")
 
 
-_LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_LINE_ENDS = re.compile(r"[\r\n]+")
 
 
 class Mark(NamedTuple):

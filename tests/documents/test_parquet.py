@@ -76,5 +76,5 @@ def test_damaged() -> None:
         with pytest.raises(DocumentError, match="is no parquet file, or a damaged one"):
             translated("parquet", data[:place], loud)
     broken = data[:20] + bytes(40) + data[60:]
-    with pytest.raises(DocumentError, match="is a damaged parquet file"):
+    with pytest.raises(DocumentError, match="is no parquet file, or a damaged one"):
         translated("parquet", broken, loud)

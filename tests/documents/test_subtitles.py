@@ -134,9 +134,9 @@ def test_a_translation_breaks_no_cue() -> None:
     cue = "1\n00:00:01,000 --> 00:00:02,000\na\n\n2\n00:00:03,000 --> 00:00:04,000\nb\n"
     strange = "1\n\n2\n00:00:01,000 --> 00:00:02,000 <i> & x"
     out = translated("srt", cue, Known({"a": strange, "b": "B"})).decode()
-    assert out == cue.replace("a\n", "1  2 00:00:01,000 -> 00:00:02,000 <i> & x\n").replace("b\n", "B\n")
+    assert out == cue.replace("a\n", "1 2 00:00:01,000 -> 00:00:02,000 <i> & x\n").replace("b\n", "B\n")
     out = translated("vtt", f"WEBVTT\n\n{cue}", Known({"a": strange, "b": "B"})).decode()
-    assert "1  2 00:00:01,000 --&gt; 00:00:02,000 &lt;i&gt; &amp; x\n" in out
+    assert "1 2 00:00:01,000 --&gt; 00:00:02,000 &lt;i&gt; &amp; x\n" in out
 
 
 @pytest.mark.parametrize(

@@ -104,4 +104,4 @@ class TestLines:
         assert "".join(part.text if isinstance(part, Tag) else part for part in found).split("\n") == lines
 
     def test_one_line(self) -> None:
-        assert one_line(("a\r\nb\u2028c", VOID, "\nd")) == ("a b c", VOID, " d")
+        assert one_line(("a\r\n\nb\u2028c", VOID, "\nd")) == ("a b\u2028c", VOID, " d")
