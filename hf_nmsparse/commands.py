@@ -17,7 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_nmsparse.devices import device_of, on_cpu
 from hf_nmsparse.line_files import (
@@ -31,6 +31,9 @@ from hf_nmsparse.line_files import (
 )
 from hf_nmsparse.markup import Marked, Tag
 from hf_nmsparse.terminal import make_record_plain, named, one_line, row, say
+
+if TYPE_CHECKING:
+    from hf_nmsparse.translator import Translator
 
 __all__ = [
     "convert",
@@ -213,22 +216,44 @@ def translate(args: argparse.Namespace) -> None:
     if form == "txt":
         _translate_lines(args)
         return
+    if not args.split:
+        raise ValueError(f"--no-split is for lines of text, and not for {form}; leave it out")
     check_input(args.input)
     check_output(args.output, args.input)
+    load = cache(lambda: _translate_marked(args))  # once there is a text to translate
     with writing_whole(args.output) as target:
-        translate_document(args.input, target, form, _translate_marked(args), options)
+        translate_document(args.input, target, form, lambda texts: load()(texts), options)
 
 
 def _translate_marked(args: argparse.Namespace) -> Callable[[list[Marked]], list[Marked]]:
-    """Translates texts with markup; the model is loaded once there is a text."""
-    load = cache(lambda: _translate_texts(args, args.split))
+    """Loads the model, and translates texts with markup, which only the native engine does."""
+    settings = _settings(args)
+    translator = _on_engine(args, settings)
+    languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
+    given = {"batch_size": args.batch_size, **languages, **settings}
+    ways: dict[str, Any] = {"split": True, "break_loops": True}
+    translate = _on_torch(args, {**settings, **ways}) if translator is None else None
 
     def translated(texts: list[Marked]) -> list[Marked]:
-        if any(isinstance(part, Tag) for text in texts for part in text):
-            raise ValueError("translate: a text has markup in it; give a document without")
-        return [(text,) for text in load()(["".join(map(str, text)) for text in texts])]
+        plain = ["".join(map(str, text)) for text in texts if not _has_tags(text)]
+        marked = [text for text in texts if _has_tags(text)]
+        if translate is not None:
+            if marked:
+                raise ValueError(
+                    f"{args.model}: the engine does not run it, by whose attention markup goes with its words, and "
+                    f"{len(marked)} texts have some; translate a document without"
+                )
+            return [(text,) for text in translate(plain)]
+        assert translator is not None
+        of_plain = iter(translator.translate(plain, keep_placeholders=True, **ways, **given))
+        of_marked = iter(translator.translate_marked(marked, **given))
+        return [next(of_marked) if _has_tags(text) else (next(of_plain).text,) for text in texts]
 
     return translated
+
+
+def _has_tags(text: Marked) -> bool:
+    return any(isinstance(part, Tag) for part in text)
 
 
 def _translate_lines(args: argparse.Namespace) -> None:
@@ -445,16 +470,28 @@ def _translations(
 
 def _translate_texts(args: argparse.Namespace, split: bool) -> Callable[[list[str]], list[str]]:
     """Loads the model, on the native engine where that runs it."""
+    settings = _settings(args)
+    ways: dict[str, Any] = {"split": split, "break_loops": split}
+    translator = _on_engine(args, settings)
+    if translator is None:
+        return _on_torch(args, {**settings, **ways})
+
+    def translate(texts: list[str]) -> list[str]:
+        languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
+        found = translator.translate(texts, batch_size=args.batch_size, **ways, **languages, **settings)
+        return [translation.text for translation in found]
+
+    return translate
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of ``generate`` that were given."""
     given = {"num_beams": args.beams, "max_length": args.max_length}
-    settings = {key: value for key, value in given.items() if value is not None}
-    ways = {"split": split, "break_loops": split}
-    return _on_engine(args, settings, ways) or _on_torch(args, {**settings, **ways})
+    return {key: value for key, value in given.items() if value is not None}
 
 
-def _on_engine(
-    args: argparse.Namespace, settings: dict[str, Any], ways: dict[str, Any]
-) -> Callable[[list[str]], list[str]] | None:
-    """Translates on the native engine; None for what that does not run, which transformers may know or refuse."""
+def _on_engine(args: argparse.Namespace, settings: dict[str, Any]) -> Translator | None:
+    """The model on the native engine; None for what that does not run, which transformers may know or refuse."""
     chosen = args.head is not None or args.compute in ("dense", "reference")
     if os.environ.get("HF_NMSPARSE_ENGINE") == "0" or chosen or not on_cpu(args.device):
         return None
@@ -465,13 +502,7 @@ def _on_engine(
         translator.check(**settings)
     except ValueError:
         return None
-
-    def translate(texts: list[str]) -> list[str]:
-        languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
-        found = translator.translate(texts, batch_size=args.batch_size, **ways, **languages, **settings)
-        return [translation.text for translation in found]
-
-    return translate
+    return translator
 
 
 def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[list[str]], list[str]]:

@@ -1072,6 +1072,91 @@ class TestTranslate:
         assert signal.getsignal(number) == signal.SIG_DFL
 
 
+class TestDocuments:
+    def test_a_document_has_the_translations_of_lines(self, models: Path, tmp_path: Path) -> None:
+        command = ["translate", "--model", str(models / "packed"), "--max-length", "6"]
+        lines = ["The garden is big.", "A man sleeps. The dog runs.", "A man"]
+        (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        rows = [{"id": number, "text": line} for number, line in enumerate(lines)]
+        (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        for kind in ("txt", "jsonl"):
+            files = ["--input", str(tmp_path / f"in.{kind}"), "--output", str(tmp_path / f"out.{kind}")]
+            assert main([*command, *files]) == 0
+        expected = [line.strip() for line in (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")[:-1]]
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert found == [{**row, "translation": text} for row, text in zip(rows, expected, strict=True)]
+
+    def test_markup(self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "in.md").write_text("# The *garden* is `big`\n\n```\nA man\n```\n", encoding="utf-8")
+        files = ["--input", str(tmp_path / "in.md"), "--output", str(tmp_path / "out.md"), "--max-length", "9"]
+        if engine.why_not() is None:
+            assert main(["translate", "--model", str(models / "packed"), *files]) == 0
+            heading, rest = (tmp_path / "out.md").read_text(encoding="utf-8").split("\n", 1)
+            assert heading.startswith("# ")
+            assert heading.count("`big`") == 1
+            assert heading.count("*") == 2 or ("<em>" in heading and "</em>" in heading)
+            assert rest == "\n```\nA man\n```\n"
+        argv = ["translate", "--model", str(models / "packed"), *files[:3], str(tmp_path / "new.md")]
+        fails([*argv, "--compute", "dense"], "packed: the engine does not run it, by whose attention markup", capsys)
+        assert not (tmp_path / "new.md").exists()
+
+    def test_standard_streams(self, shell: Any) -> None:
+        cue = "1\\n00:00:01,000 --> 00:00:02,000\\n%s\\n"
+        done = shell(f"nmsparse translate --model packed --max-length 6 --format srt < <(printf '{cue % 'A man'}')")
+        assert done.stderr == b""
+        head, text, end = done.stdout.decode().rsplit("\n", 2)
+        assert (head, end) == ("1\n00:00:01,000 --> 00:00:02,000", "")
+        assert text
+
+    def test_a_format_that_the_suffix_does_not_say(self, models: Path, tmp_path: Path) -> None:
+        (tmp_path / "in.md").write_text("A man\nA man\n", encoding="utf-8")
+        command = ["translate", "--model", str(models / "packed"), "--max-length", "6", "--format", "txt"]
+        assert main([*command, "--input", str(tmp_path / "in.md"), "--output", str(tmp_path / "out")]) == 0
+        one, other, end = (tmp_path / "out").read_text(encoding="utf-8").split("\n")
+        assert (one, end) == (other, "")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "options", "message"),
+        [
+            ("in.docx", b"PK", [], "in.docx: is no Word document (.docx), or a damaged or encrypted one: "),
+            ("in.parquet", b"PAR1", [], "in.parquet: is no parquet file, or a damaged one: "),
+            ("in.jsonl", b'{"a": 1}', [], "in.jsonl: no column holds text; name one with --column: it has a"),
+            ("in.csv", b"a,b\nx,y\n", ["--column", "c"], "in.csv: no column 'c'; it has a, b"),
+            ("in.tsv", b"a\nx\n", ["--to-column", "a"], "in.tsv: has a column 'a' already"),
+            ("in.po", b"msgid", [], "in.po: line 1 is no line of a message catalogue: 'msgid'"),
+            ("in.md", b"a\0", [], "in.md: line 1 holds a NUL"),
+            ("in.vtt", b"\xff\xfea\0", [], "in.vtt: is UTF-16"),
+            ("in.srt", b"", [], "in.srt: is empty; there is nothing to translate"),
+            ("in.txt", b"a", ["--column", "c"], "--column is for jsonl, tsv, csv, parquet, and not for txt"),
+            ("in.srt", b"a", ["--no-split"], "--no-split is for lines of text, and not for srt; leave it out"),
+            ("in.srt", b"a", ["--format", "rtf"], "invalid choice: 'rtf'"),
+            ("in.md", b"A man", [], "no folder {tmp}/m"),
+        ],
+    )
+    def test_bad(
+        self, name: str, content: bytes, options: list[str], message: str, tmp_path: Path, capsys: Any
+    ) -> None:
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "out").write_text("as it was")
+        files = ["--input", str(tmp_path / name), "--output", str(tmp_path / "out")]
+        fails(["translate", "--model", f"{tmp_path}/m", *files, *options], message.format(tmp=tmp_path), capsys)
+        assert (tmp_path / "out").read_text() == "as it was"
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "out"])
+
+    def test_what_cannot_be_replaced_is_not_written_before_all_is_there(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text('{"a": "x"}\n', encoding="utf-8")
+        capsys.readouterr()
+        assert main(["translate", "--model", str(tmp_path / "m"), "--input", str(tmp_path / "in.jsonl")]) == 2
+        assert capsys.readouterr().out == ""
+
+    def test_the_output_is_the_input(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "in.md").write_text("A man", encoding="utf-8")
+        argv = ["translate", "--model", "m", "--input", f"{tmp_path}/in.md", "--output", f"{tmp_path}/in.md"]
+        fails(argv, "in.md is an input; name another output", capsys)
+
+
 class TestEvaluate:
     @pytest.fixture
     def corpus(self, tmp_path: Path) -> list[str]:

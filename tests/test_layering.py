@@ -38,7 +38,6 @@ BANDS = {
         *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
     },
     "translation": {
-        *("markup", "html_text", "documents"),
         *("shortlist", "texts", "paragraphs", "loops", "text_tokenizer", "streaming"),
         *(
             "placeholders",
@@ -50,7 +49,7 @@ BANDS = {
             "forced_terms",
             "html_text",
         ),  # what is more than a sentence
-        *("translator", "pipeline", "bulk"),
+        *("translator", "pipeline", "bulk", "documents"),
     },
     "tools": {
         *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),

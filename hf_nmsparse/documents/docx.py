@@ -36,6 +36,7 @@ _TEXTS = (*_MAIN, ".header+xml", ".footer+xml", ".footnotes+xml", ".endnotes+xml
 
 _CONTAINERS = {"hyperlink", "ins", "moveTo", "smartTag", "customXml", "sdt", "fldSimple", "bdo", "dir"}
 _CHOICES = {"dropDownList", "comboBox", "date", "checkbox", "picture"}  # kinds of sdt whose text is a value
+_WORDS = {"fldSimple", "oMath", "sdt", "sym"}  # what stands in the place of a word, as fields do whose text is computed
 _SETTINGS = ("Pr", "EndPr")  # what the names of settings within a container end with
 _STALE = {"proofErr", "lastRenderedPageBreak"}  # what Word noted of the text as it was
 _OF_LANGUAGE = {"lang", "noProof"}  # formatting that nobody sees
@@ -273,7 +274,8 @@ class _Paragraph:
                     group = _Group(items[place - 1 : middle], items[end - 1 : end])
                 place = end
             if inner is None:
-                yield Tag(self._number(group), "void")
+                word = len(group.before) > 1 or _name(item.node) in _WORDS
+                yield Tag(self._number(group), "word" if word else "void")
                 continue
             if style is not None:
                 yield Tag(style, "close")

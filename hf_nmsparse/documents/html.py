@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import re
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from hf_nmsparse.documents.base import DocumentError, Options, Translate, decoded
+from hf_nmsparse.documents.texts import translate_inner
 from hf_nmsparse.html_text import translate_html
 
 __all__ = ["translate_html_file"]
@@ -29,8 +31,9 @@ def translate_html_file(source: Path, target: IO[bytes], translate: Translate, o
             text = data.decode(encoding)
         except UnicodeDecodeError as error:
             raise DocumentError(f"is not {encoding}, which it names: {error.reason} at byte {error.start}") from None
+    [page] = translate_html([text], partial(translate_inner, translate=translate))
     # What the encoding lacks is a numeric reference, which is the same to a browser.
-    target.write(mark + translate_html(text, translate).encode(encoding, "xmlcharrefreplace"))
+    target.write(mark + page.encode(encoding, "xmlcharrefreplace"))
 
 
 def _encoding(name: str) -> str:

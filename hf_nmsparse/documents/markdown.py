@@ -29,7 +29,7 @@ _FRONT_MATTER = re.compile(
     re.DOTALL,
 )
 _BOX_OR_NOTE = re.compile(r"\[[ xX]\]\s+|\[\^[^\]\s]+\]:\s*")  # before the text of an item or a footnote
-_FOOTNOTE = re.compile(r"\[\^[^\]\s]+\]")
+_FOOTNOTE = re.compile(r"\[\^[^\]\s]+\](?![\[(])")
 _BREAK = re.compile(r"\\?[ \t]*\n[ \t]*")
 _HTML_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9-]*)")
 _EMPTY_HTML = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -210,13 +210,18 @@ def _parts(content: str, environment: dict[str, Any]) -> Iterator[str | Mark]:
             yield Mark(f"][{label}]" if text in ("]", "][]") else text, "link", "close")
         elif kind == "link_open":
             place = [next(tokens), next(tokens)][-1].meta["end"]
-            yield Mark(content[start:place], "", "void")
+            yield Mark(content[start:place], "", "word")
         elif token.nesting:
             place += len(token.markup)
             yield Mark(token.markup, token.markup, "open" if token.nesting > 0 else "close")
         else:  # code, an image, a tag of HTML, a footnote
             place = token.meta["end"]
-            yield _html_mark(content[start:place]) if kind == "html_inline" else Mark(content[start:place], "", "void")
+            text = content[start:place]
+            yield (
+                _html_mark(text)
+                if kind == "html_inline"
+                else Mark(text, "", "word" if kind == "code_inline" else "void")
+            )
 
 
 def _html_mark(text: str) -> Mark:
@@ -257,7 +262,7 @@ def _written(text: Marked, ends: Sequence[float], kind: str, environment: dict[s
                 return content
     tags = [
         Tag(f"<{'/' if part.kind == 'close' else ''}{_IN_HTML[part.text]}>", part.kind)
-        if isinstance(part, Tag) and part.kind != "void" and part.text in _IN_HTML
+        if isinstance(part, Tag) and part.kind in ("open", "close") and part.text in _IN_HTML
         else part
         for part in text
     ]

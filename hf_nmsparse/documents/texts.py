@@ -41,7 +41,7 @@ def well_nested(parts: Iterable[str | Mark]) -> Marked:
         if isinstance(part, str):
             found.append(part)
             continue
-        found.append(Tag(part.text, "void"))
+        found.append(Tag(part.text, "word" if part.kind == "word" else "void"))
         if part.kind == "open":
             opened.append((part.name, len(found) - 1))
         elif part.kind == "close" and part.name in [name for name, _ in opened]:
@@ -79,7 +79,7 @@ def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marke
     """Translates texts, but for what is around their words and for texts without a letter.
 
     White space, tags that stand alone at an end and those around the whole text stay where they are, so that most texts
-    that have tags are translated without.
+    that have tags are translated without. Tags in the place of words are translated with these.
 
     Args:
         texts: The texts.
@@ -89,12 +89,14 @@ def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marke
         ValueError: It gives more of them, or fewer.
     """
     split = [_split(joined(text)) for text in texts]
+    whole = list(texts)  # what does not change is given back as it is, whatever its parts are
     places = [place for place, (_, inner, _) in enumerate(split) if _has_words(inner)]
     found = translate([joined(split[place][1]) for place in places]) if places else []
     for place, inner in zip(places, found, strict=True):
-        before, _, after = split[place]
-        split[place] = before, _stripped(inner), after
-    return [joined((*before, *inner, *after)) for before, inner, after in split]
+        before, old, after = split[place]
+        if (new := _stripped(inner)) != joined(old):
+            whole[place] = joined((*before, *new, *after))
+    return whole
 
 
 def _has_words(text: Marked) -> bool:
@@ -150,7 +152,8 @@ def _partners(parts: Sequence[str | Tag]) -> dict[int, int]:
 
 def _is_blank(parts: Sequence[str | Tag]) -> bool:
     """Whether a string, a tag alone, or a pair of tags with what is between holds no more than white space."""
-    return all(isinstance(part, Tag) or not part.strip() for part in parts) and bool(parts)
+    blank = (part.kind != "word" if isinstance(part, Tag) else not part.strip() for part in parts)
+    return bool(parts) and all(blank)
 
 
 def as_one(lines: Sequence[Sequence[str | T]]) -> tuple[list[str | T], list[float]]:

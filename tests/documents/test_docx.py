@@ -151,10 +151,10 @@ def field(code: str) -> str:
         ("<w:r><w:br/></w:r>", ["void"]),
         ('<w:r><w:footnoteReference w:id="2"/></w:r>', ["void"]),
         ("<w:r><w:t>non</w:t><w:noBreakHyphen/><w:t>break</w:t></w:r>", ["non\u2011break"]),
-        (field("PAGE"), ["void"]),
+        (field("PAGE"), ["word"]),
         (field('HYPERLINK "http://x.org"'), ["open", "result", "close"]),
-        (f"<w:r><w:t>x</w:t></w:r>{field('PAGE')}<w:r><w:t>y</w:t></w:r>", ["x", "void", "y"]),
-        (simple("PAGE"), ["void"]),
+        (f"<w:r><w:t>x</w:t></w:r>{field('PAGE')}<w:r><w:t>y</w:t></w:r>", ["x", "word", "y"]),
+        (simple("PAGE"), ["word"]),
         (simple("HYPERLINK x"), ["open", "result", "close"]),
         (
             "<w:sdt><w:sdtPr><w:text/></w:sdtPr><w:sdtContent><w:r><w:t>held</w:t></w:r></w:sdtContent></w:sdt>",
@@ -162,7 +162,7 @@ def field(code: str) -> str:
         ),
         (
             "<w:sdt><w:sdtPr><w:dropDownList/></w:sdtPr><w:sdtContent><w:r><w:t>held</w:t></w:r></w:sdtContent></w:sdt>",
-            ["void"],
+            ["word"],
         ),
         ('<w:r><w:fldChar w:fldCharType="begin"/></w:r><w:r><w:instrText>TOC</w:instrText></w:r>', ["void", "void"]),
     ],

@@ -120,7 +120,7 @@ def test_a_document(end: str, mark: str) -> None:
 def test_what_is_asked_for() -> None:
     asked = Asked()
     translated("md", MARKDOWN, asked)
-    assert asked.texts[0] == ("A ", Tag("*", "open"), "heading", Tag("*", "close"), " with")
+    assert asked.texts[0] == ("A ", Tag("*", "open"), "heading", Tag("*", "close"), " with ", Tag("`code`", "word"))
     assert asked.texts[1][:5] == ("Some ", Tag("**", "open"), "bold text", Tag("**", "close"), " and a ")
     assert ("a quoted text over lines lazy one",) in asked.texts
     assert ("head",) in asked.texts

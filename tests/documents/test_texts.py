@@ -16,7 +16,13 @@ marked = st.lists(st.text("a b\n\u3000", max_size=4) | marks).map(well_nested)
 
 class TestWellNested:
     def test_pairs(self) -> None:
-        parts = ["a", Mark("<b>", "b", "open"), "c", Mark("</b>", "b", "close"), Mark("<br>", "", "void")]
+        parts: list[str | Mark] = [
+            "a",
+            Mark("<b>", "b", "open"),
+            "c",
+            Mark("</b>", "b", "close"),
+            Mark("<br>", "", "void"),
+        ]
         assert well_nested(parts) == ("a", B, "c", END, VOID)
 
     def test_what_has_no_counterpart_stands_alone(self) -> None:
@@ -49,8 +55,17 @@ class TestTranslateInner:
     @pytest.mark.parametrize("text", [(), ("",), (" ",), ("12.5", VOID), ("\u2014",), (B, END)])
     def test_texts_without_a_letter_are_not_asked_for(self, text: Marked) -> None:
         asked = Asked()
-        assert translate_inner([text], asked) == [joined(text)]
+        assert translate_inner([text], asked) == [text]
         assert asked.texts == []
+
+    def test_what_stands_for_a_word_is_translated_with_the_others(self) -> None:
+        asked = Asked()
+        code = Tag("`a`", "word")
+        assert translate_inner([(" ", code, " is ")], asked) == [(" ", code, " IS ")]
+        assert asked.texts == [(code, " is")]
+
+    def test_what_does_not_change_is_given_back_as_it_is(self) -> None:
+        assert translate_inner([("a", "b", "", B, END)], same) == [("a", "b", "", B, END)]
 
     def test_white_space_at_the_ends_of_a_translation_goes(self) -> None:
         assert translate_inner([("a ",)], lambda texts: [("\n b\n",)]) == [("b ",)]
