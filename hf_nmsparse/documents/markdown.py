@@ -38,6 +38,10 @@ _EMPTY_HTML = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link
 _INLINE_MARKUP = re.compile(r"([\\`*_\[\]<&~])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 
+_TOKENS = {
+    "paragraph": ["paragraph_open", "inline", "paragraph_close"],
+    "heading": ["heading_open", "inline", "heading_close"],
+}
 _IN_HTML = {"*": "em", "_": "em", "**": "strong", "__": "strong", "~~": "del"}
 
 
@@ -278,9 +282,7 @@ def _reads_as(content: str, text: Marked, kind: str, environment: dict[str, Any]
         return False
     if kind != "cell":
         tokens = _BLOCKS.parse(f"# {content}" if kind == "heading" else content, {})
-        if [token.type for token in tokens] != [f"{kind}_open", "inline", f"{kind}_close"]:
-            return False
-        if tokens[1].content != content:
+        if [token.type for token in tokens] != _TOKENS[kind] or tokens[1].content != content:
             return False
     return _marked(content, environment)[0] == text
 
