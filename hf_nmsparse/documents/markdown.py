@@ -10,15 +10,26 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from operator import contains
 from pathlib import Path
 from typing import IO, Any
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock, reference
 from markdown_it.rules_inline import StateInline, autolink, backtick, html_inline, image, link
 
 from hf_nmsparse.documents.base import Options, Translate, lines_of, read_text
-from hf_nmsparse.documents.texts import Mark, as_one, joined, one_line, rendered, translate_inner, well_nested, wrapped
+from hf_nmsparse.documents.texts import (
+    Mark,
+    as_one,
+    one_line,
+    rendered,
+    stripped,
+    translate_inner,
+    well_nested,
+    wrapped,
+)
 from hf_nmsparse.markup import Marked, Tag
 
 __all__ = ["translate_markdown"]
@@ -28,7 +39,8 @@ _FRONT_MATTER = re.compile(
     rf"(?:---[ \t]*{_END}(?=\S)(?!---).*?{_END}(?:---|\.\.\.)|\+\+\+[ \t]*{_END}.*?{_END}\+\+\+)[ \t]*(?=[\r\n]|\Z)",
     re.DOTALL,
 )
-_BOX_OR_NOTE = re.compile(r"\[[ xX]\]\s+|\[\^[^\]\s]+\]:\s*")  # before the text of an item or a footnote
+_NOTE = re.compile(r"\[\^[^\]\s]+\]:[^\S\n]*")  # before the text of a footnote
+_BOX = re.compile(r"\[[ xX]\][^\S\n]+")  # before that of an item
 _FOOTNOTE = re.compile(r"\[\^[^\]\s]+\](?![\[(])")
 _BREAK = re.compile(r"\\?[ \t]*\n[ \t]*")
 _HTML_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9-]*)")
@@ -91,7 +103,14 @@ def translate_markdown(source: Path, target: IO[bytes], translate: Translate, op
 def _blocks() -> MarkdownIt:
     parser = MarkdownIt("commonmark").enable("table")
     parser.disable("inline")
+    parser.block.ruler.at("reference", _reference)
     return parser
+
+
+def _reference(state: StateBlock, line: int, last: int, silent: bool) -> bool:
+    """What a link refers to; a footnote, which looks alike, is text."""
+    place = state.bMarks[line] + state.tShift[line]
+    return not state.src.startswith("[^", place) and reference(state, line, last, silent)
 
 
 def _inlines() -> MarkdownIt:
@@ -151,17 +170,25 @@ def _texts(text: str, lines: list[str], environment: dict[str, Any]) -> Iterator
             last, end = line, start + len(raw)
             yield _Text(content, "cell", line, start, end, ())
             continue
-        inner = [part.strip(" \t") for part in content.split("\n")]
+        raw = content.split("\n")
+        inner = [part.strip(" \t") for part in raw]
         # Lines of odd spaces at its ends are not in the content.
         line = next(n for n in range(line, token.map[1]) if all(map(contains, lines[n:], inner)))
         starts = [lines[line + number].rindex(part) for number, part in enumerate(inner)]
-        prefixes = tuple(lines[line + number][: starts[number]] for number in range(1, len(inner)))
-        stop = starts[-1] + len(inner[-1])
-        box = _BOX_OR_NOTE.match(content) if before.type == "paragraph_open" else None
-        skipped = box.end() if box else 0
-        kind = "heading" if before.type == "heading_open" and before.markup.startswith("#") else "paragraph"
-        if content[skipped:]:
-            yield _Text(content[skipped:], kind, line, starts[0] + skipped, stop, prefixes)
+        is_heading = before.type == "heading_open"
+        notes = [number for number, part in enumerate(inner) if number and not is_heading and _NOTE.match(part)]
+        for first, end in pairwise([0, *notes, len(raw)]):
+            text = "\n".join(raw[first:end]).strip(" \t")
+            before_text = None if is_heading else _NOTE.match(text) or _BOX.match(text)
+            skipped = before_text.end() if before_text else 0
+            yield _Text(
+                text[skipped:],
+                "heading" if is_heading and before.markup.startswith("#") else "paragraph",
+                line + first,
+                starts[first] + skipped,
+                starts[end - 1] + len(inner[end - 1]),
+                tuple(lines[line + number][: starts[number]] for number in range(first + 1, end)),
+            )
 
 
 def _marked(content: str, environment: dict[str, Any]) -> tuple[Marked, list[float]]:
@@ -250,7 +277,7 @@ def _tidy(text: Marked) -> Marked:
             inner = before.rstrip(" ")
             parts[place - 1 : place + 1] = [inner, here, before[len(inner) :]]
         place += 1
-    return joined(parts)
+    return stripped(tuple(parts))
 
 
 def _written(text: Marked, ends: Sequence[float], kind: str, environment: dict[str, Any]) -> str:

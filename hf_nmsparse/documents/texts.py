@@ -11,7 +11,18 @@ from hf_nmsparse.documents.base import Translate
 from hf_nmsparse.markup import Marked, Tag
 from hf_nmsparse.paragraphs import is_wide
 
-__all__ = ["Mark", "as_one", "joined", "one_line", "plain", "rendered", "translate_inner", "well_nested", "wrapped"]
+__all__ = [
+    "Mark",
+    "as_one",
+    "joined",
+    "one_line",
+    "plain",
+    "rendered",
+    "stripped",
+    "translate_inner",
+    "well_nested",
+    "wrapped",
+]
 
 T = TypeVar("T")
 
@@ -94,7 +105,7 @@ def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marke
     found = translate([joined(split[place][1]) for place in places]) if places else []
     for place, inner in zip(places, found, strict=True):
         before, old, after = split[place]
-        if (new := _stripped(inner)) != joined(old):
+        if (new := stripped(inner)) != joined(old):
             whole[place] = joined((*before, *new, *after))
     return whole
 
@@ -103,8 +114,8 @@ def _has_words(text: Marked) -> bool:
     return any(isinstance(part, str) and any(map(str.isalpha, part)) for part in text)
 
 
-def _stripped(text: Marked) -> Marked:
-    """The text without white space at its ends: what belongs there is not translated."""
+def stripped(text: Marked) -> Marked:
+    """The text without white space at its ends."""
     parts = list(joined(text))
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from random import Random
 
 import pytest
 from hypothesis import assume, given, settings
@@ -57,6 +58,8 @@ a block
 [ref]: http://ref.org "its title"
 [^1]: a footnote
     goes on
+[^2]: http://x.org says
+[^n]: Word
 
 the last line""".replace("{two}", "  ")
 LOUD = r"""---
@@ -105,6 +108,8 @@ a block
 [ref]: http://ref.org "its title"
 [^1]: A FOOTNOTE
     GOES ON
+[^2]: HTTP://X.ORG SAYS
+[^n]: WORD
 
 THE LAST LINE""".replace("{two}", "  ")
 
@@ -126,6 +131,7 @@ def test_what_is_asked_for() -> None:
     assert ("head",) in asked.texts
     assert ("another | one",) in asked.texts
     assert Tag("  \n", "void") in asked.texts[1]
+    assert asked.texts[-4:-1] == [("a footnote goes on",), ("http://x.org says",), ("Word",)]
     assert Tag("![alt](a.png)", "void") in asked.texts[1]
 
 
@@ -194,7 +200,7 @@ def test_bad() -> None:
 
 _PIECES = re.findall(
     r"\S+",
-    """word a B * ** _ __ ~~ ` `` [ ] ( ) [a](b) [a] <b> </b> <br/> < &amp; & # - 1. > | |-| --- === ``` [^1] [^1]:
+    """word a B * ** _ __ ~~ ` `` [ ] ( ) [a](b) [a] <b> </b> <br/> < &amp; & # - 1. > | |-| --- === ``` [^1]
     ![i](j) ! +++ \\""",
 )
 _PIECES += [
@@ -252,3 +258,38 @@ def test_any_text_keeps_its_structure(text: str) -> None:
     out = translated("md", text, swapped).decode()
     assert shape(out) == shape(text)
     assert words(out) == [text.swapcase() for text in words(text)]
+
+
+_HOSTILE = [
+    "- x",
+    "1. y",
+    "# z",
+    "| a",
+    "```",
+    "<div>",
+    "    q",
+    "===",
+    "a*b*_c_",
+    "[r]",
+    "&lt;",
+    "\\",
+    "*",
+    "> t",
+    "~~~",
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(_PIECES), max_size=14).map("".join), st.randoms(use_true_random=False))
+def test_no_translation_changes_the_structure(text: str, random: Random) -> None:
+    def moved(texts: list[Marked]) -> list[Marked]:
+        found = []
+        for one in texts:
+            strings = [random.choice(_HOSTILE) + part for part in one if isinstance(part, str)]
+            random.shuffle(strings)
+            rest = iter(strings)
+            found.append(tuple(next(rest) if isinstance(part, str) else part for part in one))
+        return found
+
+    assume(not text.startswith(("---", "+++")))
+    assert shape(translated("md", text, moved).decode()) == shape(text)
