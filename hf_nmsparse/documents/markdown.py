@@ -18,6 +18,7 @@ from typing import IO, Any
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, reference
 from markdown_it.rules_inline import StateInline, autolink, backtick, html_inline, image, link
+from markdown_it.token import Token
 
 from hf_nmsparse.documents.base import Options, Translate, lines_of, read_text
 from hf_nmsparse.documents.texts import (
@@ -159,36 +160,40 @@ def _texts(text: str, lines: list[str], environment: dict[str, Any]) -> Iterator
     front = _FRONT_MATTER.match(text)
     hidden = len(lines_of(front[0])) if front else 0
     tokens = _BLOCKS.parse("".join(["\n"] * hidden + lines[hidden:]), environment)
-    last, end = -1, 0  # of the cells in one line
-    for before, token in zip([None, *tokens], tokens, strict=False):
-        if token.type != "inline" or not token.map or not before or not token.content:
+    cell = -1, 0  # the line of the last one, and where it ends
+    for before, token in pairwise(tokens):
+        if token.type != "inline" or not token.map or not token.content:
             continue
-        line, content = token.map[0], token.content
         if before.type in ("th_open", "td_open"):
-            raw = content.replace("|", "\\|")
-            start = lines[line].index(raw, end if line == last else 0)
-            last, end = line, start + len(raw)
-            yield _Text(content, "cell", line, start, end, ())
-            continue
-        raw = content.split("\n")
-        inner = [part.strip(" \t") for part in raw]
-        # Lines of odd spaces at its ends are not in the content.
-        line = next(n for n in range(line, token.map[1]) if all(map(contains, lines[n:], inner)))
-        starts = [lines[line + number].rindex(part) for number, part in enumerate(inner)]
-        is_heading = before.type == "heading_open"
-        notes = [number for number, part in enumerate(inner) if number and not is_heading and _NOTE.match(part)]
-        for first, end in pairwise([0, *notes, len(raw)]):
-            text = "\n".join(raw[first:end]).strip(" \t")
-            before_text = None if is_heading else _NOTE.match(text) or _BOX.match(text)
-            skipped = before_text.end() if before_text else 0
-            yield _Text(
-                text[skipped:],
-                "heading" if is_heading and before.markup.startswith("#") else "paragraph",
-                line + first,
-                starts[first] + skipped,
-                starts[end - 1] + len(inner[end - 1]),
-                tuple(lines[line + number][: starts[number]] for number in range(first + 1, end)),
-            )
+            line, content = token.map[0], token.content.replace("|", "\\|")
+            start = lines[line].index(content, cell[1] if cell[0] == line else 0)
+            cell = line, start + len(content)
+            yield _Text(token.content, "cell", line, start, cell[1], ())
+        else:
+            yield from _texts_of_block(before, token.content, token.map, lines)
+
+
+def _texts_of_block(opening: Token, content: str, place: list[int], lines: list[str]) -> Iterator[_Text]:
+    """The text of a paragraph or heading; each footnote in it is a text."""
+    raw = content.split("\n")
+    inner = [part.strip(" \t") for part in raw]
+    # Lines of odd spaces at its ends are not in the content.
+    line = next(line for line in range(*place) if all(map(contains, lines[line:], inner)))
+    starts = [lines[line + number].rindex(part) for number, part in enumerate(inner)]
+    is_heading = opening.type == "heading_open"
+    notes = [number for number, part in enumerate(inner) if number and not is_heading and _NOTE.match(part)]
+    for first, end in pairwise([0, *notes, len(raw)]):
+        text = "\n".join(raw[first:end]).strip(" \t")
+        mark = None if is_heading else _NOTE.match(text) or _BOX.match(text)
+        skipped = mark.end() if mark else 0
+        yield _Text(
+            text[skipped:],
+            "heading" if is_heading and opening.markup.startswith("#") else "paragraph",
+            line + first,
+            starts[first] + skipped,
+            starts[end - 1] + len(inner[end - 1]),
+            tuple(lines[line + number][: starts[number]] for number in range(first + 1, end)),
+        )
 
 
 def _marked(content: str, environment: dict[str, Any]) -> tuple[Marked, list[float]]:
