@@ -231,8 +231,8 @@ def _translate_marked(args: argparse.Namespace) -> Callable[[list[Marked]], list
     translator = _on_engine(args, settings)
     languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
     given = {"batch_size": args.batch_size, **languages, **settings}
-    ways: dict[str, Any] = {"split": True, "break_loops": True}
-    translate = _on_torch(args, {**settings, **ways}) if translator is None else None
+    language = args.split if isinstance(args.split, str) else None
+    translate = _on_torch(args, {**settings, **_ways(args.split)}) if translator is None else None
 
     def translated(texts: list[Marked]) -> list[Marked]:
         plain = ["".join(map(str, text)) for text in texts if not _has_tags(text)]
@@ -245,8 +245,8 @@ def _translate_marked(args: argparse.Namespace) -> Callable[[list[Marked]], list
                 )
             return [(text,) for text in translate(plain)]
         assert translator is not None
-        of_plain = iter(translator.translate(plain, keep_placeholders=True, **ways, **given))
-        of_marked = iter(translator.translate_marked(marked, **given))
+        of_plain = iter(translator.translate(plain, **_ways(args.split), **given))
+        of_marked = iter(translator.translate_marked(marked, split=language, **given))
         return [next(of_marked) if _has_tags(text) else (next(of_plain).text,) for text in texts]
 
     return translated
@@ -468,10 +468,9 @@ def _translations(
     return map(translated, iter(lambda: list(islice(lines, chunk)), []))
 
 
-def _translate_texts(args: argparse.Namespace, split: bool) -> Callable[[list[str]], list[str]]:
+def _translate_texts(args: argparse.Namespace, split: bool | str) -> Callable[[list[str]], list[str]]:
     """Loads the model, on the native engine where that runs it."""
-    settings = _settings(args)
-    ways: dict[str, Any] = {"split": split, "break_loops": split}
+    settings, ways = _settings(args), _ways(split)
     translator = _on_engine(args, settings)
     if translator is None:
         return _on_torch(args, {**settings, **ways})
@@ -482,6 +481,11 @@ def _translate_texts(args: argparse.Namespace, split: bool) -> Callable[[list[st
         return [translation.text for translation in found]
 
     return translate
+
+
+def _ways(split: bool | str) -> dict[str, Any]:
+    """What is done beside the translation, for texts that are cut into sentences."""
+    return {"split": split, "break_loops": bool(split), "keep_placeholders": bool(split)}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
