@@ -33,6 +33,7 @@ from hf_nmsparse.markup import Marked, Tag
 from hf_nmsparse.terminal import make_record_plain, named, one_line, row, say
 
 if TYPE_CHECKING:
+    from hf_nmsparse.glossary import Glossary
     from hf_nmsparse.translator import Translator
 
 __all__ = [
@@ -227,12 +228,15 @@ def translate(args: argparse.Namespace) -> None:
 
 def _translate_marked(args: argparse.Namespace) -> Callable[[list[Marked]], list[Marked]]:
     """Loads the model, and translates texts with markup, which only the native engine does."""
-    settings = _settings(args)
+    settings, glossary = _settings(args), _glossary(args)
     translator = _on_engine(args, settings)
     languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
-    given = {"batch_size": args.batch_size, **languages, **settings}
+    given = {"batch_size": args.batch_size, "glossary": glossary, **languages, **settings}
     language = args.split if isinstance(args.split, str) else None
-    translate = _on_torch(args, {**settings, **_ways(args.split)}) if translator is None else None
+    translate = None
+    if translator is None:
+        _check_no_glossary(args, glossary)
+        translate = _on_torch(args, {**settings, **_ways(args.split)})
 
     def translated(texts: list[Marked]) -> list[Marked]:
         plain = ["".join(map(str, text)) for text in texts if not _has_tags(text)]
@@ -470,17 +474,31 @@ def _translations(
 
 def _translate_texts(args: argparse.Namespace, split: bool | str) -> Callable[[list[str]], list[str]]:
     """Loads the model, on the native engine where that runs it."""
-    settings, ways = _settings(args), _ways(split)
+    settings, ways, glossary = _settings(args), _ways(split), _glossary(args)
     translator = _on_engine(args, settings)
     if translator is None:
+        _check_no_glossary(args, glossary)
         return _on_torch(args, {**settings, **ways})
 
     def translate(texts: list[str]) -> list[str]:
-        languages = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang}
-        found = translator.translate(texts, batch_size=args.batch_size, **ways, **languages, **settings)
+        given = {"src_lang": args.src_lang, "tgt_lang": args.tgt_lang, "glossary": glossary, **settings}
+        found = translator.translate(texts, batch_size=args.batch_size, **ways, **given)
         return [translation.text for translation in found]
 
     return translate
+
+
+def _glossary(args: argparse.Namespace) -> Glossary | None:
+    """The terms of ``--glossary``, where the command has it and it was given."""
+    from hf_nmsparse.glossary import Glossary
+
+    file = vars(args).get("glossary")
+    return None if file is None else Glossary.read(file)
+
+
+def _check_no_glossary(args: argparse.Namespace, glossary: Glossary | None) -> None:
+    if glossary is not None:
+        raise ValueError(f"{args.model}: the engine does not run it, which --glossary needs; leave that out")
 
 
 def _ways(split: bool | str) -> dict[str, Any]:

@@ -267,6 +267,7 @@ class Translator:
         src_lang: str | None = None,
         tgt_lang: str | None = None,
         split: str | None = None,
+        glossary: Glossary | None = None,
         **settings: Any,
     ) -> list[Marked]:
         """Translates texts with marks in them, which go with the words that they belong to.
@@ -278,6 +279,7 @@ class Translator:
             src_lang: As in `translate`.
             tgt_lang: As in `translate`.
             split: Code of the language by whose rules they are cut; that of the source if None.
+            glossary: As in `translate`.
             **settings: As in `translate`, but for ``num_return_sequences`` and the like.
 
         Raises:
@@ -286,7 +288,7 @@ class Translator:
         marked, languages = MarkedTexts(texts), (src_lang, tgt_lang)
         paragraphs = self.paragraphs(marked.plain, src_lang=src_lang, tgt_lang=tgt_lang, split=split)
         asked = _Asked.of({**settings, "return_attention": True})
-        ways = _Ways(break_loops=True, keep_placeholders=True)
+        ways = _Ways(break_loops=True, keep_placeholders=True, glossary=glossary)
         return self.marked(marked, paragraphs, self._translated(paragraphs.sentences, languages, asked, ways, 0)[1])
 
     def marked(self, texts: MarkedTexts, paragraphs: Paragraphs, found: Sequence[Translation]) -> list[Marked]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -751,6 +752,20 @@ class TestTranslate:
         assert main(["translate", "--model", str(models / name), *files, "--max-length", "6"]) == 0
         lines = (tmp_path / "out.txt").read_text(encoding="utf-8").split("\n")
         assert lines == [*translations(models / name, split=True, max_length=6), ""]
+
+    @pytest.mark.skipif(engine.why_not() is not None, reason="there is no native engine")
+    @pytest.mark.parametrize(("name", "content"), [("in.txt", "A dog runs.\n"), ("in.html", "<p>A <b>dog</b> runs.")])
+    def test_a_glossary(
+        self, models: Path, tmp_path: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / "terms.tsv").write_text("dog\tman|men\n", encoding="utf-8")
+        given = ["translate", "--model", str(models / "packed"), "--input", str(tmp_path / name), "--max-length", "20"]
+        terms = ["--glossary", str(tmp_path / "terms.tsv")]
+        assert main([*given, *terms]) == 0
+        assert re.search(r"\bman\b", capsys.readouterr().out)
+        fails([*given, "--glossary", str(tmp_path / "no.tsv")], "glossary: ", capsys)
+        fails([*given, *terms, "--compute", "dense"], "the engine does not run it, which --glossary needs", capsys)
 
     @pytest.mark.parametrize("compute", ["dense", "reference"])
     def test_compute(self, models: Path, tmp_path: Path, compute: str, capsys: pytest.CaptureFixture[str]) -> None:
