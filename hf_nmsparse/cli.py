@@ -119,9 +119,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_packing_arguments(command)
     command.set_defaults(run=commands.pack)
 
-    command = subparsers.add_parser("export", help="write a sparse model as dense files that any tool reads")
-    command.add_argument("source", metavar="SRC", help="packed model or training checkpoint")
+    command = subparsers.add_parser(
+        "export", help="write a sparse model as dense files that any tool reads, or for one"
+    )
+    command.add_argument(
+        "source", metavar="SRC", help="packed model or training checkpoint; with --for a dense one too"
+    )
     command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.add_argument(
+        "--for",
+        dest="tool",
+        choices=("ctranslate2", "onnx"),
+        help="write a Marian model in this tool's format, with the tokenizer beside it, once both translate alike",
+    )
+    command.add_argument(
+        "--quantization", metavar="TYPE", help="number type, such as int8, by the tool's own name (default: fp32)"
+    )
+    command.add_argument(
+        "--sentences", metavar="FILE", help="what both translate, one sentence a line (default: a few English ones)"
+    )
     command.set_defaults(run=commands.export)
 
     command = subparsers.add_parser("convert", help="write a sparse-24-bitmask checkpoint as dense files")

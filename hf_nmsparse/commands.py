@@ -54,9 +54,7 @@ __all__ = [
 # torch and transformers take seconds to import: each command imports what it needs.
 
 # What a folder holds beside the model: the tokenizer, whose class names more, the settings of generation, the card.
-_FILES_BESIDE = (
-    "README.md",
-    "generation_config.json",
+_TOKENIZER_FILES = (
     "chat_template*",
     "processor_config.json",
     "preprocessor_config.json",
@@ -67,8 +65,8 @@ _FILES_BESIDE = (
     "merges.txt",
     "*.spm",
     "*.model",
-    "shortlist.safetensors",
 )
+_FILES_BESIDE = ("README.md", "generation_config.json", *_TOKENIZER_FILES, "shortlist.safetensors")
 
 # So many lines of a file are sorted by length together; longer chunks save little and delay the output.
 _CHUNK = 4096
@@ -188,7 +186,12 @@ def _mark_masked_layers(model: Any, text: str) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a sparse model as dense files."""
+    """Writes a sparse model as dense files, or a Marian model in the format of another tool."""
+    if args.tool is not None:
+        _export_for(args)
+        return
+    if args.quantization is not None or args.sentences is not None:
+        raise ValueError("export: --quantization and --sentences go with --for; `nmsparse pack` writes int8 files")
     from hf_nmsparse.saving import export_dense
 
     with _new_folder(args.target) as target:
@@ -196,6 +199,41 @@ def export(args: argparse.Namespace) -> None:
         export_dense(model, target)
         _copy_files_beside(args.source, target)
     say(f"{args.target}: dense")
+
+
+# What each tool needs, as Python knows it.
+_NEEDED = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnxruntime", "onnxscript")}
+
+
+def _export_for(args: argparse.Namespace) -> None:
+    """Writes a model for the tool that ``--for`` names, once its translations are those of transformers."""
+    missing = [name for name in _NEEDED[args.tool] if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"export: --for {args.tool} needs {', '.join(missing)}: pip install 'hf-nmsparse[export]'")
+    from hf_nmsparse.ctranslate2_export import export_ctranslate2
+    from hf_nmsparse.export_check import SENTENCES, as_dense, check_marian
+    from hf_nmsparse.onnx_export import export_onnx
+    from hf_nmsparse.texts import encode
+
+    texts = list(SENTENCES) if args.sentences is None else [line for line in read_lines(args.sentences) if line.strip()]
+    if not texts:
+        raise ValueError(f"export: {args.sentences} holds no sentence; give some that the model is made for")
+    with _new_folder(args.target) as target:
+        model, tokenizer = _load(args.source)
+        check_marian(model, args.tool)
+        model = as_dense(model)
+        sources = encode(tokenizer, texts, model.config.max_position_embeddings)
+        if args.tool == "ctranslate2":
+            same = export_ctranslate2(model, tokenizer, target, sources, args.quantization)
+        else:
+            same = {1: export_onnx(model, target, sources, args.quantization)}
+        _copy_files_beside(args.source, target, _TOKENIZER_FILES)
+    searches = {1: "greedily", **{beams: f"with {beams} beams" for beams in same if beams > 1}}
+    all_of = f"{len(texts)} of {len(texts)} sentences {' and '.join(searches[beams] for beams in same)}"
+    say(f"{args.target}: for {args.tool}; in fp32 it translates {all_of} as transformers does")
+    if args.quantization is not None:
+        counts = ", ".join(f"{count} {searches[beams]}" for beams, count in same.items())
+        say(f"what is written is in {args.quantization}, and translates so: {counts}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -639,12 +677,12 @@ def _new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _copy_files_beside(source: str, target: Path) -> None:
+def _copy_files_beside(source: str, target: Path, patterns: tuple[str, ...] = _FILES_BESIDE) -> None:
     """Copies tokenizer, generation settings and card as they are; of a Hub model the tokenizer is loaded and saved."""
     if not Path(source).is_dir():
         _load_tokenizer(source).save_pretrained(target)
         return
-    for pattern in (*_FILES_BESIDE, *_tokenizer_files(source)):
+    for pattern in (*patterns, *_tokenizer_files(source)):
         for file in Path(source).glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

@@ -53,6 +53,7 @@ BANDS = {
     },
     "tools": {
         *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),
+        *("export_check", "ctranslate2_export", "onnx_export"),  # for other tools
         *("run_files", "run_logs", "plots", "comet_metric", "run_report", "report_page"),  # on finished runs
     },
     "commands": {"terminal", "line_files", "devices", "translate_corpus", "serve", "commands", "cli", "__main__"},
