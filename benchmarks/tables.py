@@ -438,6 +438,31 @@ def glossary_of(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def exports_of(record: dict[str, Any]) -> str:
+    """Speed, size and translations of a model in the formats of other tools."""
+    lines = table_head(
+        ["search", "runs on", "bytes", "tokens/CPU s", "to the engine in int8", "BLEU", "same sentences"]
+    )
+    speeds = {(row["beams"], row["candidate"]): row["tokens"] / row["cpu_s"] for row in record["rows"]}
+    for row in record["rows"]:
+        search = "greedy" if row["beams"] == 1 else f"beam {row['beams']}"
+        speed = speeds[row["beams"], row["candidate"]]
+        ratio = speed / speeds[row["beams"], "engine, 2:4 int8"]
+        cells = [f"{row['bytes']:,}", f"{speed:,.0f}", f"{ratio:.2f}", f"{row['bleu']:.2f}", f"{row['same']:.1%}"]
+        lines.append(table_row([search, row["candidate"], *cells]))
+    versions = ", ".join(f"{tool} {version}" for tool, version in record["versions"].items())
+    lines += [
+        "",
+        f"{record['model']}, the first {record['sentences']:,} sentences of {record['text']}, at most {record['length']} "
+        f"new tokens, {record['batch']} a batch, 1 thread; medians of {record['rounds']} fresh processes in turns. Bytes "
+        f"of ONNX are those of three files, two of which hold the decoder. Same sentences: as on the engine in fp32, "
+        f"which gives those of transformers. BLEU: `{record['signature']}`. transformers {record['transformers']}"
+        f"{', ' + versions if versions else ''}; {machine(record)}",
+        *(f"\nNot measured: {tool} ({why})." for tool, why in record["missing"].items()),
+    ]
+    return "\n".join(lines)
+
+
 def measured_table(name: str) -> str:
     """The table of a benchmark's file."""
     return OF[name](read(MEASURED / f"{name}.json"))
@@ -499,6 +524,7 @@ OF = {
     "paragraphs": paragraphs_of,
     "placeholders": placeholders_of,
     "glossary": glossary_of,
+    "exports": exports_of,
 }
 """Tables that show one file of a benchmark, which has the table's name."""
 

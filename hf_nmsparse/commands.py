@@ -210,6 +210,8 @@ def _export_for(args: argparse.Namespace) -> None:
     missing = [name for name in _NEEDED[args.tool] if find_spec(name) is None]
     if missing:
         raise ValueError(f"export: --for {args.tool} needs {', '.join(missing)}: pip install 'hf-nmsparse[export]'")
+    import torch
+
     from hf_nmsparse.ctranslate2_export import export_ctranslate2
     from hf_nmsparse.export_check import SENTENCES, as_dense, check_marian
     from hf_nmsparse.onnx_export import export_onnx
@@ -219,7 +221,7 @@ def _export_for(args: argparse.Namespace) -> None:
     if not texts:
         raise ValueError(f"export: {args.sentences} holds no sentence; give some that the model is made for")
     with _new_folder(args.target) as target:
-        model, tokenizer = _load(args.source)
+        model, tokenizer = _load(args.source, dtype=torch.float32)
         check_marian(model, args.tool)
         model = as_dense(model)
         sources = encode(tokenizer, texts, model.config.max_position_embeddings)
@@ -595,8 +597,8 @@ def _on_torch(args: argparse.Namespace, settings: dict[str, Any]) -> Callable[[l
     return translated
 
 
-def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
-    """The model in a folder or on the Hub, and its tokenizer.
+def _load(source: str, tokenizer: bool = True, **settings: Any) -> tuple[Any, Any]:
+    """The model in a folder or on the Hub, as ``from_pretrained`` loads it with ``settings``, and its tokenizer.
 
     Nobody is asked whether to run code that comes with them: the terminal may be where the sentences come from.
     """
@@ -612,7 +614,7 @@ def _load(source: str, tokenizer: bool = True) -> tuple[Any, Any]:
     if not Path(source).is_dir() and (Path(source).exists() or source.count("/") != 1):
         raise ValueError(f"no folder {source}, and no 'user/name' on the Hub either")
     try:
-        model = load_seq2seq(source, trust_remote_code=False)
+        model = load_seq2seq(source, trust_remote_code=False, **settings)
         if (Path(source) / "generation_config.json").exists():  # the model passes over a damaged one in silence
             GenerationConfig.from_pretrained(source)
     except (PackedFormatError, OSError):

@@ -64,13 +64,18 @@ class Expected:
 
 
 def as_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes ``model`` an ordinary dense one in fp32, in place: what is packed unpacked, what trains masked."""
+    """Makes ``model`` an ordinary dense one, in place: what is packed unpacked, what trains masked.
+
+    Args:
+        model: One that was loaded in fp32: positions that are computed would else stay rounded.
+    """
     for module in [module for module in model.modules() if isinstance(module, NMLinear)]:
         module.finalize()
         module.to_linear()
     if getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize()
-    dense: PreTrainedModel = model.float().eval()
+        model.dequantize()
+    model.config.__dict__.pop("quantization_config", None)
+    dense: PreTrainedModel = model.eval()
     return dense
 
 

@@ -38,7 +38,7 @@ def export_onnx(model: PreTrainedModel, folder: Path, sources: list[list[int]], 
     """Writes ``model`` into ``folder``, and checks in onnxruntime what comes out.
 
     Args:
-        model: A dense Marian model in fp32.
+        model: A dense Marian model in fp32, whose attention is set to the plain one.
         folder: A folder that is there.
         sources: The ids of the sentences that are translated with both, greedily.
         quantization: ``"int8"`` rounds weights to int8 and activations as it computes; None is fp32.
@@ -169,24 +169,20 @@ def _write(model: Any, folder: Path) -> None:
             ["logits", *names("present", ("decoder",))],
         ),
     ]
-    attention = config._attn_implementation
     model.set_attn_implementation("eager")  # the other asks in Python whether there is one token or more
-    try:
-        with torch.no_grad(), _quiet():
-            for name, module, given, shapes, inputs, outputs in parts:
-                torch.onnx.export(
-                    module.eval(),
-                    given,
-                    str(folder / f"{name}.onnx"),
-                    input_names=inputs,
-                    output_names=outputs,
-                    dynamic_shapes=shapes,
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
-    finally:
-        model.set_attn_implementation(attention)
+    with torch.no_grad(), _quiet():
+        for name, module, given, shapes, inputs, outputs in parts:
+            torch.onnx.export(
+                module.eval(),
+                given,
+                str(folder / f"{name}.onnx"),
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=shapes,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
 
 
 def _round(source: Path, target: Path) -> None:

@@ -644,6 +644,108 @@ for command in ("pack", "export"):
         assert not (models / "new").exists()
 
 
+class TestExportForOthers:
+    """``--for``; what the files hold is tested with the modules that write them."""
+
+    @pytest.fixture
+    def sentences(self, tmp_path: Path) -> str:
+        (tmp_path / "sentences.txt").write_text("The garden is big.\n\nA man sleeps.\n", encoding="utf-8")
+        return str(tmp_path / "sentences.txt")
+
+    @pytest.mark.parametrize("name", ["packed", "training", "dense"])
+    def test_ctranslate2(
+        self, models: Path, tmp_path: Path, sentences: str, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The models' padding is first, as in older models of the recipe."""
+        ctranslate2 = pytest.importorskip("ctranslate2")
+        target = tmp_path / "new"
+        command = ["export", str(models / name), str(target), "--for", "ctranslate2", "--sentences", sentences]
+        assert main([*command, "--quantization", "int8"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        told = "in fp32 it translates 2 of 2 sentences greedily and with 4 beams as transformers does"
+        assert said[0] == f"{target}: for ctranslate2; {told}"
+        assert said[1].startswith("what is written is in int8, and translates so: ")
+        assert {"model.bin", "config.json", "tokenizer.json"} <= {file.name for file in target.iterdir()}
+        assert not (target / "model.safetensors").exists()
+        tokenizer: Any = AutoTokenizer.from_pretrained(target)
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("The garden is big.")["input_ids"])
+        translator = ctranslate2.Translator(str(target), intra_threads=1)
+        [found] = translator.translate_batch([tokens], max_decoding_length=8)
+        assert tokenizer.convert_tokens_to_string(found.hypotheses[0])
+
+    def test_onnx(
+        self,
+        models: Path,
+        tmp_path: Path,
+        sentences: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def export_onnx(model: Any, folder: Path, sources: list[list[int]], quantization: str | None) -> int:
+            assert (type(model), len(sources), quantization) == (MarianMTModel, 2, None)
+            (folder / "config.json").write_text("{}", encoding="utf-8")
+            return 2
+
+        monkeypatch.setattr("hf_nmsparse.onnx_export.export_onnx", export_onnx)
+        monkeypatch.setattr("hf_nmsparse.commands.find_spec", lambda name: name)
+        target = tmp_path / "new"
+        assert main(["export", str(models / "packed"), str(target), "--for", "onnx", "--sentences", sentences]) == 0
+        told = "in fp32 it translates 2 of 2 sentences greedily as transformers does"
+        assert capsys.readouterr().out == f"{target}: for onnx; {told}\n"
+        assert {"config.json", "tokenizer.json"} <= {file.name for file in target.iterdir()}
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["packed", "dense", "--for", "ctranslate2"], "is there already; give a new folder"),
+            (["packed", "new", "--for", "ctranslate2", "--quantization", "int3"], "quantization is one of 'int8'"),
+            (["packed", "new", "--for", "onnx", "--quantization", "float16"], "quantization is one of 'int8', got"),
+            (["packed", "new", "--quantization", "int8"], "--quantization and --sentences go with --for"),
+            (["packed", "new", "--for", "onnx", "--sentences", "{tmp}/empty"], "holds no sentence; give some"),
+            (["packed", "new", "--for", "onnx", "--sentences", "{tmp}/none"], "none"),
+            (["packed", "new", "--for", "tflite"], "invalid choice: 'tflite'"),
+            (["none", "new", "--for", "ctranslate2"], "no folder"),
+            (["bart", "new", "--for", "ctranslate2"], "writes Marian models, which the recipe trains, and this one is"),
+            (["broken", "new", "--for", "ctranslate2"], "cannot be loaded"),
+        ],
+    )
+    def test_refusals(
+        self, models: Path, tmp_path: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for needed in ("ctranslate2", "onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(needed)
+        (tmp_path / "empty").write_text("\n", encoding="utf-8")
+        if argv[0] in ("bart", "broken"):
+            folder = models / argv[0]
+            if argv[0] == "bart":
+                hf.BartForConditionalGeneration(hf.BartConfig(**tiny.bart(300, 16, 1))).save_pretrained(folder)
+                tiny.tokenizer().save_pretrained(folder)
+            else:
+                shutil.copytree(models / "dense", folder, dirs_exist_ok=True)
+                weights = (folder / "model.safetensors").read_bytes()
+                (folder / "model.safetensors").write_bytes(weights[:-100])
+        source, target, *rest = (part.replace("{tmp}", str(tmp_path)) for part in argv)
+        fails(["export", str(models / source), str(models / target), *rest], message, capsys)
+        assert not (models / "new").exists()
+
+    @pytest.mark.parametrize(
+        ("tool", "missing"), [("ctranslate2", "ctranslate2"), ("onnx", "onnx, onnxruntime, onnxscript")]
+    )
+    def test_what_is_not_installed_is_named(
+        self,
+        models: Path,
+        tmp_path: Path,
+        tool: str,
+        missing: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr("hf_nmsparse.commands.find_spec", lambda name: None)
+        told = f"export: --for {tool} needs {missing}: pip install 'hf-nmsparse[export]'"
+        fails(["export", str(models / "packed"), str(tmp_path / "new"), "--for", tool], told, capsys)
+        assert not (tmp_path / "new").exists()
+
+
 class TestPrune:
     @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
     def test_from_dense_to_packed(
