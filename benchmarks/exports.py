@@ -103,13 +103,15 @@ def openvino_runs(folder: Path, threads: int) -> dict[str, Callable[[Mapping[str
 
     def run_of(name: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
         compiled = openvino.Core().compile_model(str(folder / f"{name}.onnx"), "CPU", settings)
-        outputs = [output.any_name for output in compiled.outputs]
+        names = [next(filter(ours, output.get_names())) for output in compiled.outputs]
 
         def run(given: Mapping[str, Any]) -> Mapping[str, Any]:
-            found = compiled(dict(given))
-            return {output: found[output] for output in outputs}
+            return dict(zip(names, compiled(dict(given)).to_tuple(), strict=True))
 
         return run
+
+    def ours(name: str) -> bool:  # an output may have others beside the one of the file
+        return name in ("last_hidden_state", "logits") or name.startswith("present.")
 
     return {name: run_of(name) for name in (ENCODER, FIRST, NEXT)}
 
@@ -131,7 +133,7 @@ def in_a_process(name: str, folder: Path, task: Path, beams: int) -> dict[str, A
 
 
 def save(model: Path, folder: Path, wanted: Sequence[str], tokenizer: Any, sources: Rows) -> dict[str, Path]:
-    """Writes the files of all candidates; returns the folder of each."""
+    """Writes the files of all candidates that are not there; returns the folder of each."""
     import torch
 
     from hf_nmsparse import save_packed
@@ -145,6 +147,8 @@ def save(model: Path, folder: Path, wanted: Sequence[str], tokenizer: Any, sourc
 
     folders = {name: folder / CANDIDATES[name][0] for name in wanted}
     for path in dict.fromkeys(folders.values()):
+        if path.exists():
+            continue
         kind, _, numbers = path.name.partition("_")
         quantization = None if numbers == "fp32" else numbers
         if kind == "packed":
@@ -152,7 +156,7 @@ def save(model: Path, folder: Path, wanted: Sequence[str], tokenizer: Any, sourc
         elif kind == "ctranslate2":
             export_ctranslate2(as_dense(loaded()), tokenizer, path, sources, quantization)
         else:
-            path.mkdir()
+            path.mkdir(parents=True)
             export_onnx(as_dense(loaded()), path, sources, quantization)
     return folders
 
@@ -173,6 +177,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=200, help="the first so many of the split")
     parser.add_argument("--length", type=int, default=64, help="most new tokens of a sentence")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each candidate")
+    parser.add_argument("--files", type=Path, help="keeps the exported files here, and takes those that are here")
     parser.add_argument("--note", default="", help="what the reader has to know about this run")
     parser.add_argument("--output", type=Path, help="the JSON file; a table goes beside it")
     options = parser.parse_args()
@@ -206,7 +211,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     signature = ""
     with TemporaryDirectory() as temporary:
-        folders = save(options.model, Path(temporary), wanted, tokenizer, ids[:16])
+        folders = save(options.model, options.files or Path(temporary), wanted, tokenizer, ids[:16])
         file = Path(temporary) / "task.json"
         file.write_text(json.dumps(task))
         for beams in (1, 4):

@@ -453,10 +453,11 @@ def exports_of(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{tool} {version}" for tool, version in record["versions"].items())
     lines += [
         "",
-        f"{record['model']}, the first {record['sentences']:,} sentences of {record['text']}, at most {record['length']} "
-        f"new tokens, {record['batch']} a batch, 1 thread; medians of {record['rounds']} fresh processes in turns. Bytes "
-        f"of ONNX are those of three files, two of which hold the decoder. Same sentences: as on the engine in fp32, "
-        f"which gives those of transformers. BLEU: `{record['signature']}`. transformers {record['transformers']}"
+        f"{record['model']}, the first {record['sentences']:,} sentences of {record['text']}, at most "
+        f"{record['length']} new tokens, {record['batch']} a batch, 1 thread; medians of {record['rounds']} fresh "
+        "processes in turns. Bytes of ONNX are those of three files, two of which hold the decoder. Same sentences: "
+        "as on the engine in fp32, which gives those of transformers. "
+        f"BLEU: `{record['signature']}`. transformers {record['transformers']}"
         f"{', ' + versions if versions else ''}; {machine(record)}",
         *(f"\nNot measured: {tool} ({why})." for tool, why in record["missing"].items()),
     ]

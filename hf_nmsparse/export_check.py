@@ -2,7 +2,8 @@
 
 Both compute in fp32, where nothing is rounded but sums. What tools do differently by design is set alike: beams are
 ranked by the sum of log-probabilities alone, since not all count the end of a sentence to its length, and the search
-ends as soon as there are as many finished translations as beams.
+ends as soon as there are as many finished translations as beams. One thing stays: transformers forbids the padding
+after the softmax, and CTranslate2 has none, so that beams of a model that has not learnt to leave it out may differ.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from benchmarks import (
+    exports,
     generate,
     gpu,
     kernels,
@@ -250,6 +251,28 @@ def test_what_is_balanced() -> None:
     assert placeholders.balanced("<p><b>a</b><i class='x'></i><img></p>")
     assert not placeholders.balanced("<p><b></p></b>")
     assert not placeholders.balanced("</b>")
+
+
+def test_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside CTranslate2; the files of the others are made and read in tests/test_onnx_export.py."""
+    pytest.importorskip("ctranslate2")
+    for tool in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, tool, None)  # as if it were not installed
+    packed_with_news(tmp_path, 3)
+    file = tmp_path / "exports.json"
+    arguments = [str(tmp_path / "packed"), f"{tmp_path / 'news'}:test", "--length", "8", "--rounds", "1"]
+    monkeypatch.setattr(exports, "in_a_process", exports.one)
+    monkeypatch.setattr("hf_nmsparse.ctranslate2_export.BEAMS", (1,))  # of a model that has learnt nothing
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--note", "a test", "--output", str(file)])
+    exports.main()
+    record = tables.read(file)
+    names = ["engine, 2:4 fp32", "engine, 2:4 int8", "CTranslate2 fp32", "CTranslate2 int8"]
+    assert [(row["beams"], row["candidate"]) for row in record["rows"]] == list(itertools.product((1, 4), names))
+    assert {row["same"] for row in record["rows"] if row["beams"] == 1 and row["candidate"].endswith("fp32")} == {1.0}
+    assert record["missing"].keys() == {"onnxruntime", "openvino"}
+    table = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert_table(table, ["runs on", "bytes", "BLEU", "same sentences"])
+    assert "Not measured: openvino" in table
 
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:
