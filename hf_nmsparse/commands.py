@@ -637,12 +637,12 @@ def _load_tokenizer(source: str) -> Any:
 
 
 def _mask_for_good(model: Any) -> None:
-    """Lets the layers of a training checkpoint run as plain linear layers, without a new mask in every forward."""
-    from hf_nmsparse.layers import NMLinear
+    """Lets the layers of a training checkpoint run as stock layers, without a new mask in every forward."""
+    from hf_nmsparse.layers import NMLayer
 
-    for module in [module for module in model.modules() if isinstance(module, NMLinear)]:
+    for module in [module for module in model.modules() if isinstance(module, NMLayer)]:
         module.finalize()
-        module.to_linear()
+        module.to_stock()
 
 
 @contextmanager

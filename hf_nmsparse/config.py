@@ -26,7 +26,7 @@ DEFAULT_IGNORE: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class NMSparseConfig:
-    """Which linear layers of a model become N:M sparse.
+    """Which layers of a model become N:M sparse.
 
     A rule names layers by their dotted path in the model: either a shell pattern over the whole path
     (``"model.encoder.*"``) or the end of the path (``"fc1"``, ``"self_attn.q_proj"``); whatever lies below a module
@@ -34,21 +34,25 @@ class NMSparseConfig:
 
     Args:
         pattern: ``"2:4"`` or an `NMPattern`.
-        targets: Rules for the layers to make sparse; None takes every ``nn.Linear``.
+        targets: Rules for the layers to make sparse; None takes every ``nn.Linear``, and with ``convolutions`` every
+            convolution.
         ignore: Rules for layers that stay dense; None takes `DEFAULT_IGNORE`. The model's output head and tied
             weights stay dense in any case.
         soft: Whether kept weights move towards zero by the largest magnitude that is pruned in their group, which
             ``sparse_method="s-ste"`` trains. A packed file holds the result, and no word of it.
+        convolutions: Whether ``nn.Conv1d``, ``nn.Conv2d`` and transformers' ``Conv1D`` are taken beside ``nn.Linear``,
+            with groups along their input channels for each output channel and place of the kernel.
 
     Raises:
-        ValueError: The pattern is none, a rule list is empty or holds something other than names, or ``soft`` is
-            neither true nor false.
+        ValueError: The pattern is none, a rule list is empty or holds something other than names, or ``soft`` or
+            ``convolutions`` is neither true nor false.
     """
 
     pattern: NMPattern
     targets: tuple[str, ...] | None
     ignore: tuple[str, ...] | None
     soft: bool
+    convolutions: bool
 
     def __init__(
         self,
@@ -56,15 +60,17 @@ class NMSparseConfig:
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
         soft: bool = False,
+        convolutions: bool = False,
     ) -> None:
         object.__setattr__(self, "pattern", NMPattern.parse(pattern))
         object.__setattr__(self, "targets", _rules("targets", targets))
         object.__setattr__(self, "ignore", _rules("ignore", ignore))
         if self.targets == ():
             raise ValueError("config: targets is empty, so no layer would be sparse; leave it out to take every Linear")
-        if not isinstance(soft, bool):
-            raise ValueError(f"config: soft is true or false, got {soft!r}")
-        object.__setattr__(self, "soft", soft)
+        for name, switch in (("soft", soft), ("convolutions", convolutions)):
+            if not isinstance(switch, bool):
+                raise ValueError(f"config: {name} is true or false, got {switch!r}")
+            object.__setattr__(self, name, switch)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NMSparseConfig:
@@ -86,9 +92,7 @@ class NMSparseConfig:
             record["targets"] = list(self.targets)
         if self.ignore is not None:
             record["ignore"] = list(self.ignore)
-        if self.soft:
-            record["soft"] = True
-        return record
+        return record | {name: True for name in ("soft", "convolutions") if getattr(self, name)}
 
 
 def _rules(field: str, rules: Iterable[str] | None) -> tuple[str, ...] | None:

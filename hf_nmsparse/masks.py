@@ -48,6 +48,7 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         ValueError: The row does not divide into groups, or a weight is NaN.
     """
     pattern.groups(weight.shape[-1])
+    weight = weight.contiguous()  # which a convolution's is not where its input channels are seen last
     if kernels_for(weight) is not None:
         mask = torch.zeros(-(-weight.numel() // 8), dtype=torch.uint8, device=weight.device)
         if math.isnan(update_mask(mask, weight, pattern)):
@@ -76,6 +77,7 @@ def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor | in
     Raises:
         ValueError: As `magnitude_mask`, but for a NaN on a GPU.
     """
+    weight = weight.contiguous()
     kernels = kernels_for(weight)
     if kernels is not None:
         changed: Tensor | int = kernels.rank(weight, mask, pattern)

@@ -11,7 +11,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 
-from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.layers import NMLayer, channel_dim
 from hf_nmsparse.masks import apply_mask, pack_bits, random_mask, unpack_bits, update_mask
 from hf_nmsparse.padding import ZeroPadding
 from hf_nmsparse.schedule import Schedule
@@ -116,7 +116,7 @@ class SparseStep:
         self.decay, self.schedule = check_method(method, decay, schedule or Schedule())
         self.method = METHODS[method]
         model, optimizer = unwrapped(model), torch_optimizer(optimizer)
-        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLayer)}
         if not self.layers:
             raise ValueError("SparseStep: the model has no N:M layer; call sparsify(model, config) first")
         if any(layer.soft != self.method.soft for layer in self.layers.values()):
@@ -206,7 +206,7 @@ class SparseStep:
         """What each layer looks like now."""
         states = {}
         for name, layer in self.layers.items():
-            magnitude, mask = local(layer.weight).abs(), layer.current_mask()
+            magnitude, mask = layer.rows().abs(), layer.current_mask()
             sums = [apply_mask(magnitude, mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)]
             sums.append(unpack_bits(mask, magnitude.shape).sum())
             kept, all_weights, number = _over_shards(torch.stack(sums), layer.weight).tolist()
@@ -254,7 +254,7 @@ class SparseStep:
         for name, layer in self.layers.items():
             if f"{name}.mask" in state:
                 mask = state[f"{name}.mask"]
-                unpack_bits(mask, layer.weight.shape)  # refuses the mask of another layer
+                unpack_bits(mask, layer.rows().shape)  # refuses the mask of another layer
                 layer.mask = mask.to(layer.weight.device, copy=True)
 
     def _follows_from_weights(self) -> bool:
@@ -273,6 +273,11 @@ class SparseStep:
         """Some engines shard the weights once the optimizer is there."""
         for layer in self.layers.values():
             if is_sharded(layer.weight):
+                if channel_dim(layer) == 0:
+                    raise ValueError(
+                        f"SparseStep: FSDP2 would cut the groups of a {type(layer).__name__}, whose input channels "
+                        "are its rows; train under DDP"
+                    )
                 if self._track_groups or not self._follows_from_weights():
                     raise ValueError(
                         f"SparseStep: method {self._name!r}, interval {self.schedule.interval} and track_groups "
@@ -287,7 +292,7 @@ class SparseStep:
             layer.mask = layer.current_mask()
             # Weights that keep to the pattern already keep their mask: those of a run that goes on.
             if self.method.random_mask and not torch.equal(layer.masked(layer.weight, layer.mask), layer.weight):
-                layer.mask = random_mask(layer.weight, layer.pattern, generator)
+                layer.mask = random_mask(layer.rows(), layer.pattern, generator)
             layer.fixed_mask = True
             layer.finalize()
 
@@ -335,8 +340,9 @@ class SparseStep:
             if grad is not None and group is not None:
                 context = StepContext(float(group["lr"]), decay, layer.pruned_scale, bool(group.get("maximize")))
                 if self.method.needs_adam:
-                    context = replace(context, adam_denominator=local(_adam_denominator(optimizer, group, weight)))
-                self.method.rule(local(weight), local(grad), mask, context)
+                    denominator = layer.in_rows(_adam_denominator(optimizer, group, weight))
+                    context = replace(context, adam_denominator=denominator)
+                self.method.rule(layer.in_rows(weight), layer.in_rows(grad), mask, context)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -350,9 +356,9 @@ class SparseStep:
             flips: Tensor | int = 0
             if renewed:
                 before = None if self._changed is None else mask.clone()
-                flips = update_mask(mask, local(weight), layer.pattern)
+                flips = update_mask(mask, layer.rows(), layer.pattern)
                 if self._changed is not None and before is not None:
-                    flipped = unpack_bits(before ^ mask, weight.shape)
+                    flipped = unpack_bits(before ^ mask, layer.rows().shape)
                     self._changed[name] |= flipped.reshape(-1, layer.pattern.m).any(dim=1)
             if self.method.fixed_mask:
                 layer.finalize()  # momentum of earlier steps moves pruned weights too

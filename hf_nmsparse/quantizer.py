@@ -25,7 +25,7 @@ from hf_nmsparse.compute import computing_packed, kernel_layer, loaded_with, set
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.generation import attach
 from hf_nmsparse.kernels import cpu
-from hf_nmsparse.layers import NMLinear, sparse_layers
+from hf_nmsparse.layers import NMLayer, sparse_layers
 from hf_nmsparse.packed_files import CODES, SCALE, check_layer, check_numbers, check_places, read_files
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
@@ -241,7 +241,7 @@ def prepare_for_training(model: PreTrainedModel) -> None:
         ValueError: The model was loaded from neither, is spread over devices, or holds adapters.
     """
     model = unwrapped(model)
-    if any(isinstance(module, NMLinear) for module in model.modules()):
+    if any(isinstance(module, NMLayer) for module in model.modules()):
         return
     config = loaded_with(model, "prepare_for_training").sparse_config()
     if has_adapters(model):

@@ -22,7 +22,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from hf_nmsparse import standalone as reader
 from hf_nmsparse.checkpoint_fit import refuse_missing, ties
 from hf_nmsparse.files import model_folder
-from hf_nmsparse.layers import NMLinear, sparse_layers
+from hf_nmsparse.layers import NMLayer, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
@@ -337,7 +337,7 @@ def _empty_twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrained
         empty = torch.empty(tensor.shape, dtype=cast, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for layer in model.modules():
-        if isinstance(layer, NMLinear) and layer.mask is not None:
+        if isinstance(layer, NMLayer) and layer.mask is not None:
             memo[id(layer.mask)] = None
         elif isinstance(layer, PackedLinear | KernelLinear):  # shards count parameters as those of the stock model
             memo[id(layer)] = nn.Linear(
@@ -400,7 +400,7 @@ def _dense_weight(layer: nn.Module, tensor: Tensor, key: str) -> Tensor:
     """The weight of a sparse layer, dense and masked; ``tensor`` is what the state dict has of it."""
     if isinstance(layer, PackedLinear | KernelLinear):
         return layer.dense_weight()
-    if not isinstance(layer, NMLinear):
+    if not isinstance(layer, NMLayer):
         return tensor
     layer.check_sparse()
     _finite(tensor, key)  # which has no rank

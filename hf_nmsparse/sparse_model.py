@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import IO, Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from hf_nmsparse.calibration import Calibration, prune_layers
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
-from hf_nmsparse.layers import NMLinear, sparse_layers
+from hf_nmsparse.layers import NMConv1d, NMConv2d, NMLayer, NMLinear, channel_dim, sparse_layers
 from hf_nmsparse.masks import apply_mask, count_violations, magnitude_mask
-from hf_nmsparse.packed_layers import KernelLinear
+from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.permutation import permute_channels
 from hf_nmsparse.sharding import is_sharded, local
@@ -26,6 +27,13 @@ from hf_nmsparse.wrappers import is_of_peft, unwrapped
 __all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
 
 _NO_TARGET = "no target rule matches"
+
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+_PACKED = (KernelLinear, PackedLinear)
 
 # Where PEFT keeps the model, or the layer, that it adapts; whatever else lies in its modules it trains itself.
 _ADAPTED = ("base_model", "model", "base_layer")
@@ -38,7 +46,7 @@ def sparsify(
     calibration: Calibration | None = None,
     permute: bool = False,
 ) -> dict[str, str]:
-    """Turns the linear layers that ``config`` selects into N:M layers, in place.
+    """Turns the layers that ``config`` selects into N:M layers, in place.
 
     Adapters of PEFT stay dense, and the layers that they adapt become sparse. Weights stay dense masters; the forward
     uses their masked copy. Keys of the state dict, ties and optimizers built earlier stay as they are. A Hugging Face
@@ -59,10 +67,10 @@ def sparsify(
             stays what it was but for rounding; see `permutation` for which layers this can be done.
 
     Returns:
-        The linear layers that stay dense, by name, with the reason.
+        The layers of the kinds that ``config`` takes which stay dense, by name, with the reason.
 
     Raises:
-        ValueError: A rule matches no linear layer, or no layer would become sparse, or the model is sparse already, or
+        ValueError: A rule matches no such layer, or no layer would become sparse, or the model is sparse already, or
             one of the two is something else, or the weights are ``trained`` and would be pruned or permuted; or what
             `permute_channels` and `prune_layers` refuse, the latter with layers pruned already.
     """
@@ -76,15 +84,19 @@ def sparsify(
     if not isinstance(calibration, Calibration | None):
         raise ValueError(f"sparsify: takes a Calibration, got {type(calibration).__name__}; see Calibration.of_pairs")
     chosen, dense = select_layers(model, config)
+    if calibration is not None and (others := [name for name, layer in chosen.items() if not _is_linear(layer)]):
+        raise ValueError(f"sparsify: calibration prunes nn.Linear alone; {others[0]} is none, leave it to ignore")
     if permute:
         permute_channels(model, chosen, config.pattern)
     if calibration is not None:
         prune_layers(model, chosen, config.pattern, calibration)
     for layer in chosen.values():
-        sparse = NMLinear.from_linear(layer, config.pattern, config.soft)
+        form = _sparse_form(layer)
+        assert form is not None
+        sparse = form.from_stock(layer, config.pattern, config.soft)
         if config.soft and not trained:
             with torch.no_grad():
-                sparse.weight.mul_(soft_scale(sparse.weight, sparse.current_mask(), config.pattern))
+                sparse.weight.mul_(soft_scale(sparse.rows(), sparse.current_mask(), config.pattern))
     for name, reason in dense.items():
         model.get_submodule(name).dense_reason = reason  # type: ignore[assignment]  # for report
     if hasattr(getattr(model, "config", None), "save_pretrained"):  # others keep a dict or a dataclass under this name
@@ -104,59 +116,81 @@ def _copy_config(model: Any) -> None:
                 setattr(module, name, copies[id(value)])
 
 
-def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Sorts the linear layers of ``model`` into those that become sparse and those that stay dense, with the reason.
+def _sparse_form(layer: nn.Module) -> type[NMLayer] | None:
+    """The class that a layer of this very class has in training; None if there is none."""
+    if _is_conv1d(layer):
+        from hf_nmsparse.conv1d import NMConv1D  # which needs transformers, and there it is
+
+        return NMConv1D
+    forms: dict[type, type[NMLayer]] = {form.stock: form for form in (NMLinear, NMConv1d, NMConv2d)}
+    return forms.get(type(layer))
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D``, a linear layer whose weight lies transposed."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether it is an ``nn.Linear`` that has a weight to train."""
+    return isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear)
+
+
+def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Sorts the layers of ``model`` into those that become sparse and those that stay dense, with the reason.
 
     Raises:
-        ValueError: A rule matches no linear layer, or every layer stays dense.
+        ValueError: A rule matches no layer of the kinds that ``config`` takes, or every layer stays dense.
     """
     model = unwrapped(model)
-    linears = {
+    layers: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, KernelLinear)  # which has no weight to train
+        if _is_linear(module) or (config.convolutions and (isinstance(module, _CONVOLUTIONS) or _is_conv1d(module)))
     }
+    kinds = "linear layer or convolution" if config.convolutions else "linear layer"
     for field, rules in (("targets", config.targets), ("ignore", config.ignore)):
         for rule in rules or ():
-            if not any(_matches(name, rule) for name in linears):
-                example = f"; this model has, for example, {next(iter(linears))!r}" if linears else ""
-                raise ValueError(f"sparsify: {field} rule {rule!r} matches no linear layer of the model{example}")
+            if not any(_matches(name, rule) for name in layers):
+                example = f"; this model has, for example, {next(iter(layers))!r}" if layers else ""
+                raise ValueError(f"sparsify: {field} rule {rule!r} matches no {kinds} of the model{example}")
     users = _weight_users(model)
     head = _output_head(model)
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, Any] = {}
     dense: dict[str, str] = {}
-    for name, linear in linears.items():
-        others = [user for user in users.get(id(linear.weight), ()) if user != name]
+    for name, layer in layers.items():
+        others = [user for user in users.get(id(layer.weight), ()) if user != name]
         reason: str | None = None
         if config.targets is not None and not any(_matches(name, rule) for rule in config.targets):
             reason = _NO_TARGET
         elif _is_adapter(model, name):
             reason = "a PEFT adapter"
-        elif linear is head:
+        elif layer is head:
             reason = "the output head"
-        elif (computed := _computed_tensor(linear)) is not None:
+        elif (computed := _computed_tensor(layer)) is not None:
             reason = f"its {computed} is computed from other tensors, by a parametrization or by pruning"
         elif others:
             reason = f"tied to {others[0]}"
         elif (ignored := _first_match(name, DEFAULT_IGNORE if config.ignore is None else config.ignore)) is not None:
             reason = f"ignore rule {ignored!r}"
-        elif type(linear) is not nn.Linear:
-            reason = f"its class is {type(linear).__name__}, not nn.Linear"
+        elif _sparse_form(layer) is None:
+            reason = f"its class is {type(layer).__name__}, not {'nn.Linear' if _is_linear(layer) else 'nn.Conv2d'}"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             reason = "nn.TransformerEncoderLayer reads its weight without calling it"
-        elif not _is_plain(linear.weight):
-            reason = (
-                f"its weight is a {type(linear.weight.data).__name__} of {linear.weight.dtype}, not of plain floats"
-            )
-        elif linear.in_features % config.pattern.m:
-            reason = f"in_features {linear.in_features} is not a multiple of {config.pattern.m}"
+        elif not _is_plain(layer.weight):
+            reason = f"its weight is a {type(layer.weight.data).__name__} of {layer.weight.dtype}, not of plain floats"
+        elif getattr(layer, "groups", 1) != 1:
+            reason = f"its channels are convolved in {layer.groups} groups of their own"
+        elif (channels := layer.weight.shape[channel_dim(layer)]) % config.pattern.m:
+            what = "in_features" if layer.weight.dim() == 2 else "in_channels"
+            reason = f"{what} {channels} is not a multiple of {config.pattern.m}"
         if reason is None:
-            chosen[name] = linear
+            chosen[name] = layer
         else:
             dense[name] = reason
     if not chosen:
         telling = [f"{name}: {reason}" for name, reason in dense.items() if reason != _NO_TARGET]
-        reasons = "; ".join(telling[:3]) or "it has no nn.Linear"
+        reasons = "; ".join(telling[:3]) or f"it has no {'layer to take' if config.convolutions else 'nn.Linear'}"
         raise ValueError(f"sparsify: no layer of the model can be {config.pattern} sparse ({reasons})")
     return chosen, dense
 
@@ -164,8 +198,8 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, n
 def finalize(model: nn.Module) -> None:
     """Masks the weights of every N:M layer once more, in place, and verifies that each group keeps at most N.
 
-    An ``nn.Linear`` that was unpacked from a packed model is masked by the magnitudes of its weight: what was merged
-    into it, as PEFT merges adapters, has left the pattern.
+    A stock layer that was unpacked from a packed model is masked by the magnitudes of its weight: what was merged into
+    it, as PEFT merges adapters, has left the pattern.
 
     Raises:
         ValueError: The model has no layer that knows a pattern and holds its weight dense, or the forward of one is
@@ -173,11 +207,7 @@ def finalize(model: nn.Module) -> None:
     """
     model = _itself(model, "finalize")
     found = {name: model.get_submodule(name) for name in sparse_layers(model)}
-    layers = {
-        name: layer
-        for name, layer in found.items()
-        if isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear)
-    }
+    layers: dict[str, Any] = {name: layer for name, layer in found.items() if not isinstance(layer, _PACKED)}
     if not layers:
         raise ValueError(
             "finalize: the model has no N:M layer in training; call sparsify(model, config) first, or load a packed "
@@ -191,12 +221,12 @@ def finalize(model: nn.Module) -> None:
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') after weight_norm and its like"
             )
     for name, layer in layers.items():
-        pattern: Any = layer.pattern
-        if isinstance(layer, NMLinear):
+        pattern, rows = layer.pattern, layer.weight.movedim(channel_dim(layer), -1)
+        if isinstance(layer, NMLayer):
             layer.finalize()
         else:
-            _mask_in_place(local(layer.weight), pattern)
-        violations = count_violations(layer.weight, pattern)
+            _mask_in_place(local(rows), pattern)
+        violations = count_violations(rows, pattern)
         if violations:
             raise ValueError(
                 f"finalize: {name or 'the layer'} breaks {pattern} in {violations:,} groups with the mask that it "
@@ -215,7 +245,7 @@ class LayerReport:
 
     Attributes:
         name: Dotted path of the layer.
-        shape: ``(out_features, in_features)``.
+        shape: That of the stock weight: ``(out_features, in_features)`` of a linear layer.
         pattern: None for a dense layer.
         kept: Fraction of the weights that the forward uses.
         violations: Groups whose stored weight has more than N non-zeros. Dense masters violate until `finalize`.
@@ -223,7 +253,7 @@ class LayerReport:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     pattern: NMPattern | None
     kept: float
     violations: int
@@ -249,23 +279,26 @@ class Report:
     def __str__(self) -> str:
         rows = [("layer", "shape", "pattern", "kept", "violations")]
         for layer in self.layers:
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            shape = "x".join(map(str, layer.shape))
             if layer.pattern is None:
                 rows.append((layer.name, shape, "dense", "100.0%", layer.note))
             else:
                 rows.append((layer.name, shape, str(layer.pattern), f"{layer.kept:.1%}", str(layer.violations)))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join([*(row[c].ljust(widths[c]) for c in range(4)), row[4]]).rstrip() for row in rows]
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.sparse)
+        weights = sum(prod(layer.shape) for layer in self.sparse)
+        kinds = "linear layers" if all(len(layer.shape) == 2 for layer in self.layers) else "layers"
         lines.append(
-            f"{len(self.sparse)} sparse and {len(self.layers) - len(self.sparse)} dense linear layers, "
+            f"{len(self.sparse)} sparse and {len(self.layers) - len(self.sparse)} dense {kinds}, "
             f"{weights:,} sparse weights, {self.violations:,} groups violate their pattern"
         )
         return "\n".join(lines)
 
 
 def report(model: nn.Module, file: IO[str] | None = None) -> Report:
-    """Prints a table of the linear layers: name, shape, pattern, fraction kept, violations of the stored weight.
+    """Prints a table of the layers: name, shape, pattern, fraction kept, violations of the stored weight.
+
+    All linear layers are in it, and of others those that are sparse or that `sparsify` has left dense.
 
     Args:
         model: A sparse or dense model.
@@ -279,16 +312,18 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     sparse = sparse_layers(model)
     for name, module in model.named_modules():
         pattern = sparse.get(name)
-        if pattern is None and not isinstance(module, nn.Linear):
+        if pattern is None and not isinstance(module, nn.Linear) and not hasattr(module, "dense_reason"):
             continue
-        shape = (int(module.out_features), int(module.in_features))
-        if pattern is None:
-            rows.append(LayerReport(name, shape, None, 1.0, 0, getattr(module, "dense_reason", "")))
-        elif isinstance(module, nn.Linear) and not isinstance(module, KernelLinear):
-            violations = count_violations(module.weight, pattern)
-            rows.append(LayerReport(name, shape, pattern, pattern.density, violations))
-        else:  # a packed layer cannot hold more than N
-            rows.append(LayerReport(name, shape, pattern, pattern.density, 0))
+        layer: Any = module
+        if isinstance(layer, _PACKED):  # which cannot hold more than N
+            shape, violations = (layer.out_features, layer.in_features), 0
+        else:
+            shape, violations = tuple(layer.weight.shape), 0
+            if pattern is not None:
+                violations = count_violations(layer.weight.movedim(channel_dim(layer), -1), pattern)
+        kept = 1.0 if pattern is None else pattern.density
+        note = getattr(layer, "dense_reason", "") if pattern is None else ""
+        rows.append(LayerReport(name, shape, pattern, kept, violations, note))
     result = Report(tuple(rows))
     print(result, file=file or sys.stdout)
     return result
@@ -342,7 +377,7 @@ def _is_plain(weight: Tensor) -> bool:
     return weight.is_floating_point() and (type(weight.data) is Tensor or is_sharded(weight))
 
 
-def _computed_tensor(linear: nn.Linear) -> str | None:
+def _computed_tensor(layer: nn.Module) -> str | None:
     """Which of its tensors is computed and no parameter of its own, None if there is none."""
-    own = dict(linear.named_parameters(recurse=False))
-    return next((name for name in ("weight", "bias") if name not in own and getattr(linear, name) is not None), None)
+    own = dict(layer.named_parameters(recurse=False))
+    return next((name for name in ("weight", "bias") if name not in own and getattr(layer, name) is not None), None)

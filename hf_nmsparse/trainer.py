@@ -30,7 +30,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from hf_nmsparse.batching import TokenBatchSampler, TokenBatchStream, is_stream, is_table, pair_lengths
 from hf_nmsparse.console import show_totals
 from hf_nmsparse.generation import while_unchanged
-from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.layers import NMLayer
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.losses import Shifts, decoder_inputs, distillation_loss, token_loss
 from hf_nmsparse.optimizer import Flips, SparseStep, torch_optimizer
@@ -90,7 +90,7 @@ class SparseTrainer(ResumableTrainer):
             args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
         super().__init__(model=model, args=args, **kwargs)
         assert self.model is not None
-        layers = [layer for layer in self.model.modules() if isinstance(layer, NMLinear)]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, NMLayer)]
         sparse = sum(layer.weight.requires_grad for layer in layers)
         if args.sparse_method == DENSE and sparse:
             raise ValueError(f"SparseTrainer: sparse_method 'dense' cannot train a model with {sparse} N:M layers")

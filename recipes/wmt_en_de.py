@@ -52,7 +52,7 @@ from hf_nmsparse.checkpoints import checkpoints, last_complete_checkpoint
 from hf_nmsparse.corpus import Rows
 from hf_nmsparse.evaluation import Evaluation, evaluation_record
 from hf_nmsparse.files import check_writable, model_folder, replaced
-from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.layers import NMLayer
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.metrics import SentenceStatistics, compare, score
 from hf_nmsparse.number_types import VALUE_DTYPES
@@ -178,8 +178,8 @@ def main() -> None:
         model.load_state_dict({**model.state_dict(), **mean})  # tied and computed weights are in no file
     sparse = args.sparse_method != "dense" and not args.sparse_dense_tail
     if not sparse:
-        for layer in [layer for layer in model.modules() if isinstance(layer, NMLinear)]:
-            layer.to_linear()
+        for layer in [layer for layer in model.modules() if isinstance(layer, NMLayer)]:
+            layer.to_stock()
         model.config.__dict__.pop("quantization_config", None)
         saved = output / "dense"
         with model_folder(saved) as folder:

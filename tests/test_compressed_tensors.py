@@ -59,7 +59,7 @@ def bitmask_checkpoint(folder: Path) -> tuple[MarianMTModel, dict[str, Tensor]]:
     layers = {name for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
     for name in layers:
         layer: Any = model.get_submodule(name)
-        layer.to_linear()
+        layer.to_stock()
     del model.config.quantization_config
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")

@@ -164,7 +164,7 @@ def test_training_is_that_of_the_plain_code(method: str, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("on_gpu_kernels")
 def test_a_weight_that_becomes_nan_is_found_when_the_flips_are_read() -> None:
-    layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), TWO_OF_FOUR)
+    layer = NMLinear.from_stock(nn.Linear(4, 1, bias=False), TWO_OF_FOUR)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     step = SparseStep(layer, optimizer, "ste")
     layer.weight.grad = torch.tensor([[math.nan, 0.0, 0.0, 0.0]])

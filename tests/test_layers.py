@@ -35,7 +35,7 @@ def sparse_network() -> nn.Sequential:
 
 
 def sparse_layer(in_features: int = 8, out_features: int = 4, pattern: NMPattern = PATTERN) -> NMLinear:
-    return NMLinear.from_linear(nn.Linear(in_features, out_features), pattern)
+    return NMLinear.from_stock(nn.Linear(in_features, out_features), pattern)
 
 
 def masked(layer: nn.Linear, pattern: NMPattern = PATTERN) -> Tensor:
@@ -52,7 +52,7 @@ def cache_masks(model: nn.Module) -> None:
 def test_from_linear_turns_the_layer_itself() -> None:
     linear = nn.Linear(8, 4)
     weight, bias, keys = linear.weight, linear.bias, list(linear.state_dict())
-    layer = NMLinear.from_linear(linear, PATTERN)
+    layer = NMLinear.from_stock(linear, PATTERN)
     assert id(layer) == id(linear)
     assert layer.weight is weight
     assert layer.bias is bias
@@ -65,17 +65,17 @@ def test_from_linear_turns_the_layer_itself() -> None:
 def test_a_layer_that_does_not_divide_stays_a_linear() -> None:
     linear = nn.Linear(6, 4)
     with pytest.raises(ValueError, match="in_features 6 is not a multiple of 4"):
-        NMLinear.from_linear(linear, PATTERN)
+        NMLinear.from_stock(linear, PATTERN)
     assert type(linear) is nn.Linear
     assert not hasattr(linear, "pattern")
 
 
-def test_to_linear_goes_back_and_remembers_the_pattern() -> None:
+def test_to_stock_goes_back_and_remembers_the_pattern() -> None:
     layer = sparse_layer()
     layer.finalize()
     weight, keys = layer.weight, list(layer.state_dict())
     expected = layer(torch.ones(8))
-    linear = layer.to_linear()
+    linear = layer.to_stock()
     assert type(linear) is nn.Linear
     assert linear is layer
     assert linear.weight is weight
@@ -88,7 +88,7 @@ def test_to_linear_goes_back_and_remembers_the_pattern() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)], ids=str)
 def test_the_forward_is_the_linear_of_the_masked_weight(pattern: NMPattern, bias: bool) -> None:
-    layer = NMLinear.from_linear(nn.Linear(16, 8, bias=bias), pattern)
+    layer = NMLinear.from_stock(nn.Linear(16, 8, bias=bias), pattern)
     x = torch.randn(2, 3, 16)
     assert torch.equal(layer(x), F.linear(x, masked(layer, pattern), layer.bias))
     assert not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -132,7 +132,7 @@ def test_nothing_of_the_sparse_weight_is_kept_for_the_backward() -> None:
 
 
 def test_the_layer_is_differentiable_twice() -> None:
-    layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), PATTERN)
+    layer = NMLinear.from_stock(nn.Linear(4, 1, bias=False), PATTERN)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, -1.0, 2.0, -3.0]]))  # used: 4, 0, 0, -3
     x = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
@@ -145,7 +145,7 @@ def test_the_layer_is_differentiable_twice() -> None:
 
 def test_layers_whose_sparse_weights_share_memory_are_differentiable_twice() -> None:
     torch.manual_seed(0)
-    layers = [NMLinear.from_linear(nn.Linear(8, 8), PATTERN) for _ in range(3)]
+    layers = [NMLinear.from_stock(nn.Linear(8, 8), PATTERN) for _ in range(3)]
     used = [nn.Linear(8, 8) for _ in layers]
     for layer, dense in zip(layers, used, strict=True):
         cache_masks(layer)
@@ -392,6 +392,6 @@ def test_sparse_layers_names_every_form() -> None:
     model = sparse_network()
     first = model[0]
     assert isinstance(first, NMLinear)
-    first.to_linear()
+    first.to_stock()
     model.append(nn.Linear(4, 4))
     assert sparse_layers(model) == {"0": PATTERN, "2": PATTERN}

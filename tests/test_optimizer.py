@@ -55,7 +55,7 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 
 def one_row(values: list[float]) -> NMLinear:
     """A layer of one group, whose gradient the tests write themselves."""
-    layer = NMLinear.from_linear(nn.Linear(len(values), 1, bias=False), PATTERN)
+    layer = NMLinear.from_stock(nn.Linear(len(values), 1, bias=False), PATTERN)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([values]))
     return layer
@@ -564,7 +564,7 @@ def test_a_dense_tail_leaves_nothing_to_finalise() -> None:
 
 
 def test_groups_that_ever_changed() -> None:
-    layer = NMLinear.from_linear(nn.Linear(8, 1, bias=False), PATTERN)
+    layer = NMLinear.from_stock(nn.Linear(8, 1, bias=False), PATTERN)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0] * 2]))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)

@@ -201,6 +201,15 @@ def _(packed: Any) -> None:
     assert "running_mean" in vars(nn.BatchNorm1d(2))["_buffers"]
 
 
+@counts_on("_conv_forward", "a convolution in training does not run, or pads in another way")
+def _(packed: Any) -> None:
+    layer: Any = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")
+    x, weight = torch.randn(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    made = layer._conv_forward(x, weight, layer.bias)
+    padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+    assert torch.equal(made, nn.functional.conv2d(padded, weight, layer.bias))
+
+
 @counts_on("_orig_mod", "models and files behind torch.compile are not recognised: wrong keys, dense layers")
 def _(packed: Any) -> None:
     compiled: Any = torch.compile(nn.Linear(2, 2), backend="eager")

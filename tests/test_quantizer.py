@@ -171,7 +171,7 @@ class TestSavePacked:
         with pytest.raises(ValueError, match=r"values in fp32, fp16, bf16, this model is in torch\.float64"):
             save_packed(training().double(), tmp_path)
         mixed = training(targets=["fc1"])
-        NMLinear.from_linear(mixed.get_submodule("model.encoder.layers.0.fc2"), NMPattern(1, 4))
+        NMLinear.from_stock(mixed.get_submodule("model.encoder.layers.0.fc2"), NMPattern(1, 4))
         with pytest.raises(ValueError, match="has one pattern, this model has 1:4, 2:4"):
             save_packed(mixed, tmp_path)
         large = training()

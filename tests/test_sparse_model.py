@@ -327,7 +327,7 @@ def test_finalize_masks_every_layer() -> None:
 
 
 def test_finalize_keeps_what_a_fixed_mask_keeps() -> None:
-    layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), NMPattern(2, 4))
+    layer = NMLinear.from_stock(nn.Linear(4, 1, bias=False), NMPattern(2, 4))
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     layer.mask, layer.fixed_mask = torch.tensor([0b0011], dtype=torch.uint8), True
@@ -377,7 +377,7 @@ def test_finalize_masks_what_was_unpacked_and_changed_since() -> None:
     for name in sparse_layers(model):
         layer = model.get_submodule(name)
         assert isinstance(layer, NMLinear)
-        merged = layer.to_linear()
+        merged = layer.to_stock()
         with torch.no_grad():
             merged.weight += 0.1 * torch.randn_like(merged.weight)
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in sparse_layers(model)}  # type: ignore[operator]

@@ -82,7 +82,7 @@ def test_a_nan_is_found() -> None:
     weight[5, 7] = math.nan
     with pytest.raises(ValueError, match=r"a weight of shape \[64, 64\] holds NaN"):
         magnitude_mask(weight, TWO_OF_FOUR)
-    layer = NMLinear.from_linear(nn.Linear(8, 8, device="cuda"), TWO_OF_FOUR)
+    layer = NMLinear.from_stock(nn.Linear(8, 8, device="cuda"), TWO_OF_FOUR)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     step = SparseStep(layer, optimizer, "ste")
     layer.weight.grad = torch.full_like(layer.weight, math.nan)
