@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from transformers.core_model_loading import (
 
 from hf_nmsparse.packed_files import CODES, FLOATS, SCALE, ModelLayer, is_packed, natural_order, wrapper_of
 from hf_nmsparse.packed_format import PackedFormatError, StoredTensor
+from hf_nmsparse.sparse_model import sparse_form
 
 __all__ = [
     "check_complete",
@@ -141,5 +143,7 @@ def check_number_types(
 
 def model_layer(layer: nn.Module) -> ModelLayer:
     """What `check_layer` asks of a layer."""
-    shape = tuple(layer.weight.shape) if isinstance(layer, nn.Embedding | nn.Linear) else None
-    return ModelLayer(type(layer).__name__, shape, type(layer) is nn.Linear)
+    linear = type(layer) is nn.Linear
+    convolution = not linear and sparse_form(layer) is not None
+    weight: Any = layer.weight if convolution or isinstance(layer, nn.Embedding | nn.Linear) else None
+    return ModelLayer(type(layer).__name__, None if weight is None else tuple(weight.shape), linear, convolution)

@@ -49,7 +49,7 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
     stay_packed = computing_packed(layers, compute, config.pattern, model.device)
     replaced: dict[str, nn.Module] = {}  # all are made before the first takes its place: one may be impossible
     for name, layer in layers.items():
-        if name not in stay_packed and isinstance(layer, nn.Linear) and not isinstance(layer, KernelLinear):
+        if name not in stay_packed and not isinstance(layer, KernelLinear | PackedLinear):
             continue
         packed = _packed_layer(layer, config.pattern, name, _trains(model, name))
         if name not in stay_packed:
@@ -72,11 +72,12 @@ def computing_packed(
     """The names of the layers that compute packed; with ``"auto"`` those that are faster so where they will lie.
 
     Args:
-        layers: Linear layers, of any form and without data if need be.
+        layers: Sparse layers, of any form and without data if need be; those that are not linear compute dense.
         compute: As `NMSparseQuantizationConfig` takes it.
         pattern: The pattern.
         device_map: As ``from_pretrained`` takes it.
     """
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | PackedLinear)}
     if compute != "auto":
         return () if compute == "dense" else layers.keys()
     places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map or "cpu"}
@@ -85,8 +86,8 @@ def computing_packed(
     else:
         devices = {torch.device("meta" if place == "disk" else place) for place in places}
     if {device.type for device in devices} == {"cpu"}:
-        widest = max(layer.in_features for layer in layers.values())  # type: ignore[type-var]
-        return layers.keys() if _kernels_run(pattern, widest) else ()  # type: ignore[arg-type]
+        widest = max((int(layer.in_features) for layer in layers.values()), default=0)  # type: ignore[arg-type]
+        return layers.keys() if _kernels_run(pattern, widest) else ()
     if len(devices) > 1:
         return ()
     [device] = devices

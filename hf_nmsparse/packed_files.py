@@ -20,7 +20,9 @@ from hf_nmsparse.packed_format import (
     check_int8,
     check_weight,
     is_finite,
+    matrix_shape,
     packed_shapes,
+    stock_shape,
 )
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparsity_record import METHOD, SparsityRecord
@@ -30,6 +32,7 @@ __all__ = [
     "FLOATS",
     "READER",
     "SCALE",
+    "SHAPE",
     "ModelLayer",
     "PackedSummary",
     "check_folder",
@@ -47,6 +50,7 @@ __all__ = [
 
 CODES = ".weight_indices"
 SCALE = ".weight_scale"
+SHAPE = ".weight_shape"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors spells them
 READER = "modeling_nmsparse"  # what `standalone.py` is called beside the weights
 
@@ -59,7 +63,8 @@ class PackedSummary:
         pattern: The N:M pattern of the sparse layers.
         values: Number type of the kept values: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``.
         embeddings: ``"int8"`` if token embeddings and output projection are int8 in the file, else None.
-        layers: ``(out_features, in_features)`` of each sparse layer, by its name in the file.
+        layers: ``(out_features, in_features)`` of each sparse layer, by its name in the file; for each place of its
+            kernel the inputs of a convolution are counted once.
         packed_bytes: Bytes of all tensors in the file.
         dense_bytes: Bytes of the same tensors with every sparse layer dense, at the same number types, scales included.
         targets: The rules that chose the sparse layers; None where every linear layer was taken.
@@ -108,7 +113,7 @@ def check_folder(path: str | Path) -> PackedSummary:
     layers: dict[str, tuple[int, int]] = {}
     packed = dense = 0
     files = read_folder(folder)
-    for prefix in sorted({key.rpartition(".")[0] for key in files if key.endswith((CODES, SCALE))}):
+    for prefix in sorted({key.rpartition(".")[0] for key in files if key.endswith((CODES, SCALE, SHAPE))}):
         check_layer(files, prefix, None, config)
     check_numbers(files)
     for key, tensor in files.items():
@@ -118,7 +123,7 @@ def check_folder(path: str | Path) -> PackedSummary:
             rows, columns = tensor.shape[0], tensor.shape[1] // config.pattern.n * config.pattern.m
             layers[prefix] = rows, columns
             dense += rows * columns * tensor.bits().itemsize
-        elif not key.endswith(CODES):
+        elif prefix + CODES not in files or leaf not in (CODES[1:], SHAPE[1:]):
             dense += tensor.nbytes
     if not layers:
         raise PackedFormatError(f"{folder.name}: no key ends in {CODES}, so no layer is packed")
@@ -273,7 +278,7 @@ def is_packed(key: str, files: Collection[str]) -> bool:
     """Whether ``key`` is part of a packed weight or of one in int8: these have rules of their own."""
     prefix, _, leaf = key.rpartition(".")
     packed = prefix + CODES in files or prefix + SCALE in files
-    return packed and leaf in ("weight", CODES[1:], SCALE[1:])
+    return packed and leaf in ("weight", CODES[1:], SCALE[1:], SHAPE[1:])
 
 
 @dataclass(frozen=True)
@@ -282,35 +287,66 @@ class ModelLayer:
 
     Attributes:
         kind: The name of its class.
-        shape: The shape of its weight, if it is a linear layer or an embedding.
+        shape: The shape of its weight, if it is a linear layer, a convolution or an embedding.
         linear: Whether it is an ``nn.Linear`` itself.
+        convolution: Whether it is one of the others that can be packed, itself.
     """
 
     kind: str
     shape: tuple[int, ...] | None
     linear: bool
+    convolution: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, ...] | None:
+        """The shape of its weight as the matrix that is packed; None if it can be none."""
+        if self.shape is None or not (self.linear or self.convolution):
+            return None
+        return self.shape if self.linear else matrix_shape(self.shape)
 
 
 def check_layer(
     files: Mapping[str, StoredTensor], prefix: str, layer: ModelLayer | None, config: SparsityRecord
 ) -> None:
     """Checks what the files hold for one layer, which is None if the model has it not or is not known."""
-    values, codes, scale = (files.get(prefix + leaf) for leaf in (".weight", CODES, SCALE))
+    values, codes, scale, record = (files.get(prefix + leaf) for leaf in (".weight", CODES, SCALE, SHAPE))
+    matrix = None if layer is None else layer.matrix
     if codes is None:
+        if record is not None and config.convolutions:
+            raise PackedFormatError(f"{record.file}: {prefix}{CODES}: codes are missing beside the shape")
         if scale is not None:
             _check_embedding(values, scale, prefix, layer, config)
-        elif values is not None and layer is not None and layer.linear and layer.shape is not None:
-            rows, columns = layer.shape
+        elif values is not None and matrix is not None:
+            rows, columns = matrix
             if columns % config.pattern.m == 0 and values.shape == packed_shapes(rows, columns, config.pattern)[0]:
                 raise PackedFormatError(f"{values.file}: {prefix}{CODES}: codes are missing beside packed values")
         return
     if values is None:
         raise PackedFormatError(f"{codes.file}: {prefix}.weight: values are missing beside the codes")
-    if layer is not None and not layer.linear:
+    if layer is not None and matrix is None:
         raise PackedFormatError(f"{values.file}: {prefix}.weight: the model's layer is {layer.kind}, not nn.Linear")
+    if record is not None or (layer is not None and layer.convolution):
+        matrix = _recorded_matrix(record, f"{values.file}: {prefix}{SHAPE}", prefix, layer, config)
     assert config.values is not None
-    shape = None if layer is None else layer.shape
-    check_weight(values, codes, config.pattern, VALUE_TYPES[config.values], shape, prefix, scale)
+    check_weight(values, codes, config.pattern, VALUE_TYPES[config.values], matrix, prefix, scale)
+
+
+def _recorded_matrix(
+    record: StoredTensor | None, where: str, prefix: str, layer: ModelLayer | None, config: SparsityRecord
+) -> tuple[int, int]:
+    """The matrix of a layer whose stock shape is recorded, as that of a linear layer is not."""
+    if record is None:
+        raise PackedFormatError(f"{where}: the shape is missing beside the weight of a convolution")
+    if not config.convolutions:
+        raise PackedFormatError(f"{where}: config.json says version 1 of the format, which has no shapes")
+    shape = stock_shape(record, config.pattern, prefix)
+    if layer is not None and layer.shape != shape:
+        raise PackedFormatError(
+            f"{where}: the model's layer is {layer.kind} {list(layer.shape or ())}, got {list(shape)}"
+        )
+    if layer is not None and layer.linear:
+        raise PackedFormatError(f"{where}: the model's layer is {layer.kind}, whose shape is not recorded")
+    return matrix_shape(shape)
 
 
 def _check_embedding(

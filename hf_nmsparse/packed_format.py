@@ -1,4 +1,8 @@
-"""The packed format, version 1: its sizes, and the rules that the numbers of a layer keep. This needs no torch.
+"""The packed format: its sizes, and the rules that the numbers of a layer keep. This needs no torch.
+
+Version 1 holds the weights of linear layers, which are matrices. Version 2 is the same, and beside it convolutions and
+transformers' ``Conv1D``: as the matrix ``[out, places of the kernel * in]``, with a record of the stock shape. A reader
+of version 1 refuses it by its number.
 
 `packing` makes these bytes and says what they mean; `packed_files` finds them in the files of a checkpoint.
 """
@@ -6,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
+from math import comb, prod
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +24,7 @@ __all__ = [
     "FORMAT_VERSION",
     "INT8_LARGEST",
     "VALUE_TYPES",
+    "WITH_CONVOLUTIONS",
     "PackedFormatError",
     "StoredTensor",
     "bytes_of",
@@ -27,14 +32,17 @@ __all__ = [
     "check_weight",
     "code_bits",
     "is_finite",
+    "matrix_shape",
     "packed_bytes",
     "packed_shapes",
     "read_period",
     "read_ranks",
     "shifted",
+    "stock_shape",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITH_CONVOLUTIONS = 1, 2
+"""The versions; the second is written only where a model has what the first cannot hold."""
 
 VALUE_TYPES = MappingProxyType({"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "I8"})
 """The number types that values have in a file, as config.json and safetensors call them; int8 comes with scales."""
@@ -46,7 +54,7 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 CODES_IN_PERIOD = 8  # eight codes of k bits fill k bytes, whatever k is
 
 # How the bytes of a number type are read: floating point as the bits that it is, for NumPy knows no bf16.
-_BITS = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+_BITS = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2", "I8": "i1", "U8": "u1", "I64": "<i8"}
 _EXPONENT = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}  # all ones: NaN or infinity
 _PIECE = 1 << 16  # numbers that stay in a core's cache while they are looked at
 
@@ -105,6 +113,35 @@ def packed_bytes(out_features: int, in_features: int, pattern: NMPattern, values
     return rows * (kept * np.dtype(_BITS[VALUE_TYPES[values]]).itemsize + code_width)
 
 
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The packed matrix ``(out, places * in)`` of a weight that is no linear layer's.
+
+    Args:
+        shape: The stock shape: ``(out, in, *kernel)`` of a convolution, ``(in, out)`` of transformers' ``Conv1D``.
+    """
+    if len(shape) == 2:
+        return shape[1], shape[0]
+    return shape[0], prod(shape[1:])
+
+
+def stock_shape(record: StoredTensor, pattern: NMPattern, name: str = "layer") -> tuple[int, ...]:
+    """The stock shape that a file holds of a layer, under ``name.weight_shape``.
+
+    Raises:
+        PackedFormatError: It is none, or its input channels do not divide into groups.
+    """
+    where = f"{record.file}: {name}.weight_shape"
+    if record.dtype != "I64" or len(record.shape) != 1 or not 2 <= record.shape[0] <= 4:
+        raise PackedFormatError(f"{where}: shapes are int64 [2] to [4], got {record.dtype} {list(record.shape)}")
+    shape = tuple(map(int, record.bits()))
+    if min(shape) < 1:
+        raise PackedFormatError(f"{where}: a shape has positive numbers, got {list(shape)}")
+    channels = shape[0] if len(shape) == 2 else shape[1]
+    if channels % pattern.m:
+        raise PackedFormatError(f"{where}: {channels} input channels of {list(shape)} make no groups of {pattern}")
+    return shape
+
+
 def check_weight(
     values: StoredTensor,
     codes: StoredTensor,
@@ -121,7 +158,7 @@ def check_weight(
         codes: What the file holds under ``name.weight_indices``.
         pattern: The pattern that config.json declares.
         dtype: The number type that config.json declares, as safetensors spells it.
-        shape: ``(out_features, in_features)`` of the model's layer, if the model has the layer.
+        shape: Rows and columns of the dense matrix, if the model's layer or a record tells them.
         name: Prefix of the keys.
         scale: What the file holds under ``name.weight_scale``; None if there is no such key.
 

@@ -30,9 +30,11 @@ from hf_nmsparse.packed_format import (
 )
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["decode", "encode", "pack", "stored", "unpack"]
+__all__ = ["decode", "encode", "from_matrix", "pack", "stored", "to_matrix", "unpack"]
 
-_SPELLED = {torch.uint8: "U8", torch.float64: "F64"} | {VALUE_DTYPES[name]: VALUE_TYPES[name] for name in VALUE_TYPES}
+_SPELLED = {torch.uint8: "U8", torch.int64: "I64", torch.float64: "F64"} | {
+    VALUE_DTYPES[name]: VALUE_TYPES[name] for name in VALUE_TYPES
+}
 
 _LARGEST_TABLE = 1 << 16
 
@@ -106,6 +108,22 @@ def unpack(values: Tensor, codes: Tensor, pattern: NMPattern) -> Tensor:
     if mask.shape[0] != values.shape[0]:
         raise ValueError(f"unpack: {values.shape[0]} rows of values and {mask.shape[0]} rows of codes")
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def to_matrix(weight: Tensor, channel_dim: int) -> Tensor:
+    """The weight of a layer as the matrix that is packed: ``[out, in]``, or ``[out, places of the kernel * in]``.
+
+    Args:
+        weight: In its stock layout.
+        channel_dim: The dimension of its input channels.
+    """
+    return weight.movedim(channel_dim, -1).flatten(1)
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size, channel_dim: int) -> Tensor:
+    """The weight of the stock ``shape``; the inverse of `to_matrix`."""
+    others = [size for dim, size in enumerate(shape) if dim != channel_dim]
+    return matrix.reshape(*others, shape[channel_dim]).movedim(-1, channel_dim).contiguous()
 
 
 def encode(mask: Tensor, pattern: NMPattern) -> Tensor:

@@ -41,7 +41,7 @@ class NMSparseQuantizationConfig(SparsityRecord, QuantizationConfigMixin):
             keeps it packed and unpacks it in every product. ``"auto"`` takes the fastest kernels that keep the file's
             precision, and ``"dense"`` where there are none: for patterns that are not part of 2:4, without the native
             library, on other devices. On one GPU it measures the shapes of the layers, and those that sparse tensor
-            cores multiply faster for every number of rows compute there.
+            cores multiply faster for every number of rows compute there. Convolutions compute dense in any case.
         head: How the output projection computes: ``"dense"``, or ``"int8"``, which keeps an int8 copy of its weight
             for the product. None takes ``"int8"`` where the sparse layers compute in int8. Not written either.
         pattern: The N:M pattern of the sparse layers.
@@ -51,8 +51,9 @@ class NMSparseQuantizationConfig(SparsityRecord, QuantizationConfigMixin):
         targets: The rules that chose the sparse layers, as in `NMSparseConfig`.
         ignore: The rules that kept layers dense, as in `NMSparseConfig`; a packed file calls them ``ignored``.
         soft: As in `NMSparseConfig`, for a checkpoint of the training alone.
+        convolutions: As in `NMSparseConfig`; a packed file says it by its version.
         format: ``"packed"``, or ``"dense"`` for a checkpoint of the training.
-        format_version: Version of the packed format.
+        format_version: Version of the packed format; None takes 2 with ``convolutions`` and 1 without.
         producer: The program that wrote the file.
         quant_method: ``"nmsparse"``.
         **unknown: No other key is taken.

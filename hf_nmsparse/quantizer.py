@@ -25,11 +25,11 @@ from hf_nmsparse.compute import computing_packed, kernel_layer, loaded_with, set
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.generation import attach
 from hf_nmsparse.kernels import cpu
-from hf_nmsparse.layers import NMLayer, sparse_layers
+from hf_nmsparse.layers import NMLayer, channel_dim, sparse_layers
 from hf_nmsparse.packed_files import CODES, SCALE, check_layer, check_numbers, check_places, read_files
 from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.packed_layers import KernelLinear, PackedLinear
-from hf_nmsparse.packing import unpack
+from hf_nmsparse.packing import from_matrix, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import drop_reader, holds_int8, packed_state_dict, values_name
@@ -48,8 +48,8 @@ AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 class _Unpack(ConversionOps):
     """What the file holds of one weight to that weight, dense and in floating point."""
 
-    def __init__(self, pattern: NMPattern) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: NMPattern, layer: nn.Module | None) -> None:
+        self.pattern, self.layer = pattern, layer
         self.dtype: torch.dtype | None = None  # of the weight, where the file's values are int8
 
     def convert(
@@ -62,6 +62,9 @@ class _Unpack(ConversionOps):
             weight = unpack(weight, by_key["weight_indices"], self.pattern)
         if "weight_scale" in by_key:
             weight = (weight * by_key["weight_scale"][:, None]).to(self.dtype)
+        if "weight_shape" in by_key:  # which was found to be the layer's own
+            layer: Any = self.layer
+            weight = from_matrix(weight, layer.weight.shape, channel_dim(layer))
         return {kwargs["full_layer_name"]: [weight]}
 
 
@@ -117,18 +120,19 @@ class NMSparseQuantizer(HfQuantizer):
             return
         if not layers:
             raise PackedFormatError(f"{Path(checkpoint_files[0]).name}: no key with {CODES} fits a layer of the model")
-        linears = {name: model.get_submodule(name) for name in layers.values()}
-        packed = computing_packed(linears, config.compute, config.pattern, kwargs.get("device_map"))
+        modules = {name: model.get_submodule(name) for name in layers.values()}
+        packed = computing_packed(modules, config.compute, config.pattern, kwargs.get("device_map"))
         int8 = config.values == "int8"
         leaves = ("weight", "weight_indices", *(["weight_scale"] if int8 else []))
         for prefix, name in layers.items():
-            layer = linears[name]
-            assert isinstance(layer, nn.Linear)
+            layer = modules[name]
             if name in packed:
+                assert isinstance(layer, nn.Linear)
                 model.set_submodule(name, _empty_packed(layer, config.pattern, int8))
             else:
                 layer.pattern = config.pattern  # type: ignore[assignment]
-                self._converters.append(_converter(prefix, renamings, config.pattern, leaves))
+                others = () if isinstance(layer, nn.Linear) else ("weight_shape",)
+                self._converters.append(_converter(prefix, renamings, config.pattern, leaves + others, layer))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The number type of the model, which the kernels must know if they are to compute."""
@@ -261,7 +265,7 @@ def prepare_for_training(model: PreTrainedModel) -> None:
         same = False
     quantizer: Any = model.hf_quantizer
     quantizer.remove_quantization_config(model)
-    sparsify(model, config if same else NMSparseConfig(config.pattern, names, ()))
+    sparsify(model, config if same else NMSparseConfig(config.pattern, names, (), convolutions=config.convolutions))
 
 
 def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -276,11 +280,15 @@ def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclud
 
 
 def _converter(
-    prefix: str, renamings: list[WeightRenaming], pattern: NMPattern, leaves: tuple[str, ...]
+    prefix: str,
+    renamings: list[WeightRenaming],
+    pattern: NMPattern,
+    leaves: tuple[str, ...],
+    layer: nn.Module | None = None,
 ) -> WeightConverter:
     """Makes the dense weight of the layer that the file calls ``prefix``; it sees keys after the renamings."""
     renamed = [rename_source_key(f"{prefix}.{leaf}", renamings, [])[0] for leaf in leaves]
-    return WeightConverter([f"^{re.escape(key)}$" for key in renamed], renamed[0], [_Unpack(pattern)])
+    return WeightConverter([f"^{re.escape(key)}$" for key in renamed], renamed[0], [_Unpack(pattern, layer)])
 
 
 def _empty_packed(layer: nn.Linear, pattern: NMPattern, int8: bool) -> PackedLinear:

@@ -22,13 +22,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from hf_nmsparse import standalone as reader
 from hf_nmsparse.checkpoint_fit import refuse_missing, ties
 from hf_nmsparse.files import model_folder
-from hf_nmsparse.layers import NMLayer, sparse_layers
+from hf_nmsparse.layers import NMLayer, channel_dim, sparse_layers
 from hf_nmsparse.masks import count_violations, magnitude_mask
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
 from hf_nmsparse.packed_format import check_weight
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
-from hf_nmsparse.packing import pack, stored, unpack
+from hf_nmsparse.packing import pack, stored, to_matrix, unpack
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig, record_of
 from hf_nmsparse.rounding import quantize_rows
@@ -50,7 +50,11 @@ __all__ = [
 
 _FIVE = "[0-9]" * 5  # digits in the name of a shard
 
-_READERS = {"AutoModel": reader.NMSparseModel, "AutoModelForSeq2SeqLM": reader.NMSparseModelForSeq2SeqLM}
+_READERS = {
+    "AutoModel": reader.NMSparseModel,
+    "AutoModelForSeq2SeqLM": reader.NMSparseModelForSeq2SeqLM,
+    "AutoModelForImageClassification": reader.NMSparseModelForImageClassification,
+}
 
 
 def save_packed(
@@ -85,7 +89,7 @@ def save_packed(
     Raises:
         ValueError: The model has no sparse layer or holds adapters, parametrizations or torch's pruning, a weight
             breaks the pattern, a number is not finite or does not fit ``values``, weights are sharded or lie on disk,
-            ``state_dict`` lacks some, or ``standalone`` is given for a class that no auto class of translation loads.
+            ``state_dict`` lacks some, or ``standalone`` is given for a class that none of its auto classes loads.
     """
     model = _itself(model, "save_packed")
     record = record_of(model)
@@ -106,6 +110,7 @@ def save_packed(
         embeddings="int8" if values == "int8" and embeddings != "float" else None,
         targets=record.targets,
         ignore=record.ignore,
+        convolutions=any(not _is_linear(layer) for layer in _sparse_modules(model).values()),
         producer=record.producer or f"hf-nmsparse {__version__}",
     )
     if standalone:
@@ -274,15 +279,16 @@ def _check_whole(twin: PreTrainedModel, tensors: Mapping[str, Tensor], where: st
     missing = {tied.get(key, key) for key in known - set(twin._keys_to_ignore_on_save or ())} - written
     refuse_missing(missing, tensors, f"{where}: state_dict", "give all tensors of the model")
     for key in tensors:
-        if key.removesuffix("_indices").removesuffix("_scale") not in known:
+        if key.removesuffix("_indices").removesuffix("_scale").removesuffix("_shape") not in known:
             raise ValueError(f"{where}: state_dict: the model has no {key}; give the tensors of the model alone")
 
 
 def _check_pattern(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Refuses dense weights that something has changed behind the mask, as a merge of adapters does."""
-    for name, pattern in sparse_layers(model).items():
-        key = f"{stock_name(name)}.weight"
-        violations = count_violations(tensors[key], pattern)
+    for name, layer in _sparse_modules(model).items():
+        key, pattern = f"{name}.weight", layer.pattern
+        dim = 1 if _is_linear(layer) else channel_dim(layer)
+        violations = count_violations(tensors[key].movedim(dim, -1), pattern)
         if violations:
             raise ValueError(
                 f"export_dense: {key} breaks {pattern} in {violations:,} groups; call finalize(model), which masks it "
@@ -314,7 +320,7 @@ def _auto_map(model: PreTrainedModel) -> dict[str, str]:
     served = {auto: read for auto, read in _READERS.items() if kind in read.models}
     if type(model) not in (read.models[kind] for read in served.values()):
         raise ValueError(
-            f"save_packed: standalone is for what {' or '.join(_READERS)} loads, and {type(model).__name__} is not "
+            f"save_packed: standalone is for what {', '.join(_READERS)} loads, and {type(model).__name__} is not "
             "among it; leave it out"
         )
     return {auto: f"{READER}.{read.__name__}" for auto, read in served.items()}
@@ -386,6 +392,11 @@ def _sparse_modules(model: nn.Module) -> dict[str, Any]:
     return {stock_name(name): model.get_submodule(name) for name in sparse_layers(model)}
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a sparse layer takes the place of an ``nn.Linear``, in whatever form."""
+    return isinstance(layer, nn.Linear | PackedLinear)
+
+
 def _dense_tensors(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state_dict`` under its stock names, the weights of sparse layers dense and masked."""
     tensors = _stock_tensors(model, state_dict)
@@ -407,7 +418,7 @@ def _dense_weight(layer: nn.Module, tensor: Tensor, key: str) -> Tensor:
     mask = layer.mask
     # The mask is that of the layer's own weight, in whatever number type, and of no other.
     if mask is None or not torch.equal(tensor, local(layer.weight).detach().to(tensor)):
-        mask = magnitude_mask(tensor, layer.pattern)
+        mask = magnitude_mask(layer.in_rows(tensor), layer.pattern)
     return layer.masked(tensor, mask.to(tensor.device))
 
 
@@ -453,8 +464,9 @@ def _packed_weight(layer: Any, tensor: Tensor, key: str, dtype: torch.dtype | No
     pattern: NMPattern = layer.pattern
     if not isinstance(layer, PackedLinear | KernelLinear):
         dense = _cast(_dense_weight(layer, tensor, key), dtype or torch.float32, key)
-        parts = pack(dense, pattern, key)
-        return _rounded(parts, pattern, key) if dtype is None else parts
+        parts = pack(to_matrix(dense, channel_dim(layer)), pattern, key)
+        parts = _rounded(parts, pattern, key) if dtype is None else parts
+        return parts if _is_linear(layer) else parts | {"weight_shape": torch.tensor(dense.shape)}
     parts = layer.packed_tensors()
     values, codes, scale = parts["weight"], parts["weight_indices"], parts.get("weight_scale")
     _finite(values, key)

@@ -24,7 +24,7 @@ from hf_nmsparse.sharding import is_sharded, local
 from hf_nmsparse.srste import soft_scale
 from hf_nmsparse.wrappers import is_of_peft, unwrapped
 
-__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparsify"]
+__all__ = ["LayerReport", "Report", "finalize", "report", "select_layers", "sparse_form", "sparsify"]
 
 _NO_TARGET = "no target rule matches"
 
@@ -91,7 +91,7 @@ def sparsify(
     if calibration is not None:
         prune_layers(model, chosen, config.pattern, calibration)
     for layer in chosen.values():
-        form = _sparse_form(layer)
+        form = sparse_form(layer)
         assert form is not None
         sparse = form.from_stock(layer, config.pattern, config.soft)
         if config.soft and not trained:
@@ -116,7 +116,7 @@ def _copy_config(model: Any) -> None:
                 setattr(module, name, copies[id(value)])
 
 
-def _sparse_form(layer: nn.Module) -> type[NMLayer] | None:
+def sparse_form(layer: nn.Module) -> type[NMLayer] | None:
     """The class that a layer of this very class has in training; None if there is none."""
     if _is_conv1d(layer):
         from hf_nmsparse.conv1d import NMConv1D  # which needs transformers, and there it is
@@ -173,7 +173,7 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, A
             reason = f"tied to {others[0]}"
         elif (ignored := _first_match(name, DEFAULT_IGNORE if config.ignore is None else config.ignore)) is not None:
             reason = f"ignore rule {ignored!r}"
-        elif _sparse_form(layer) is None:
+        elif sparse_form(layer) is None:
             reason = f"its class is {type(layer).__name__}, not {'nn.Linear' if _is_linear(layer) else 'nn.Conv2d'}"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             reason = "nn.TransformerEncoderLayer reads its weight without calling it"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.packed_format import FORMAT_VERSION, VALUE_TYPES, PackedFormatError
+from hf_nmsparse.packed_format import FORMAT_VERSION, VALUE_TYPES, WITH_CONVOLUTIONS, PackedFormatError
 from hf_nmsparse.pattern import NMPattern
 
 __all__ = ["COMPUTES", "HEADS", "METHOD", "SparsityRecord", "one_of"]
@@ -23,7 +23,7 @@ _RECORD_KEYS = {
         ("quant_method", "format", "format_version", "pattern", "values"),
         ("embeddings", "targets", "ignored", "producer"),
     ),
-    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore", "soft")),
+    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore", "soft", "convolutions")),
 }
 
 
@@ -45,8 +45,9 @@ class SparsityRecord:
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
         soft: bool = False,
+        convolutions: bool = False,
         format: str = "packed",
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         producer: str | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -54,7 +55,7 @@ class SparsityRecord:
         if unknown:
             raise ValueError(
                 f"quantization_config: unknown key {min(unknown)!r}; known keys are compute, head, pattern, values, "
-                "embeddings, targets, ignore, soft, format, format_version, producer"
+                "embeddings, targets, ignore, soft, convolutions, format, format_version, producer"
             )
         one_of("compute", compute, COMPUTES)
         one_of("format", format, ("packed", "dense"))
@@ -66,17 +67,25 @@ class SparsityRecord:
                 f"{embeddings!r} beside {values!r}"
             )
         one_of("quant_method", quant_method, (METHOD,))
-        if type(format_version) is not int or format_version != FORMAT_VERSION:
+        due = WITH_CONVOLUTIONS if convolutions else FORMAT_VERSION
+        if format_version is None:
+            format_version = due
+        if type(format_version) is not int or format_version not in (FORMAT_VERSION, WITH_CONVOLUTIONS):
             raise ValueError(
                 f"quantization_config: format_version {format_version!r} is unknown, this package reads "
-                f"{FORMAT_VERSION}; install a newer hf-nmsparse"
+                f"{FORMAT_VERSION} and {WITH_CONVOLUTIONS}; install a newer hf-nmsparse"
+            )
+        if format_version != due:
+            raise ValueError(
+                f"quantization_config: with convolutions {convolutions!r} format_version is {due}, got {format_version}"
             )
         if producer is not None and not isinstance(producer, str):
             raise ValueError(f"quantization_config: producer is a text, got {producer!r}")
-        sparse = NMSparseConfig(pattern, targets, ignore, soft)
+        sparse = NMSparseConfig(pattern, targets, ignore, soft, convolutions)
         self.quant_method: Any = quant_method  # transformers' own methods are an enum
         self.compute, self.head, self.format, self.format_version = compute, head, format, format_version
         self.pattern, self.targets, self.ignore, self.soft = sparse.pattern, sparse.targets, sparse.ignore, sparse.soft
+        self.convolutions = sparse.convolutions
         self.values, self.embeddings, self.producer = values, embeddings, producer
 
     @classmethod
@@ -96,13 +105,14 @@ class SparsityRecord:
         record = {"quant_method": METHOD, "format": self.format, **self.sparse_config().to_dict()}
         if self.format == "packed":
             record["ignored"] = record.pop("ignore", None)
+            record.pop("convolutions", None)  # the version says it
             record |= {"format_version": self.format_version, "values": self.values, "embeddings": self.embeddings}
             record["producer"] = self.producer
         return {key: value for key, value in record.items() if value is not None}
 
     def sparse_config(self) -> NMSparseConfig:
         """Pattern and rules alone."""
-        return NMSparseConfig(self.pattern, self.targets, self.ignore, self.soft)
+        return NMSparseConfig(self.pattern, self.targets, self.ignore, self.soft, self.convolutions)
 
 
 def one_of(key: str, value: Any, known: tuple[Any, ...], where: str = "quantization_config") -> None:
@@ -127,4 +137,7 @@ def _checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
     for key in needed:
         if record.get(key) is None:
             raise ValueError(f"quantization_config: {key} is missing")
-    return {"ignore" if key == "ignored" else key: value for key, value in record.items()}
+    arguments = {"ignore" if key == "ignored" else key: value for key, value in record.items()}
+    if record["format"] == "packed":
+        arguments["convolutions"] = record["format_version"] == WITH_CONVOLUTIONS
+    return arguments

@@ -3,9 +3,9 @@
 
 This is the file ``modeling_nmsparse.py`` that ``save_packed(model, path, standalone=True)`` of hf_nmsparse puts beside
 the weights. ``auto_map`` in config.json names its classes, so that with ``trust_remote_code=True``
-``AutoModelForSeq2SeqLM.from_pretrained`` and ``AutoModel.from_pretrained`` load the model where that package is not
-installed. What they return is transformers' own class with every weight dense: it computes, trains and saves as any
-other. Where hf_nmsparse is imported, it loads the model instead, and the weights stay packed.
+``AutoModelForSeq2SeqLM.from_pretrained`` and its like load the model where that package is not installed. What they
+return is transformers' own class with every weight dense: it computes, trains and saves as any other. Where hf_nmsparse
+is imported, it loads the model instead, and the weights stay packed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from math import comb
+from math import comb, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationConfig
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    GenerationConfig,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-__all__ = ["NMSparseModel", "NMSparseModelForSeq2SeqLM", "PackedRecord", "dense_tensors", "dense_weight"]
+__all__ = [
+    "NMSparseModel",
+    "NMSparseModelForImageClassification",
+    "NMSparseModelForSeq2SeqLM",
+    "PackedRecord",
+    "dense_tensors",
+    "dense_weight",
+]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -94,13 +106,23 @@ class NMSparseModelForSeq2SeqLM(NMSparseModel):
     models = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 
+class NMSparseModelForImageClassification(NMSparseModel):
+    """What ``AutoModelForImageClassification`` calls."""
+
+    models = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+
 class PackedRecord(NamedTuple):
-    """What config.json says of the packed weights: N kept of M, their number type, and whether embeddings have it."""
+    """What config.json says of the packed weights: N kept of M, their number type, and whether embeddings have it.
+
+    And whether there are packed weights beside those of linear layers, as version 2 of the format has them.
+    """
 
     n: int
     m: int
     dtype: torch.dtype
     embeddings: bool
+    convolutions: bool = False
 
     @classmethod
     def read(cls, record: Any, where: str) -> PackedRecord:
@@ -113,8 +135,10 @@ class PackedRecord(NamedTuple):
         _require(isinstance(record, Mapping) and record.get("quant_method") == "nmsparse", where, "is not nmsparse's")
         _require(record.get("format") == "packed", where, f"format is packed, got {record.get('format')!r}")
         version = record.get("format_version")
-        if type(version) is not int or version != 1:
-            raise ValueError(f"{where}: format_version {version!r} is unknown, this file reads 1; install hf-nmsparse")
+        if type(version) is not int or version not in (1, 2):
+            raise ValueError(
+                f"{where}: format_version {version!r} is unknown, this file reads 1 and 2; install hf-nmsparse"
+            )
         pattern = re.fullmatch("([0-9]{1,2}):([0-9]{1,2})", str(record.get("pattern")))
         n, m = (int(pattern[1]), int(pattern[2])) if pattern else (0, 0)
         _require(1 <= n < m <= 32, where, f"pattern is N:M with 1 <= N < M <= 32, got {record.get('pattern')!r}")
@@ -125,7 +149,7 @@ class PackedRecord(NamedTuple):
             where,
             f"embeddings are int8 beside values of int8 only, got {embeddings!r}",
         )
-        return cls(n, m, _DTYPES[values], embeddings == "int8")
+        return cls(n, m, _DTYPES[values], embeddings == "int8", version == 2)
 
 
 def dense_tensors(tensors: Mapping[str, Tensor], record: PackedRecord, where: str) -> dict[str, Tensor]:
@@ -139,8 +163,9 @@ def dense_tensors(tensors: Mapping[str, Tensor], record: PackedRecord, where: st
     for key, tensor in tensors.items():
         prefix, _, leaf = key.rpartition(".")
         place = f"{where}: {key}"
-        if leaf in ("weight_indices", "weight_scale"):
-            _require(f"{prefix}.weight" in tensors, place, "the weight is missing beside it")
+        if leaf in ("weight_indices", "weight_scale") or (leaf == "weight_shape" and record.convolutions):
+            due = ("weight", "weight_indices") if leaf == "weight_shape" else ("weight",)
+            _require(all(f"{prefix}.{part}" in tensors for part in due), place, "the weight is missing beside it")
             continue
         codes, scale = (tensors.get(f"{prefix}.{part}") for part in ("weight_indices", "weight_scale"))
         if leaf != "weight" or (codes is None and scale is None):
@@ -166,8 +191,25 @@ def dense_tensors(tensors: Mapping[str, Tensor], record: PackedRecord, where: st
                 f"scales are fp32 {list(tensor.shape[:1])}, positive, and 127 times one is finite",
             )
             tensor = tensor.to(torch.float32) * scale[:, None]
+        if record.convolutions and f"{prefix}.weight_shape" in tensors:
+            tensor = _stock_layout(tensor, tensors[f"{prefix}.weight_shape"], record, f"{where}: {prefix}.weight_shape")
         dense[key] = tensor
     return dense
+
+
+def _stock_layout(matrix: Tensor, record: Tensor, pattern: PackedRecord, where: str) -> Tensor:
+    """A weight ``[out, places * in]`` in its stock shape: ``[out, in, *kernel]``, or ``[in, out]`` of a ``Conv1D``."""
+    _require(record.dtype == torch.int64 and record.dim() == 1 and 2 <= len(record) <= 4, where, "is no shape")
+    shape = [int(size) for size in record]
+    channel_dim = 0 if len(shape) == 2 else 1
+    rows = shape[1 - channel_dim]
+    _require(
+        min(shape) > 0 and shape[channel_dim] % pattern.m == 0 and [rows, prod(shape) // rows] == list(matrix.shape),
+        where,
+        f"{shape} does not fit a weight of {list(matrix.shape)}",
+    )
+    others = [size for dim, size in enumerate(shape) if dim != channel_dim]
+    return matrix.reshape(*others, shape[channel_dim]).movedim(-1, channel_dim).contiguous()
 
 
 def _check_whole(model: Any, missing: set[str], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -404,7 +404,7 @@ class TestInspect:
             ("code", f"model.safetensors: {LAYER}.weight_indices: codes of 2:4 are 0 to 5, got 7"),
             ("truncated", "model.safetensors"),
             ("no weights", "model.safetensors"),
-            ("version", "format_version 2 is unknown"),
+            ("version", "format_version 3 is unknown"),
             ("no config", "holds no config.json"),
         ],
     )
@@ -424,7 +424,7 @@ class TestInspect:
             weights.unlink()
         elif damage == "version":
             settings = json.loads(config.read_text(encoding="utf-8"))
-            settings["quantization_config"]["format_version"] = 2
+            settings["quantization_config"]["format_version"] = 3
             config.write_text(json.dumps(settings), encoding="utf-8")
         else:
             config.unlink()

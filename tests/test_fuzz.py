@@ -25,7 +25,7 @@ from hf_nmsparse.packed_format import PackedFormatError
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import sparsify
-from tests.tiny import bart, hf
+from tests.tiny import bart, hf, resnet
 
 COPIES, MANY = 1_000, 10_000  # of each checkpoint
 LOADED = 100  # of those that pass the checker
@@ -120,7 +120,7 @@ def header_entry(files: Files, rng: random.Random) -> Files:
     kind = rng.choice(("dtype", "shape", "offsets", "missing", "junk", "twice", "metadata"))
     if kind == "dtype":
         entry["dtype"] = rng.choice([*SIZES, "F4", "X", "f32", "", 3, None])
-    elif kind == "shape":
+    elif kind == "shape" and entry["shape"]:
         entry["shape"][rng.randrange(len(entry["shape"]))] = rng.choice(
             [0, 1, 2, -1, 2**31, 2**63, 2**64, 1.5, "8", None]
         )
@@ -141,7 +141,7 @@ def header_entry(files: Files, rng: random.Random) -> Files:
 
 def tensors(files: Files, rng: random.Random) -> Files:
     found = files.tensors()
-    packed = [name for name in found if name.endswith(("_indices", "_scale"))]
+    packed = [name for name in found if name.endswith(("_indices", "_scale", "_shape"))]
     names = list(found) if rng.random() < 0.4 else packed + [name.rpartition("_")[0] for name in packed]
     name, other = rng.choice(names), rng.choice(names)
     dtype, shape, content = found[name]
@@ -152,17 +152,20 @@ def tensors(files: Files, rng: random.Random) -> Files:
     elif kind in ("rename", "copy"):
         stem, _, leaf = name.rpartition(".")
         new = rng.choice(
-            [f"{stem}.{end}" for end in ("weight", "weight_indices", "weight_scale", "bias", "x", "", ".weight")]
+            [
+                f"{stem}.{end}"
+                for end in ("weight", "weight_indices", "weight_scale", "weight_shape", "bias", "x", "", ".weight")
+            ]
             + [f"model.shared.{leaf}", f"lm_head.{leaf}", f"x.{leaf}", leaf, "", other, name + " ", name.upper()]
         )
         found[new] = found.pop(name) if kind == "rename" else found[name]
     elif kind == "swap":
         found[name], found[other] = found[other], found[name]
-    elif kind == "cut" and shape[0] > 0:
+    elif kind == "cut" and shape and shape[0] > 0:
         size = len(content) // shape[0]
         keep = rng.randrange(shape[0])
         found[name] = dtype, [keep, *shape[1:]], content[: keep * size]
-    elif kind == "grow":
+    elif kind == "grow" and shape:
         found[name] = dtype, [2 * shape[0], *shape[1:]], content * 2
     elif kind == "retype":
         new = rng.choice([new for new, size in SIZES.items() if size == SIZES[dtype]])
@@ -229,6 +232,7 @@ class Damaged:
     """What became of the copies of one checkpoint: each with the number of its seed and the kind of its damage."""
 
     folder: Path
+    kind: Any
     copies: int
     whole: Files
     passed: list[tuple[int, Change, Files]]
@@ -249,7 +253,7 @@ def quiet() -> Iterator[None]:
 
 EACH = [
     pytest.param((values, copies), id=f"{values}-{copies}", marks=[pytest.mark.long] if copies == MANY else [])
-    for values in ("fp32", "int8")
+    for values in ("fp32", "int8", "convolutions")
     for copies in (COPIES, MANY)
 ]
 
@@ -259,12 +263,17 @@ def damaged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     values, copies = request.param
     folder = tmp_path_factory.mktemp(values)
     torch.manual_seed(0)
-    settings = bart(12, d_model=8, layers=1) | {"max_position_embeddings": 4, "forced_eos_token_id": None}
-    model = hf.MarianMTModel(hf.MarianConfig(**settings))
-    sparsify(model, NMSparseConfig("2:4", ["fc1"]))
-    save_packed(model, folder, values=values)
+    if values == "convolutions":
+        model = resnet(hidden_sizes=[4], depths=[1])
+        sparsify(model, NMSparseConfig("2:4", convolutions=True))
+        save_packed(model, folder)
+    else:
+        settings = bart(12, d_model=8, layers=1) | {"max_position_embeddings": 4, "forced_eos_token_id": None}
+        model = hf.MarianMTModel(hf.MarianConfig(**settings))
+        sparsify(model, NMSparseConfig("2:4", ["fc1"]))
+        save_packed(model, folder, values=values)
     whole = Files((folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes())
-    found = Damaged(folder, copies, whole, [], [], [])
+    found = Damaged(folder, type(model), copies, whole, [], [], [])
     for number in range(copies):
         rng = random.Random(f"{values} {number}")
         change = rng.choice(CHANGES)
@@ -296,9 +305,9 @@ def test_the_checker_passes_or_refuses_with_its_own_error(damaged: Damaged) -> N
     assert len(damaged.refused) > damaged.copies / 5
 
 
-def load(folder: Path, number: int) -> Any:
+def load(damaged: Damaged, number: int) -> Any:
     compute = ("auto", "dense", "reference")[number % 3]
-    return hf.MarianMTModel.from_pretrained(folder, quantization_config=NMSparseQuantizationConfig(compute))
+    return damaged.kind.from_pretrained(damaged.folder, quantization_config=NMSparseQuantizationConfig(compute))
 
 
 def test_what_passes_the_checker_loads(damaged: Damaged) -> None:
@@ -306,10 +315,13 @@ def test_what_passes_the_checker_loads(damaged: Damaged) -> None:
     for number, change, files in random.Random(0).sample(damaged.passed, LOADED):
         files.write(damaged.folder)
         try:
-            model = load(damaged.folder, number)
+            model = load(damaged, number)
             with torch.no_grad():
-                result = model(input_ids=torch.tensor([[3, 4]]), decoder_input_ids=torch.tensor([[2, 5]])).logits
-            assert result.shape == (1, 2, 12)
+                if damaged.kind is hf.MarianMTModel:
+                    result = model(input_ids=torch.tensor([[3, 4]]), decoder_input_ids=torch.tensor([[2, 5]])).logits
+                    assert result.shape == (1, 2, 12)
+                else:
+                    assert model(pixel_values=torch.ones(1, 1, 8, 8)).logits.shape == (1, 10)
             assert sparse_layers(model)
             loaded += 1
         except PackedFormatError:
@@ -328,7 +340,7 @@ def test_what_the_checker_refuses_does_not_load(damaged: Damaged) -> None:
     for number, change, files in random.Random(0).sample(damaged.refused, REFUSED):
         files.write(damaged.folder)
         try:
-            load(damaged.folder, number)
+            load(damaged, number)
         except PackedFormatError:
             continue
         except OSError as error:

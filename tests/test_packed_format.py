@@ -136,7 +136,7 @@ def test_check_names_file_key_and_rule() -> None:
     check_tensors(values, codes, TWO_OF_FOUR, "F32", (1, 8))
     assert problem(dtype="BF16") == "weight: config.json declares values of BF16, got F32"
     assert problem(values.int(), dtype="torch.int32") == "weight: values are F32, F16, BF16, I8, got torch.int32"
-    assert problem(codes=codes.to(torch.int64)) == "weight_indices: codes are uint8, got torch.int64"
+    assert problem(codes=codes.to(torch.int64)) == "weight_indices: codes are uint8, got I64"
     assert problem(values=torch.ones(1, 3)) == "weight: values of 2:4 have rows of a multiple of 2, got [1, 3]"
     assert problem(values=torch.ones(4)) == "weight: values of 2:4 have rows of a multiple of 2, got [4]"
     assert problem(shape=(1, 12)) == "weight: the model's layer is [1, 12], got values of a layer [1, 8]"

@@ -322,7 +322,10 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("change", "rule"),
         [
-            ({"format_version": 2}, "format_version 2 is unknown, this package reads 1; install a newer hf-nmsparse"),
+            (
+                {"format_version": 3},
+                "format_version 3 is unknown, this package reads 1 and 2; install a newer hf-nmsparse",
+            ),
             ({"format_version": None}, "format_version is missing"),
             ({"format": "bitmask"}, "format is one of 'packed', 'dense', got 'bitmask'"),
             ({"format": None}, "format is one of 'packed', 'dense', got None"),

@@ -68,6 +68,12 @@ def marian(seed: int = 0, **overrides: Any) -> MarianMTModel:
     return MarianMTModel(MarianConfig(**(settings | overrides)))
 
 
+def resnet(**overrides: Any) -> Any:
+    """A ResNet of images of one channel in ten classes, of two stages if not told otherwise."""
+    settings = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 10}
+    return hf.ResNetForImageClassification(hf.ResNetConfig(**(settings | {"layer_type": "basic"} | overrides)))
+
+
 def kept(weight: Tensor, pattern: NMPattern) -> Tensor:
     """Which weights the magnitude mask keeps, as booleans of their shape."""
     return unpack_bits(magnitude_mask(weight, pattern), weight.shape)
