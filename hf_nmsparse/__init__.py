@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_nmsparse.saving import export_dense, push_to_hub, save_packed
     from hf_nmsparse.sparse_model import finalize, report, sparsify
     from hf_nmsparse.trainer import SparseTrainer
+    from hf_nmsparse.trainer_mixin import SparseTrainerMixin
     from hf_nmsparse.training_arguments import SparseTrainingArguments
     from hf_nmsparse.translator import Translation, Translator
 
@@ -35,6 +36,7 @@ __all__ = [
     "PackedFormatError",
     "SparseStep",
     "SparseTrainer",
+    "SparseTrainerMixin",
     "SparseTrainingArguments",
     "Translation",
     "Translator",
@@ -57,6 +59,7 @@ _HOMES = {
     "PackedFormatError": "packed_format",
     "SparseStep": "optimizer",
     "SparseTrainer": "trainer",
+    "SparseTrainerMixin": "trainer_mixin",
     "SparseTrainingArguments": "training_arguments",
     "Translation": "translator",
     "Translator": "translator",

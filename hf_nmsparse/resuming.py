@@ -1,4 +1,4 @@
-"""ResumableTrainer: a Seq2SeqTrainer that leaves a complete checkpoint whatever ends it, and goes on from there."""
+"""ResumableTrainer: a Trainer that leaves a complete checkpoint whatever ends it, and goes on from there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Seq2SeqTrainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -25,8 +25,8 @@ from hf_nmsparse.wrappers import has_adapters
 __all__ = ["ResumableTrainer"]
 
 
-class ResumableTrainer(Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose runs end with a complete checkpoint, or one line that says which is the last.
+class ResumableTrainer(Trainer):
+    """A Trainer whose runs end with a complete checkpoint, or one line that says which is the last.
 
     Attributes:
         preemption: Whether SIGTERM has asked for the end, and whether that has come.

@@ -35,7 +35,8 @@ BANDS = {
     "trainer": {
         *("settings", "pairs", "corpus", "tokenizer", "batching"),  # what a training reads
         *("allocator", "products"),  # and how a process trains on CPUs
-        *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments", "trainer"),
+        *("checkpoints", "averaging", "faults", "preemption", "resuming", "console", "training_arguments"),
+        *("trainer_mixin", "trainer"),
     },
     "translation": {
         *("shortlist", "texts", "paragraphs", "loops", "text_tokenizer", "streaming"),

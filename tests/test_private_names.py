@@ -165,7 +165,7 @@ _PYTHONS = {
     *("_abc_impl", "_backward_cls"),
     *("_can_set_attn_implementation_cached_value", "_can_set_experts_implementation_cached_value"),
 }
-_NO_NAMES = {"_indices", "_scale", "_to_", "_attention_heads", "_ffn_dim", "_layers"}
+_NO_NAMES = {"_indices", "_scale", "_shape", "_to_", "_attention_heads", "_ffn_dim", "_layers"}
 
 USED: dict[str, tuple[Callable[[Any], None], str]] = {}
 """A check of each name that is read or called, and what breaks without it."""

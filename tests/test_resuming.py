@@ -278,7 +278,7 @@ def train_and_be_killed(moment: str, folder: Path) -> None:
         if self.state.global_step == 8:
             kill("in a checkpoint", self.args)  # before this process has written its share
 
-    SparseTrainer._save_optimizer_and_scheduler = killed_save  # type: ignore[method-assign]
+    SparseTrainer._save_optimizer_and_scheduler = killed_save  # type: ignore[assignment, method-assign]
 
     def run(folder: Path) -> Any:
         model = marian(dropout=0.1)  # drawn apart by the two processes
