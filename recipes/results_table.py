@@ -21,7 +21,7 @@ from hf_nmsparse.evaluation import Evaluation
 from hf_nmsparse.metrics import Comparison, SentenceStatistics, compare_statistics
 from hf_nmsparse.plots import LoggedRun, plot_runs, read_run
 from hf_nmsparse.srste import METHODS
-from recipes import front
+from recipes import front, images
 from recipes.front_plots import AXES, plot_front
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": table,
     "sparse_method": methods_table,
     "front": front_of_all,
+    "images": images.table,
     **tables.TABLES,
     **{f"study {folder.name}": partial(study_of, folder) for folder in studies()},
 }
@@ -181,7 +182,7 @@ def home(name: str) -> Path:
     """The file that shows a table."""
     if name == "summary":
         return ROOT / "README.md"
-    of_the_recipe = name in ("results", "faults", "sparse_method", "front") or name.startswith("study ")
+    of_the_recipe = name in ("results", "faults", "sparse_method", "front", "images") or name.startswith("study ")
     return ROOT / ("recipes" if of_the_recipe else "benchmarks") / "README.md"
 
 
@@ -208,6 +209,7 @@ def main() -> None:
             plot_runs([read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))], folder / "plots")
         if (RESULTS / "front.json").is_file():
             plot_front(tables.read(RESULTS / "front.json")["rows"], RESULTS / "plots")
+        images.plot()
 
 
 if __name__ == "__main__":
