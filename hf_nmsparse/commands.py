@@ -75,14 +75,15 @@ _CHUNK = 4096
 def inspect(args: argparse.Namespace) -> None:
     """Checks a packed model and prints what is sparse in it."""
     from hf_nmsparse.packed_files import check_folder
-    from hf_nmsparse.packed_format import packed_bytes
+    from hf_nmsparse.packed_format import FORMAT_VERSION, packed_bytes
 
     found = check_folder(args.path)
     pattern = found.pattern
     row(f"pattern        {pattern}, {pattern.n} of every {pattern.m} weights are kept")
     row(f"values         {found.values}{', embeddings and output projection too' if found.embeddings else ''}")
     row(f"sparse layers  {len(found.layers)}, every one valid")
-    row(f"targets        {', '.join(found.targets) if found.targets is not None else 'every linear layer'}")
+    every = "every linear layer" if found.format_version == FORMAT_VERSION else "every linear layer and convolution"
+    row(f"targets        {', '.join(found.targets) if found.targets is not None else every}")
     row(f"ignored        {', '.join(found.ignored) if found.ignored is not None else 'output heads and routers'}")
     row(f"packed bytes   {found.packed_bytes:,}, {found.packed_bytes / found.dense_bytes:.1%} of dense")
     row(f"dense bytes    {found.dense_bytes:,}")

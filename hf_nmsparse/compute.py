@@ -86,8 +86,8 @@ def computing_packed(
     else:
         devices = {torch.device("meta" if place == "disk" else place) for place in places}
     if {device.type for device in devices} == {"cpu"}:
-        widest = max((int(layer.in_features) for layer in layers.values()), default=0)  # type: ignore[arg-type]
-        return layers.keys() if _kernels_run(pattern, widest) else ()
+        widths = [int(layer.in_features) for layer in layers.values()]  # type: ignore[arg-type]
+        return layers.keys() if widths and _kernels_run(pattern, max(widths)) else ()
     if len(devices) > 1:
         return ()
     [device] = devices

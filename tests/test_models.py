@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_nmsparse.config import NMSparseConfig
-from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.layers import NMConv2d, NMLinear
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
 from hf_nmsparse.saving import save_packed
@@ -201,3 +201,45 @@ def test_family(family: str, tmp_path: Path) -> None:
     assert torch.equal(output_of(loaded, inputs), expected)
     for name, layer in layers.items():
         assert torch.equal(loaded.get_submodule(name).weight, layer.weight)
+
+
+def scenes(count: int) -> dict[str, Any]:
+    """Noise, and in it a bright square of one of two colours."""
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = 0.1 * torch.randn(count, 3, 32, 32, generator=generator), []
+    for scene in pixels:
+        kind = int(torch.randint(2, (), generator=generator))
+        left, top = torch.randint(4, 18, (2,), generator=generator).tolist()
+        scene[kind, top : top + 10, left : left + 10] += 2
+        box = torch.tensor([[left + 5, top + 5, 10, 10]]) / 32
+        labels.append({"class_labels": torch.tensor([kind]), "boxes": box})
+    return {"pixel_values": pixels, "labels": labels}
+
+
+def test_a_detector_with_sparse_convolutions_learns_and_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = detr()
+    dense = sparsify(model, NMSparseConfig("2:4", convolutions=True))
+    assert dense["model.backbone.model.embedder.embedder.convolution"] == "in_channels 3 is not a multiple of 4"
+    sparse = {name for name, layer in model.named_modules() if isinstance(layer, NMConv2d)}
+    assert {"model.input_projection", "model.backbone.model.encoder.stages.1.layers.0.layer.1.convolution"} < sparse
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    step = SparseStep(model, optimizer, "sr-ste")
+    inputs, losses = scenes(8), []
+    model.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    assert sum(flips.sad for name, flips in step.take_flips().items() if name in sparse) > 0
+    finalize(model.eval())
+    save_packed(model, tmp_path)
+    back = type(model).from_pretrained(tmp_path, quantization_config=NMSparseQuantizationConfig("dense"))
+    assert all(torch.equal(tensor, back.state_dict()[key]) for key, tensor in model.state_dict().items())
+    with torch.no_grad():
+        found, again = model(inputs["pixel_values"]), back(inputs["pixel_values"])
+    assert torch.equal(found.logits, again.logits)
+    assert torch.equal(found.pred_boxes, again.pred_boxes)
