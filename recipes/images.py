@@ -27,7 +27,15 @@ from transformers import AutoConfig, AutoModelForImageClassification, HfArgument
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
 from benchmarks import tables
-from hf_nmsparse import NMSparseConfig, SparseTrainerMixin, SparseTrainingArguments, finalize, save_packed, sparsify
+from hf_nmsparse import (
+    NMPattern,
+    NMSparseConfig,
+    SparseTrainerMixin,
+    SparseTrainingArguments,
+    finalize,
+    save_packed,
+    sparsify,
+)
 from hf_nmsparse.files import model_folder, replaced
 from hf_nmsparse.settings import read_settings
 from recipes.mistakes import in_one_line
@@ -204,9 +212,14 @@ def interval(numbers: Sequence[float]) -> str:
     """``+0.2 (-0.6 to +1.0)``: the mean and its 95% interval by Student's distribution; no interval of one number."""
     mean = statistics.fmean(numbers)
     if len(numbers) not in T_95:
-        return f"{mean:+.1f}"
+        return _signed(mean)
     half = T_95[len(numbers)] * statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    return f"{_signed(mean)} ({_signed(mean - half)} to {_signed(mean + half)})"
+
+
+def _signed(number: float) -> str:
+    """A number with its sign, which that of a rounded zero is not."""
+    return f"{round(number, 1) + 0.0:+.1f}"
 
 
 def late_flips(record: dict[str, Any]) -> float | None:
@@ -217,7 +230,10 @@ def late_flips(record: dict[str, Any]) -> float | None:
 
 
 def table(results: Path = RESULTS) -> str:
-    """A row for each run of each study: means over the seeds, beside the dense runs of the same seeds."""
+    """A row for each run of each study: means over the seeds, beside the dense runs of the same seeds.
+
+    Dense runs come first, then the others by pattern, the best first.
+    """
     found = records(results)
     if not found:
         return "It has not been measured yet."
@@ -225,7 +241,7 @@ def table(results: Path = RESULTS) -> str:
     lines = tables.table_head([*columns, "SAD", "flip rate at the end", "bytes"])
     for study, runs in found.items():
         dense = {record["seed"]: record["accuracy"] for record in runs.get("dense", [])}
-        for name, seeds in runs.items():
+        for name, seeds in sorted(runs.items(), key=_place):
             scores = [record["accuracy"] for record in seeds]
             spread = f"{statistics.fmean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
             pairs = [record["accuracy"] - dense[record["seed"]] for record in seeds if record["seed"] in dense]
@@ -239,6 +255,13 @@ def table(results: Path = RESULTS) -> str:
             cells += [f"{statistics.fmean(sad):.0f}" if sad else "", f"{statistics.fmean(flips):.2g}" if flips else ""]
             lines.append(tables.table_row([*cells, f"{first['bytes']:,}"]))
     return "\n".join([*lines, "", notes(found)])
+
+
+def _place(entry: tuple[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """Where a run stands in the table."""
+    first = entry[1][0]
+    kept = 1.0 if first["pattern"] is None else NMPattern.parse(first["pattern"]).density
+    return -kept, -statistics.fmean(record["accuracy"] for record in entry[1])
 
 
 def notes(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
