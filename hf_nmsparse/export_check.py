@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_nmsparse.layers import NMLinear
+from hf_nmsparse.layers import NMLayer
 
 __all__ = ["SENTENCES", "Expected", "as_dense", "check_marian", "check_same", "expected_of", "same"]
 
@@ -70,9 +70,9 @@ def as_dense(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: One that was loaded in fp32: positions that are computed would else stay rounded.
     """
-    for module in [module for module in model.modules() if isinstance(module, NMLinear)]:
+    for module in [module for module in model.modules() if isinstance(module, NMLayer)]:
         module.finalize()
-        module.to_linear()
+        module.to_stock()
     if getattr(model, "hf_quantizer", None) is not None:
         model.dequantize()
     model.config.__dict__.pop("quantization_config", None)

@@ -45,7 +45,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with tiny models where the pages have the demo's and OPUS-MT's."""
     monkeypatch.chdir(tmp_path)
     model = marian()
-    model.generation_config = GenerationConfig(max_length=8, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    model.generation_config = GenerationConfig(max_length=24, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
     model.save_pretrained("Helsinki-NLP/opus-mt-en-de")
     tokenizer().save_pretrained("Helsinki-NLP/opus-mt-en-de")
     sparsify(model, NMSparseConfig("2:4"))
