@@ -60,7 +60,7 @@ class ByCTranslate2:
 
     def translate(self, texts: list[str], **settings: Any) -> list[Any]:
         """Without scores."""
-        from hf_nmsparse.translator import Translation
+        from hf_nmsparse.translations import Translation
 
         if settings.get("src_lang") or settings.get("tgt_lang"):
             raise ValueError("this model has one pair of languages")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from hf_nmsparse.trainer import SparseTrainer
     from hf_nmsparse.trainer_mixin import SparseTrainerMixin
     from hf_nmsparse.training_arguments import SparseTrainingArguments
-    from hf_nmsparse.translator import Translation, Translator
+    from hf_nmsparse.translations import Translation
+    from hf_nmsparse.translator import Translator
 
 __all__ = [
     "Calibration",
@@ -61,7 +62,7 @@ _HOMES = {
     "SparseTrainer": "trainer",
     "SparseTrainerMixin": "trainer_mixin",
     "SparseTrainingArguments": "training_arguments",
-    "Translation": "translator",
+    "Translation": "translations",
     "Translator": "translator",
     "export_dense": "saving",
     "finalize": "sparse_model",

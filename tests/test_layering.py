@@ -50,7 +50,7 @@ BANDS = {
             "forced_terms",
             "html_text",
         ),  # what is more than a sentence
-        *("translator", "pipeline", "bulk", "documents"),
+        *("translations", "translator", "pipeline", "bulk", "documents"),
     },
     "tools": {
         *("metrics", "chrf", "evaluate_metric", "evaluation", "cards"),

@@ -28,7 +28,8 @@ from hf_nmsparse.markup import Tag
 from hf_nmsparse.masking import Masked
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.placeholders import keeps_placeholders
-from hf_nmsparse.translator import Translation, _Asked
+from hf_nmsparse.translations import Translation
+from hf_nmsparse.translator import _Asked
 from tests import tiny
 from tests.test_engine_spec import CASES, sentence, tiny_model
 from tests.test_texts import FAMILIES

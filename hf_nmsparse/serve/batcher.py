@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.terminal import named
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translations import Translation
 
 __all__ = ["Batcher", "Observer", "Settings", "Translates", "as_exception"]
 

@@ -13,7 +13,7 @@ from hf_nmsparse.serve.keys import Keys
 from hf_nmsparse.serve.language_names import language_name
 from hf_nmsparse.serve.limits import Limits
 from hf_nmsparse.serve.models import Models
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translations import Translation
 
 __all__ = ["libretranslate"]
 

@@ -24,7 +24,8 @@ from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.serve.limits import Limits, finished
 from hf_nmsparse.serve.metrics import Metrics
 from hf_nmsparse.texts import languages_of
-from hf_nmsparse.translator import Translation, Translator, of_paragraphs
+from hf_nmsparse.translations import Translation, of_paragraphs
+from hf_nmsparse.translator import Translator
 
 __all__ = ["Model", "Models", "Route", "load_models"]
 

@@ -18,7 +18,7 @@ from hf_nmsparse.serve.keys import Keys
 from hf_nmsparse.serve.limits import Limits, read_body
 from hf_nmsparse.serve.models import Models, Route
 from hf_nmsparse.terminal import one_line
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translations import Translation
 
 __all__ = ["Answer", "Asked", "native"]
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from hf_nmsparse import Translator
 from hf_nmsparse.kernels import engine
 from hf_nmsparse.serve import Limits, create_app, load_models
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translations import Translation
 from tests import tiny
 from tests.test_translator import random, saved
 

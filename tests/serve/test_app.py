@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.serve import Limits, create_app, load_models
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translations import Translation
 from tests.serve.test_libretranslate import PAIR, refused
 
 

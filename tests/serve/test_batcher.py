@@ -13,7 +13,7 @@ import pytest
 
 from hf_nmsparse.serve.batcher import Batcher
 from hf_nmsparse.serve.errors import RequestError
-from hf_nmsparse.translator import Translation
+from hf_nmsparse.translations import Translation
 
 PLAIN = (("num_beams", 1),)
 
