@@ -32,6 +32,7 @@ _INLINE, _VOID, _OPAQUE, _WORDS = (
     frozenset(names.split()) for names in re.split(r"^\w+:", _NAMES.strip(), flags=re.MULTILINE)[1:]
 )
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
+_UNFINISHED = re.compile(r"<(?:[a-zA-Z!?]|/[a-zA-Z])")
 
 _Kind = Literal["open", "close", "void", "text", "other", "word", "block"]
 
@@ -114,6 +115,10 @@ def _tokens(page: str) -> Iterator[_Token]:
     place = 0
     while place < len(found):
         token, last = found[place], place
+        if token.kind == "text" and _UNFINISHED.match(page, token.start):
+            # A tag or comment that the page ends in: the parser calls it text, browsers show nothing from there on.
+            yield replace(token, kind="block", end=len(page))
+            return
         if token.kind == "open" and (token.stays or token.name in _OPAQUE | _WORDS):
             depth = 0
             for last in range(place, len(found)):

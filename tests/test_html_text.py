@@ -52,6 +52,11 @@ def test_what_is_one_text() -> None:
     assert texts == ["One item", "Two", "Three: four, five."]
 
 
+@pytest.mark.parametrize("rest", ['<a href="x', "<!-- never closed <p>c</p>", "</b", "<![CDATA[ c", "<?php c"])
+def test_what_a_page_ends_within_stays(rest: str) -> None:
+    assert translate_html([f"<p>a</p>b {rest}"], shouted) == [f"<p>A</p>B {rest}"]
+
+
 def test_pages_share_one_call() -> None:
     calls: list[int] = []
 
