@@ -75,6 +75,8 @@ def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
     """Text of UTF-8. Only a line feed ends a line, with or without a carriage return before it."""
     for number, line in enumerate(lines):
         if number == 0:
+            if line.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # begins as UTF-16 does
+                raise ValueError(f"{name} is UTF-32; make it UTF-8, such as with iconv -f UTF-32 -t UTF-8")
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise ValueError(f"{name} is UTF-16; make it UTF-8, such as with iconv -f UTF-16 -t UTF-8")
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -83,7 +85,7 @@ def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 after line {number}") from error
+            raise ValueError(f"{name} is not UTF-8 after line {number}; make it UTF-8, such as with iconv") from error
         if "\0" in text:
             raise ValueError(f"{name} is no text: line {number + 1} holds a NUL; make it UTF-8")
         yield text[:-1].removesuffix("\r") if text.endswith("\n") else text

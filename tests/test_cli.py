@@ -350,8 +350,9 @@ class TestReading:
         [
             ("A man\n".encode("utf-16"), "f is UTF-16; make it UTF-8, such as with iconv"),
             (b"\xfe\xff\x00A", "f is UTF-16; make it UTF-8, such as with iconv"),
+            ("A man\n".encode("utf-32"), "f is UTF-32; make it UTF-8, such as with iconv"),
             ("A man\n".encode("utf-16-le"), "f is no text: line 1 holds a NUL; make it UTF-8"),
-            (b"A man\nschl\xe4ft\n", "f is not UTF-8 after line 1"),
+            (b"A man\nschl\xe4ft\n", "f is not UTF-8 after line 1; make it UTF-8, such as with iconv"),
         ],
     )
     def test_other_encodings(self, content: bytes, message: str) -> None:

@@ -62,6 +62,8 @@ def decoded(data: bytes, line: int = 1) -> str:
     Raises:
         DocumentError: They are something else.
     """
+    if line == 1 and data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # begins as UTF-16 does
+        raise DocumentError("is UTF-32; make it UTF-8, such as with iconv -f UTF-32 -t UTF-8")
     if line == 1 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DocumentError("is UTF-16; make it UTF-8, such as with iconv -f UTF-16 -t UTF-8")
     try:

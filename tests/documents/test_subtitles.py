@@ -148,6 +148,7 @@ def test_a_translation_breaks_no_cue() -> None:
         ("vtt", SRT, "does not begin with WEBVTT; name its format with --format"),
         ("vtt", "WEBVTTX\n", "does not begin with WEBVTT"),
         ("srt", SRT.encode("utf-16"), "is UTF-16; make it UTF-8"),
+        ("srt", SRT.encode("utf-32"), "is UTF-32; make it UTF-8"),
         ("srt", SRT.encode() + b"\xe9", "line 24 is not UTF-8; make it UTF-8"),
         ("vtt", VTT + "\n\0", "line 20 holds a NUL"),
     ],
