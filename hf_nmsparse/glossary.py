@@ -76,7 +76,8 @@ class Glossary:
         """The glossary in a file: a term a line, with a tab before its translation; blank lines are nothing.
 
         Raises:
-            ValueError: There is no such file, it is no UTF-8, or a line is no pair or a term that was there before.
+            ValueError: There is no such file, it is no UTF-8 or has no terms, or a line is no pair or a term that was
+                there before.
         """
         path, terms = Path(file), dict[str, str]()
         try:
@@ -87,12 +88,16 @@ class Glossary:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if "\0" in line:
+                raise ValueError(f"glossary: {path} line {number} holds a NUL; make the file UTF-8")
             source, tab, target = line.partition("\t")
             if not tab or "\t" in target or not source.strip() or not target.strip():
                 raise ValueError(f"glossary: {path} line {number} is no term, tab and translation, got {line[:50]!r}")
             if source.strip() in terms:
                 raise ValueError(f"glossary: {path} line {number} has {source.strip()!r} again; leave one of them out")
             terms[source.strip()] = target.strip()
+        if not terms:
+            raise ValueError(f"glossary: {path} has no terms; give it some or leave it out")
         try:
             return cls(terms)
         except ValueError as error:

@@ -60,6 +60,8 @@ def test_a_file(tmp_path: Path) -> None:
         (b"dog\t \n", "line 1 is no term, tab and translation"),
         (b"dog\tHund|\n", "'dog' is 'Hund|'; a term and its forms are no blanks, in "),
         (b"dog\tHund\ndog\tK\xc3\xb6ter\n", "line 2 has 'dog' again; leave one of them out"),
+        (b"a\tb\ndog\tHu\0nd\n", "line 2 holds a NUL; make the file UTF-8"),
+        (b"\xef\xbb\xbf \n\n", "has no terms; give it some or leave it out"),
         (b"dog\t\xff\n", "cannot be read: it is not UTF-8"),
         (None, "cannot be read: No such file or directory"),
     ],
