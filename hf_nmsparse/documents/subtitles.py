@@ -97,11 +97,10 @@ def _space_around(line: str) -> tuple[str, str, str]:
 
 
 def _speakers(lines: list[str], text: range) -> Iterator[range]:
-    """A text in parts, where several lines of it begin with a dash: each is another speaker's."""
+    """A text in parts, where several lines of it begin with a dash: each begins another speaker's."""
     starts = [place for place in text if _SPEAKER.match(lines[place].strip())]
-    if len(starts) < 2 or starts[0] != text.start:
-        starts = [text.start]
-    return (range(start, stop) for start, stop in pairwise([*starts, text.stop]))
+    starts = [place for place in starts if place > text.start] if len(starts) > 1 else []
+    return (range(start, stop) for start, stop in pairwise([text.start, *starts, text.stop]))
 
 
 def _parts(line: str, unescape: Callable[[str], str]) -> Iterator[str | Mark]:

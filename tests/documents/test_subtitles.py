@@ -122,6 +122,12 @@ def test_what_is_asked_for() -> None:
     assert asked.texts[0][0] == "Fish & chips at "
 
 
+def test_a_line_before_the_speakers_is_a_part_of_its_own() -> None:
+    asked = Asked()
+    translated("srt", "1\n00:00:01,000 --> 00:00:02,000\nAT THE\nDOOR\n- Hello.\n- Try\nagain.\n", asked)
+    assert asked.texts == [("AT THE DOOR",), ("- Hello.",), ("- Try again.",)]
+
+
 def test_a_cue_is_wrapped_by_length() -> None:
     cue = "1\n00:00:01,000 --> 00:00:02,000\nOver a century ago, beings that\nprey on humans suddenly appeared.\n"
     german = "Vor mehr als hundert Jahren tauchten plötzlich Wesen auf, die Jagd auf Menschen machen."
