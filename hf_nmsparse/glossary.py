@@ -56,12 +56,16 @@ class Glossary:
         terms: The translation of each term; several forms of it stand apart by ``|``, the one to force first.
 
     Raises:
-        ValueError: A side is blank.
+        ValueError: A side is blank or no text.
     """
 
     def __init__(self, terms: Mapping[str, str]) -> None:
         self._by_first: dict[str, list[_Entry]] = {}
+        if not isinstance(terms, Mapping):
+            raise ValueError(f"glossary: terms are no mapping but {type(terms).__name__}; give each its translation")
         for source, target in terms.items():
+            if not (_is_text(source) and _is_text(target)):
+                raise ValueError(f"glossary: {source!r} is {target!r}; a term and its translation are text")
             forms = tuple(form.strip() for form in target.split(_OTHER_FORM))
             words = _words(source)
             if not words or not all(forms):
@@ -134,6 +138,11 @@ def missing(terms: Iterable[Term], translation: str) -> list[Term]:
         else:
             found.append(term)
     return found
+
+
+def _is_text(side: object) -> bool:
+    """Whether it is text that a tokenizer takes: without NULs, and without halves of characters."""
+    return isinstance(side, str) and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in side)
 
 
 def _words(text: str) -> list[re.Match[str]]:

@@ -731,6 +731,13 @@ class _Ways:
     keep_placeholders: bool = False
     glossary: Glossary | None = None
 
+    def __post_init__(self) -> None:
+        if self.glossary is not None and not isinstance(self.glossary, Glossary):
+            kind = type(self.glossary).__name__
+            raise ValueError(
+                f"translate: glossary is no Glossary but {kind}; give Glossary(terms) or Glossary.read(file)"
+            )
+
 
 @dataclass(frozen=True)
 class _Task:

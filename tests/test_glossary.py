@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,21 @@ def test_files_that_are_refused(tmp_path: Path, content: bytes | None, message: 
         file.write_bytes(content)
     with pytest.raises(ValueError, match=f"^glossary: .*{re.escape(message)}"):
         Glossary.read(file)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"dog": None}, "'dog' is None; a term and its translation are text"),
+        ({7: "Hund"}, "7 is 'Hund'; a term and its translation are text"),
+        ({"dog": "Hu\0nd"}, r"'dog' is 'Hu\x00nd'; a term and its translation are text"),
+        ({"\ud83d": "Hund"}, r"'\ud83d' is 'Hund'; a term and its translation are text"),
+        ([("dog", "Hund")], "terms are no mapping but list; give each its translation"),
+    ],
+)
+def test_terms_that_are_refused(terms: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^glossary: {re.escape(message)}$"):
+        Glossary(terms)
 
 
 def test_many_terms_take_no_time() -> None:

@@ -418,6 +418,14 @@ def test_a_term_that_finds_no_room_is_left_out(translator: Translator) -> None:
     assert len(translator.translate(["A dog runs."], glossary=glossary, max_length=6)[0].tokens) <= 5
 
 
+@pytest.mark.parametrize("glossary", [{"dog": "man"}, "terms.tsv"])
+def test_what_is_no_glossary_is_refused(translator: Translator, glossary: Any) -> None:
+    with pytest.raises(ValueError, match=r"^translate: glossary is no Glossary but (dict|str); give Glossary\(terms\)"):
+        translator.translate(["A dog runs."], glossary=glossary)
+    with pytest.raises(ValueError, match=r"^translate: glossary is no Glossary"):
+        translator.translate_html(["<p>A dog runs.</p>"], glossary=glossary)
+
+
 def test_sentences_are_cut_by_the_rules_that_are_named(translator: Translator) -> None:
     text = "Am 3. Mai war es soweit."  # a day, not an end, in German
     assert translator.paragraphs([text], split="de").sentences == [text]
