@@ -733,9 +733,9 @@ class _Ways:
 
     def __post_init__(self) -> None:
         if self.glossary is not None and not isinstance(self.glossary, Glossary):
-            kind = type(self.glossary).__name__
             raise ValueError(
-                f"translate: glossary is no Glossary but {kind}; give Glossary(terms) or Glossary.read(file)"
+                f"translate: glossary is no Glossary but {type(self.glossary).__name__}; "
+                "give Glossary(terms) or Glossary.read(file)"
             )
 
 
