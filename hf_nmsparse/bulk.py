@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
+from hf_nmsparse.glossary import Glossary
+from hf_nmsparse.masking import Masked
+from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.translator import Translator
 
 __all__ = [
@@ -34,6 +38,8 @@ class Search:
         batch_size: Sentences of a batch.
         scores: Whether log-probabilities are wanted.
         seed: Of sampling.
+        keep_placeholders: Whether placeholders come back as they are, as `Translator.translate` says.
+        glossary: Terms that have one right translation; the engine's alone.
         languages: ``src_lang`` and ``tgt_lang``, None for models of one pair.
         settings: Further ones of ``generate``, such as ``num_beams``.
     """
@@ -42,6 +48,8 @@ class Search:
     batch_size: int = 64
     scores: bool = False
     seed: int = 0
+    keep_placeholders: bool = False
+    glossary: Glossary | None = None
     languages: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,6 +107,8 @@ class EngineTranslator:
             return_scores=search.scores,
             seed=search.seed,
             batch_size=search.batch_size,
+            keep_placeholders=search.keep_placeholders,
+            glossary=search.glossary,
             **search.languages,
             **search.settings,
         )
@@ -130,12 +140,17 @@ class TorchTranslator:
         """As `BulkTranslator`; texts of like length make a batch.
 
         Raises:
-            ValueError: As `pipeline.translate` raises it, or a batch does not fit the device.
+            ValueError: As `pipeline.translate` raises it, a batch does not fit the device, or there is a glossary.
         """
         import torch
 
+        if search.glossary is not None:
+            raise ValueError(f"glossary: needs the native engine, and {self.name} translates; leave it out")
         try:
-            return self._translated(texts, search)
+            found = self._translated(texts, search)
+            if search.keep_placeholders:
+                self._keep_placeholders(texts, found, search)
+            return found
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"batch_size: {search.batch_size} does not fit {self.name}: {reason}; lower it") from error
@@ -162,6 +177,19 @@ class TorchTranslator:
             for row, place in enumerate(places):
                 found[place] = each[row * search.count : (row + 1) * search.count]
         return found
+
+    def _keep_placeholders(self, texts: Sequence[str], found: list[list[Candidate]], search: Search) -> None:
+        """Translates again what has lost placeholders, with short ones in their place."""
+        lost = []
+        for place, text in enumerate(texts):
+            kept = [keeps_placeholders(text, one.text) for one in found[place]]
+            if not kept[0]:
+                lost.append(place)
+            found[place] = list(compress(found[place], kept))
+        masked = [Masked.of(texts[place]) for place in lost]
+        again = self._translated([mask.text for mask in masked], search)
+        for place, mask, candidates in zip(lost, masked, again, strict=True):
+            found[place] = [one._replace(text=mask.restored(one.text)) for one in candidates]
 
     def _cut(self, row: list[int]) -> list[int]:
         """A translation without the padding behind its EOS."""

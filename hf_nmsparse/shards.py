@@ -20,7 +20,7 @@ from hf_nmsparse.files import replaced
 from hf_nmsparse.packed_files import read_object
 from hf_nmsparse.packed_format import PackedFormatError
 
-__all__ = ["Digest", "Progress", "Shards", "name_of_model", "share_of"]
+__all__ = ["Digest", "Progress", "Shards", "name_of_model", "sha256_of", "share_of"]
 
 
 @dataclass(frozen=True)

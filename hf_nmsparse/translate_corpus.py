@@ -27,8 +27,9 @@ import pyarrow as pa
 from hf_nmsparse.bulk import Candidate, Search, load_translator, translate_each
 from hf_nmsparse.devices import device_of, on_cpu
 from hf_nmsparse.files import check_writable, locked
+from hf_nmsparse.glossary import Glossary
 from hf_nmsparse.pairs import FORMATS, column_of, read_column, write_rows
-from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model, share_of
+from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model, sha256_of, share_of
 from hf_nmsparse.terminal import one_line, say
 from hf_nmsparse.translator import cpus
 
@@ -97,6 +98,7 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     _check(args)
     output = Path(args.output)
     check_writable(output)
+    glossary = Glossary.read(args.glossary) if args.glossary else None
     threads = args.threads or max(1, cpus() // place.beside)
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # tokenizers take all cores otherwise
     texts = Digest().add_all(_texts(args))
@@ -106,6 +108,9 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
         "model": name_of_model(args.model),
         "texts": f"{texts.count:,} with digest {texts}",
         **{name: getattr(args, name) for name in _SETTINGS},
+        # Files that were begun before there were these have none of them.
+        "keep_placeholders": args.keep_placeholders or None,
+        "glossary": args.glossary and f"{Path(args.glossary).name} {sha256_of(Path(args.glossary))[:16]}",
     }
     names = f"train-{{number:05}}-of-{{all:05}}.{args.format}"
     shards = Shards(output, texts.count, args.shard_size, _MANIFEST, names)
@@ -115,7 +120,7 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     else:
         mine = share_of(shards.all, place.process, place.processes) & set(shards.missing())
         if mine:
-            _work(args, place, threads, shards, mine)
+            _work(args, glossary, place, threads, shards, mine)
         left = len(shards.missing())
         ended = not left and _end(shards, settings)
         if left and place.process == 0:
@@ -124,7 +129,9 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
         say(f"translate_corpus: {output / _MANIFEST}: finished")
 
 
-def _work(args: argparse.Namespace, place: Place, threads: int, shards: Shards, mine: set[int]) -> None:
+def _work(
+    args: argparse.Namespace, glossary: Glossary | None, place: Place, threads: int, shards: Shards, mine: set[int]
+) -> None:
     """Translates the shards of one process."""
     if on_cpu(args.device):
         device = "cpu"
@@ -145,7 +152,7 @@ def _work(args: argparse.Namespace, place: Place, threads: int, shards: Shards, 
             if len(given) < len(rows):
                 raise ValueError(f"{', '.join(args.inputs)}: shorter than before; leave the files as they are")
             found = translate_each(
-                given, translator, _search(args, shard), args.max_source_tokens or float("inf"), args.prefix
+                given, translator, _search(args, glossary, shard), args.max_source_tokens or float("inf"), args.prefix
             )
             shards.write(shard, partial(_write, given, found, rows, args))
             if progress is not None:
@@ -153,7 +160,7 @@ def _work(args: argparse.Namespace, place: Place, threads: int, shards: Shards, 
                 sys.stdout.flush()
 
 
-def _search(args: argparse.Namespace, shard: int) -> Search:
+def _search(args: argparse.Namespace, glossary: Glossary | None, shard: int) -> Search:
     """How the texts of a shard are translated: samples are others in each, and the same whoever draws them."""
     asked = {"num_beams": args.beams, "max_length": args.max_length}
     if args.sample:
@@ -165,6 +172,8 @@ def _search(args: argparse.Namespace, shard: int) -> Search:
         batch_size=args.batch_size,
         scores=args.score,
         seed=int.from_bytes(hashlib.sha256(f"{args.seed} {shard}".encode()).digest()[:8], "little"),
+        keep_placeholders=args.keep_placeholders,
+        glossary=glossary,
         languages={"src_lang": args.src_lang, "tgt_lang": args.tgt_lang},
         settings={name: value for name, value in asked.items() if value is not None},
     )
@@ -251,6 +260,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--source-lang and --target-lang are both {args.source_lang!r}; rows need two names")
     if args.sample and args.beams not in (None, 1):
         raise ValueError(f"--sample draws tokens, and --beams {args.beams} searches; leave one of them out")
+    if args.prefix and (args.keep_placeholders or args.glossary):
+        option = "--glossary" if args.glossary else "--keep-placeholders"
+        raise ValueError(f"{option} would read --prefix as text; leave one out, or use --src-lang and --tgt-lang")
     if not args.sample:
         for option in ("temperature", "top_k", "top_p"):
             if getattr(args, option) is not None:
@@ -281,6 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--src-lang", metavar="CODE", help="source language of a multilingual model, such as eng_Latn")
     add("--tgt-lang", metavar="CODE", help="target language of a multilingual model")
     add("--prefix", default="", metavar="TEXT", help="put before every text for the model, as T5 wants it")
+    add("--keep-placeholders", action="store_true", help="translate again what has lost placeholders such as {name} "
+        "and %%s, with them")  # fmt: skip
+    add("--glossary", metavar="FILE", help="terms and their translations, a tab between, one a line; on the engine")
     add("--beams", type=_positive, metavar="N", help="beam size (default: the model's)")
     add("--max-length", type=_positive, metavar="N", help="longest output in tokens (default: the model's)")
     add("--max-source-tokens", type=_positive, metavar="N", help="longer texts are left out (default: the model's)")

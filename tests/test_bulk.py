@@ -22,7 +22,9 @@ from hf_nmsparse.bulk import (
     load_translator,
     translate_each,
 )
+from hf_nmsparse.glossary import Glossary
 from hf_nmsparse.loading import load_seq2seq
+from hf_nmsparse.placeholders import keeps_placeholders
 from tests.recipe_runs import PAIRS
 from tests.teachers import save_teacher
 
@@ -75,6 +77,33 @@ def test_samples_are_those_of_their_seed(place: Path, monkeypatch: pytest.Monkey
     for translator in both(place, "dense", monkeypatch):
         one, same, other = (translator.translate(TEXTS, Search(2, seed=seed, settings=settings)) for seed in (1, 1, 2))
         assert one == same != other
+
+
+def test_placeholders_come_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all translations of a text, whoever translates; what has none is as it was."""
+    texts = [*TEXTS[:2], "The {dog} runs to %s.", "Give {name} the <b>red</b> ball."]
+    settings: dict[str, Any] = {"settings": {"num_beams": 3}}
+    for translator in both(place, "dense", monkeypatch):
+        plain = translator.translate(texts, Search(2, **settings))
+        assert not any(keeps_placeholders(texts[3], one.text) for one in plain[3])
+        found = translator.translate(texts, Search(2, keep_placeholders=True, scores=True, **settings))
+        assert [[one.text for one in each] for each in found[:2]] == [[one.text for one in each] for each in plain[:2]]
+        for text, each in zip(texts, found, strict=True):
+            assert each
+            assert all(keeps_placeholders(text, one.text) and one.score is not None for one in each)
+
+
+def test_terms_of_a_glossary_come_out_of_the_engine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stock = both(place, "dense", monkeypatch)
+    search = Search(glossary=Glossary({"dog": "Schwan"}))
+    texts = ["The dog runs.", "The cat runs."]
+    found = [each[0].text for each in engine.translate(texts, search)]
+    assert "Schwan" in found[0]
+    assert found[1] == engine.translate(texts, Search())[1][0].text
+    with pytest.raises(
+        ValueError, match=r"^glossary: needs the native engine, and transformers on cpu translates; lea"
+    ):
+        stock.translate(texts, search)
 
 
 class Told:

@@ -18,7 +18,9 @@ import pytest
 from hf_nmsparse import Translator
 from hf_nmsparse.bulk import BLANK, TOO_LONG
 from hf_nmsparse.corpus import load_corpus
+from hf_nmsparse.glossary import Glossary
 from hf_nmsparse.pairs import read_column
+from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.shards import sha256_of
 from hf_nmsparse.translate_corpus import main
 from tests.processes import fork_server, in_two
@@ -151,6 +153,44 @@ def test_back_translation(model: Path, text: Path, tmp_path: Path) -> None:
     assert max(map(len, by_text.values())) > 2  # of a text that is in two shards
 
 
+def test_placeholders_and_a_glossary(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the translator has them; the manifest says so, and other terms under the same name are others."""
+    lines = ["The {dog} runs to %s.", "The cat runs."]
+    text, terms = tmp_path / "mono.en", tmp_path / "terms.tsv"
+    text.write_text("\n".join(lines), encoding="utf-8")
+    terms.write_text("cat\tSchwan\n", encoding="utf-8")
+    given = arguments(model, tmp_path / "out", text, keep_placeholders=True, glossary=terms)
+    assert main(given) == 0
+    asked: dict[str, Any] = {"keep_placeholders": True, "glossary": Glossary.read(terms)}
+    best = Translator(model, threads=1).translate(lines, **asked)
+    assert [row["translation"]["de"] for row in translated(tmp_path / "out")] == [one.text for one in best]
+    assert keeps_placeholders(lines[0], best[0].text)
+    assert "Schwan" in best[1].text
+    settings = check_whole(tmp_path / "out", 2)["settings"]
+    assert settings["keep_placeholders"] is True
+    assert settings["glossary"] == f"terms.tsv {sha256_of(terms)[:16]}"
+
+    assert main(arguments(model, tmp_path / "out", text, glossary=terms)) == 2
+    assert "keep_placeholders: the translations in " in capsys.readouterr().err
+    terms.write_text("cat\tSchwein\n", encoding="utf-8")
+    assert main(given) == 2
+    assert "glossary: the translations in " in capsys.readouterr().err
+    monkeypatch.setenv("HF_NMSPARSE_ENGINE", "0")
+    assert main(arguments(model, tmp_path / "torch", text, glossary=terms)) == 2
+    assert "glossary: needs the native engine, and transformers on cpu translates" in capsys.readouterr().err
+
+
+def test_a_run_of_before_there_were_these_settings_goes_on(model: Path, text: Path, tmp_path: Path) -> None:
+    assert main(arguments(model, tmp_path / "out", text)) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for name in ("keep_placeholders", "glossary"):
+        assert manifest["settings"].pop(name) is None
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert main(arguments(model, tmp_path / "out", text)) == 0
+
+
 def of_two(argv: Sequence[str]) -> None:
     sys.exit(main(argv))
 
@@ -236,6 +276,8 @@ def test_other_settings_texts_and_damaged_files_are_refused(
         ({"top_p": 0.9}, "--top-p is for --sample; give that too, or leave it out"),
         ({"target_lang": "en"}, "--source-lang and --target-lang are both 'en'; rows need two names"),
         ({"beams": 0}, "argument --beams: needs a number of at least 1, got '0'; see --help"),
+        ({"prefix": "x", "keep_placeholders": True}, "--keep-placeholders would read --prefix as text; leave one out"),
+        ({"glossary": "nowhere"}, "glossary: nowhere cannot be read: No such file or directory"),
         ({"compute": "int8", "device": "meta"}, "--device meta: "),
     ],
 )
