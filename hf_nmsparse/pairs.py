@@ -15,7 +15,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "is_quoted",
     "is_text",
     "read_column",
+    "read_columns",
     "read_lines",
     "read_pairs",
     "same_length",
@@ -134,8 +135,21 @@ def read_column(file: Path, column: str) -> Iterator[str]:
     if not any(suffix in _FORMATS for suffix in file.suffixes):
         yield from _lines(file)
         return
-    for where, row in _rows((file,), column, column):
-        yield column_of(row, column, where)
+    for (text,) in read_columns(file, (column,)):
+        yield text
+
+
+def read_columns(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """What the rows of a file hold under the names of one or two languages, as `read_column` reads it.
+
+    Raises:
+        ValueError: While they are read: the file cannot be, has no rows, or has no such columns.
+    """
+    if not any(suffix in _FORMATS for suffix in file.suffixes):
+        known = ", ".join(one[1:] for one in _FORMATS)
+        raise ValueError(f"corpus: {file} has one text a line; rows of {' and '.join(columns)} are in {known}")
+    for where, row in _rows((file,), columns[0], columns[-1]):
+        yield tuple(column_of(row, column, where) for column in columns)
 
 
 def column_of(row: Any, column: str, where: str) -> str:

@@ -32,7 +32,7 @@ from hf_nmsparse.texts import (
     start_token,
 )
 
-__all__ = ["TASK", "NMTranslationPipeline", "generated", "longest_source", "translate"]
+__all__ = ["TASK", "NMTranslationPipeline", "generated", "longest_source", "longest_target", "translate"]
 
 TASK = "nmt-translation"
 """The name that ``transformers.pipeline`` takes; importing this module registers it."""
@@ -175,6 +175,11 @@ def _paragraphs(
 def longest_source(model: Any, tokenizer: Any) -> float:
     """How many tokens of a text are translated, with those around it; what is longer is cut."""
     return min(longest_text(tokenizer), positions_of(model.get_encoder()) or inf)
+
+
+def longest_target(model: Any, tokenizer: Any) -> float:
+    """How many tokens of a given translation are scored, with those around it."""
+    return min(longest_text(tokenizer), positions_of(model.get_decoder()) or inf)
 
 
 def generated(

@@ -208,19 +208,20 @@ class Progress:
 
 @dataclass
 class Digest:
-    """Counts texts one after the other, and tells them from others."""
+    """Counts rows of texts one after the other, and tells them from others."""
 
     count: int = 0
     _hash: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, text: str) -> None:
-        """The next one."""
-        data = text.encode("utf-8", "surrogatepass")
-        self._hash.update(len(data).to_bytes(8, "little") + data)
+    def add(self, *row: str) -> None:
+        """The texts of the next row."""
+        for text in row:
+            data = text.encode("utf-8", "surrogatepass")
+            self._hash.update(len(data).to_bytes(8, "little") + data)
         self.count += 1
 
     def add_all(self, texts: Iterable[str]) -> Digest:
-        """The next ones; the same digest for short."""
+        """Rows of one text each; the same digest for short."""
         for text in texts:
             self.add(text)
         return self

@@ -19,6 +19,7 @@ __all__ = [
     "check_tokens",
     "direction_of",
     "encode",
+    "encode_targets",
     "languages_of",
     "longest_text",
     "read_texts",
@@ -320,6 +321,28 @@ def encode(
         kept = row[len(row) - room :] if tokenizer.truncation_side == "left" else row[:room]
         encoded[index] = [*before, *kept, *after]
     return encoded
+
+
+def encode_targets(
+    tokenizer: Any, texts: list[str], limit: float, direction: Direction, forced: int | None
+) -> list[list[int]]:
+    """Tokens of each translation as they follow the start token in training, cut as `encode` does.
+
+    Args:
+        tokenizer: As `encode` takes it.
+        texts: The translations.
+        limit: The most tokens of one.
+        direction: Of their sources.
+        forced: The first token of all translations into this language; None where there is none.
+
+    Raises:
+        ValueError: As `encode` raises it.
+    """
+    if direction.frame is None:  # the tokenizer's own
+        return encode(tokenizer, texts, limit, target=True)
+    # Tokenizers that frame have one vocabulary, and as those of targets they ask for a language of their own. The
+    # language stands in front, or is what the decoder starts with.
+    return encode(tokenizer, texts, limit, ([] if forced is None else [forced], [tokenizer.eos_token_id]))
 
 
 def check_tokens(rows: Iterable[Iterable[int]], size: int) -> None:

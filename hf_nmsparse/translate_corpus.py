@@ -4,7 +4,8 @@
 
 ``accelerate launch -m`` does the same on GPUs. Processes share nothing but the output folder, and each has shards of
 its own: there is nothing to wait for, and nothing that a process that dies takes with it. A shard is written beside and
-moved; what was made with other settings or from other texts is refused.
+moved; what was made with other settings or from other texts is refused. With ``--score-pairs`` the corpus has its
+translations, and what is written is how likely the model holds them to be.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
 
-from hf_nmsparse.bulk import Candidate, Search, load_translator, translate_each
+from hf_nmsparse.bulk import BulkTranslator, Candidate, Search, load_translator, score_each, translate_each
 from hf_nmsparse.devices import device_of, on_cpu
 from hf_nmsparse.files import check_writable, locked
 from hf_nmsparse.glossary import Glossary
-from hf_nmsparse.pairs import FORMATS, column_of, read_column, write_rows
+from hf_nmsparse.pairs import FORMATS, column_of, read_column, read_columns, write_rows
 from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model, sha256_of, share_of
 from hf_nmsparse.terminal import one_line, say
 from hf_nmsparse.translator import cpus
@@ -42,6 +43,21 @@ _SETTINGS = (
     *("source_lang", "target_lang", "src_lang", "tgt_lang", "prefix", "beams", "max_length", "max_source_tokens"),
     *("n_best", "sample", "temperature", "top_k", "top_p", "seed", "tag", "score", "compute", "shard_size", "format"),
 )
+
+
+# What `--score-pairs` has no use for: it makes no translations.
+_OF_TRANSLATIONS = ("beams", "max_length", "n_best", "sample", "tag", "score", "keep_placeholders", "glossary")
+
+# What is said of a translation beside it, with the types of its columns.
+_SCORES = {"score": pa.float64(), "total": pa.float64(), "tokens": pa.int64()}
+
+
+class _Pair(NamedTuple):
+    """A translation of a text, its tokens, and what is written of it beside it."""
+
+    target: str
+    tokens: int
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     glossary = Glossary.read(args.glossary) if args.glossary else None
     threads = args.threads or max(1, cpus() // place.beside)
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # tokenizers take all cores otherwise
-    texts = Digest().add_all(_texts(args))
+    texts = _digest(_rows(args))
     if not texts.count:
         raise ValueError(f"{', '.join(args.inputs)}: no texts")
     settings = {
@@ -110,6 +126,7 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
         **{name: getattr(args, name) for name in _SETTINGS},
         # Files that were begun before there were these have none of them.
         "keep_placeholders": args.keep_placeholders or None,
+        "score_pairs": args.score_pairs or None,
         "glossary": args.glossary and f"{Path(args.glossary).name} {sha256_of(Path(args.glossary))[:16]}",
     }
     names = f"train-{{number:05}}-of-{{all:05}}.{args.format}"
@@ -141,8 +158,9 @@ def _work(
     translator = load_translator(args.model, args.compute, threads, device)
     progress = Progress(shards) if place.process == 0 else None
     if progress is not None:
-        say(f"translate_corpus: {shards.rows:,} texts in {len(shards.all):,} shards; {translator.name}")
-    with closing(_texts(args)) as texts:
+        what = "pairs" if args.score_pairs else "texts"
+        say(f"translate_corpus: {shards.rows:,} {what} in {len(shards.all):,} shards; {translator.name}")
+    with closing(_rows(args)) as texts:
         for shard in shards.all:
             rows = shards.rows_of(shard)
             if shard not in mine:
@@ -151,13 +169,44 @@ def _work(
             given = list(islice(texts, len(rows)))
             if len(given) < len(rows):
                 raise ValueError(f"{', '.join(args.inputs)}: shorter than before; leave the files as they are")
-            found = translate_each(
-                given, translator, _search(args, glossary, shard), args.max_source_tokens or float("inf"), args.prefix
+            found = (_scored if args.score_pairs else _translated)(
+                given, translator, _search(args, glossary, shard), args
             )
             shards.write(shard, partial(_write, given, found, rows, args))
             if progress is not None:
                 say(f"translate_corpus: {progress.say()}")
                 sys.stdout.flush()
+
+
+def _translated(
+    given: Sequence[tuple[str, ...]], translator: BulkTranslator, search: Search, args: argparse.Namespace
+) -> list[list[_Pair] | str]:
+    """The translations of each text, or why it has none."""
+    texts = [text for (text,) in given]
+    found = translate_each(texts, translator, search, args.max_source_tokens or float("inf"), args.prefix)
+    tag = f"{args.tag} " if args.tag else ""
+
+    def pair(one: Candidate) -> _Pair:
+        return _Pair(tag + one.text, one.tokens, {} if one.score is None else {"score": round(one.score, 4)})
+
+    return [each if isinstance(each, str) else list(map(pair, each)) for each in found]
+
+
+def _scored(
+    given: Sequence[tuple[str, ...]], translator: BulkTranslator, search: Search, args: argparse.Namespace
+) -> list[list[_Pair] | str]:
+    """The scores of each text's translation, or why it has none."""
+    pairs = [(source, target) for source, target in given]
+    scores = score_each(pairs, translator, search, args.max_source_tokens or float("inf"), args.prefix)
+    found: list[list[_Pair] | str] = []
+    for (_, target), one in zip(pairs, scores, strict=True):
+        if isinstance(one, str):
+            found.append(one)
+            continue
+        count = len(one.tokens)
+        beside = {"score": round(one.total / count, 4), "total": round(one.total, 4), "tokens": count}
+        found.append([_Pair(target, count, beside)])
+    return found
 
 
 def _search(args: argparse.Namespace, glossary: Glossary | None, shard: int) -> Search:
@@ -180,30 +229,35 @@ def _search(args: argparse.Namespace, glossary: Glossary | None, shard: int) -> 
 
 
 def _write(
-    given: Sequence[str], found: Sequence[list[Candidate] | str], rows: range, args: argparse.Namespace, file: Path
+    given: Sequence[tuple[str, ...]],
+    found: Sequence[list[_Pair] | str],
+    rows: range,
+    args: argparse.Namespace,
+    file: Path,
 ) -> dict[str, Any]:
     """Writes the file of a shard; what is to be known of it."""
-    counts: Counter[str] = Counter(translated=0, pairs=0)
+    done = "scored" if args.score_pairs else "translated"
+    counts: Counter[str] = Counter({done: 0, "pairs": 0})
     tokens = 0
 
     def pairs() -> Iterator[dict[str, Any]]:
         nonlocal tokens
-        for line, source, candidates in zip(rows, given, found, strict=True):
-            if isinstance(candidates, str):
-                counts[candidates] += 1
+        for line, (source, *_), each in zip(rows, given, found, strict=True):
+            if isinstance(each, str):
+                counts[each] += 1
                 continue
-            counts["translated"] += 1
-            for one in candidates:
+            counts[done] += 1
+            for one in each:
                 counts["pairs"] += 1
                 tokens += one.tokens
-                text = f"{args.tag} {one.text}" if args.tag else one.text
-                pair = {"line": line, "translation": {args.source_lang: source, args.target_lang: text}}
-                yield pair if one.score is None else {**pair, "score": round(one.score, 4)}
+                both = {args.source_lang: source, args.target_lang: one.target}
+                yield {"line": line, "translation": both, **one.scores}
 
     texts = pa.struct([(lang, pa.string()) for lang in (args.source_lang, args.target_lang)])
-    columns = [("line", pa.int64()), ("translation", texts), *([("score", pa.float64())] if args.score else [])]
+    scores = list(_SCORES.items())[: len(_SCORES) if args.score_pairs else int(args.score)]
+    columns = [("line", pa.int64()), ("translation", texts), *scores]
     write_rows(file, pairs(), args.format, pa.schema(columns))
-    return {"first": rows.start, "texts": str(Digest().add_all(given)), "rows": dict(counts), "tokens": tokens}
+    return {"first": rows.start, "texts": str(_digest(given)), "rows": dict(counts), "tokens": tokens}
 
 
 def _end(shards: Shards, settings: Mapping[str, Any]) -> bool:
@@ -226,14 +280,28 @@ def _end(shards: Shards, settings: Mapping[str, Any]) -> bool:
         return True
 
 
-def _texts(args: argparse.Namespace) -> Generator[str, None, None]:
-    """The texts of all inputs, one after the other, as they come."""
+def _rows(args: argparse.Namespace) -> Generator[tuple[str, ...], None, None]:
+    """The texts of all inputs, each alone or with its translation, one after the other, as they come."""
+    columns = (args.source_lang, args.target_lang) if args.score_pairs else (args.source_lang,)
     for name in args.inputs:
-        yield from read_column(Path(name), args.source_lang) if Path(name).is_file() else _of_the_hub(name, args)
+        if not Path(name).is_file():
+            yield from _of_the_hub(name, columns, args)
+        elif args.score_pairs:
+            yield from read_columns(Path(name), columns)
+        else:
+            for text in read_column(Path(name), args.source_lang):
+                yield (text,)
 
 
-def _of_the_hub(name: str, args: argparse.Namespace) -> Iterator[str]:
-    """The texts of a dataset, which lies on the disk and is read from there."""
+def _digest(rows: Iterable[tuple[str, ...]]) -> Digest:
+    digest = Digest()
+    for row in rows:
+        digest.add(*row)
+    return digest
+
+
+def _of_the_hub(name: str, columns: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """The rows of a dataset, which lies on the disk and is read from there."""
     if name.count("/") != 1 or Path(name).exists():
         raise ValueError(f"no file {name}, and no 'user/name' on the Hub either")
     try:
@@ -245,7 +313,8 @@ def _of_the_hub(name: str, args: argparse.Namespace) -> Iterator[str]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{name}, split {args.split}: cannot be had from the Hub: {one_line(error)}") from error
     for number, row in enumerate(rows):
-        yield column_of(row, args.source_lang, f"{name}, split {args.split}, row {number}")
+        where = f"{name}, split {args.split}, row {number}"
+        yield tuple(column_of(row, column, where) for column in columns)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -258,6 +327,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"no file {name}, and no 'user/name' on the Hub either")
     if args.source_lang == args.target_lang:
         raise ValueError(f"--source-lang and --target-lang are both {args.source_lang!r}; rows need two names")
+    for name in _OF_TRANSLATIONS:
+        if args.score_pairs and getattr(args, name) != _parser().get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for translations to be made, and --score-pairs makes none; leave one out")
     if args.sample and args.beams not in (None, 1):
         raise ValueError(f"--sample draws tokens, and --beams {args.beams} searches; leave one of them out")
     if args.prefix and (args.keep_placeholders or args.glossary):
@@ -307,6 +380,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of --sample (default: 0)")
     add("--tag", metavar="TAG", help="put before every translation, as <BT> marks back-translations")
     add("--score", action="store_true", help="add the mean log-probability of a translation's tokens, to filter by")
+    add("--score-pairs", action="store_true", help="translate nothing: rows have their translations under the name of "
+        "--target-lang, and get their log-probability, in all and by token, to filter by")  # fmt: skip
     add("--format", choices=FORMATS, default="jsonl.gz", help="of the shards (default: jsonl.gz)")
     add("--shard-size", type=_positive, default=20_000, metavar="N", help="texts of a shard, which is what a stop "
         "loses at most, and in which duplicates are translated once (default: 20000)")  # fmt: skip

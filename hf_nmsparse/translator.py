@@ -32,7 +32,16 @@ from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
 from hf_nmsparse.streaming import pieces
 from hf_nmsparse.text_tokenizer import load_tokenizer
-from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, longest_text, read_texts
+from hf_nmsparse.texts import (
+    Direction,
+    check_target,
+    check_tokens,
+    direction_of,
+    encode,
+    encode_targets,
+    longest_text,
+    read_texts,
+)
 from hf_nmsparse.translations import Scored, Translation, of_paragraphs
 
 __all__ = ["Translator", "cpus"]
@@ -135,6 +144,15 @@ class Translator:
             ValueError: The tokenizer says nothing of use.
         """
         return min(longest_text(self.tokenizer), self._spec.config.encoder.positions or float("inf"))
+
+    @property
+    def longest_target(self) -> float:
+        """How many tokens of a given translation are scored, with those around it.
+
+        Raises:
+            ValueError: The tokenizer says nothing of use.
+        """
+        return min(longest_text(self.tokenizer), self._spec.config.decoder.positions or float("inf"))
 
     def translate(
         self,
@@ -382,24 +400,16 @@ class Translator:
             check_target(self._model, self.tokenizer, {})
         search = self._search(_Asked(direction.settings))
         rows = self._encoded(texts, direction)
-        tokenizer, frame, start = self.tokenizer, None, search.start
-        if direction.frame is not None:
-            # As a target's tokens end in training; the language stands in front, or is what the decoder starts with.
-            forced = search.config.forced_bos
-            frame = ([forced] if forced >= 0 else []), [tokenizer.eos_token_id]
-        limit = longest_text(tokenizer)
-        with self._lock:
-            # Tokenizers that frame have one vocabulary, and as those of targets they ask for a language of their own.
-            given = encode(tokenizer, others, limit, frame, target=frame is None)
+        given = self._encoded_targets(others, direction, search, longest_text(self.tokenizer))
         check_tokens(given, self._spec.config.target_vocabulary)
-        scores = self._engine.score(rows, [[start, *row] for row in given], self._threads)
+        scores = self._engine.score(rows, [[search.start, *row] for row in given], self._threads)
         return [
             Scored(float(each[1:].sum(dtype="float64")), tuple(row), tuple(each[1:].tolist()))
             for row, each in zip(given, scores, strict=True)
         ]
 
     def count_tokens(
-        self, texts: Iterable[str], *, src_lang: str | None = None, tgt_lang: str | None = None
+        self, texts: Iterable[str], *, src_lang: str | None = None, tgt_lang: str | None = None, target: bool = False
     ) -> list[int]:
         """How many tokens each text has, with those around it; `longest_source` of them are translated.
 
@@ -407,14 +417,19 @@ class Translator:
             texts: The texts; a blank one has none.
             src_lang: Code of the source; multilingual models only.
             tgt_lang: Code of the target.
+            target: Whether they are translations, of which `score` takes `longest_target` tokens.
 
         Raises:
             ValueError: A text is none, or a language is unknown.
         """
         given = list(read_texts(texts, "count_tokens"))
         direction, tokenizer = self._direction(src_lang, tgt_lang), self.tokenizer
-        with self._lock:
-            rows = iter(encode(tokenizer, [direction.prompt + t for t in given if t.strip()], inf, direction.frame))
+        whole = [text for text in given if text.strip()]
+        if target:
+            rows = iter(self._encoded_targets(whole, direction, self._search(_Asked(direction.settings)), inf))
+        else:
+            with self._lock:
+                rows = iter(encode(tokenizer, [direction.prompt + text for text in whole], inf, direction.frame))
         return [len(next(rows)) if text.strip() else 0 for text in given]
 
     def paragraphs(
@@ -653,6 +668,11 @@ class Translator:
             rows = encode(tokenizer, [direction.prompt + text for text in texts], limit, direction.frame)
         check_tokens(rows, self._spec.config.encoder.vocabulary)
         return rows
+
+    def _encoded_targets(self, texts: list[str], direction: Direction, search: Search, limit: float) -> list[list[int]]:
+        tokenizer, forced = self.tokenizer, search.config.forced_bos
+        with self._lock:
+            return encode_targets(tokenizer, texts, limit, direction, forced if forced >= 0 else None)
 
     def _search(self, asked: _Asked, prompt_length: int = 1) -> Search:
         return search_of(

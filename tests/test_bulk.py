@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_nmsparse import NMSparseConfig, finalize, save_packed, sparsify
+from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
 from hf_nmsparse.bulk import (
     BLANK,
     TOO_LONG,
@@ -20,6 +20,7 @@ from hf_nmsparse.bulk import (
     Search,
     TorchTranslator,
     load_translator,
+    score_each,
     translate_each,
 )
 from hf_nmsparse.glossary import Glossary
@@ -27,6 +28,8 @@ from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.placeholders import keeps_placeholders
 from tests.recipe_runs import PAIRS
 from tests.teachers import save_teacher
+from tests.test_texts import FAMILIES
+from tests.test_texts import folder as tokenizer_files  # noqa: F401  # a fixture
 
 TEXTS = [source for source, _ in PAIRS[:8]]
 
@@ -106,6 +109,45 @@ def test_terms_of_a_glossary_come_out_of_the_engine(place: Path, monkeypatch: py
         stock.translate(texts, search)
 
 
+@pytest.mark.parametrize("name", ["dense", "packed"])
+def test_given_translations_have_the_same_scores(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the engine and in torch, whatever the batch; those of `Translator.score`."""
+    engine, stock = both(place, name, monkeypatch)
+    assert engine.longest_target == stock.longest_target == 40
+    targets = [target for _, target in PAIRS[:8]]
+    assert engine.count(targets, Search(), target=True) == stock.count(targets, Search(), target=True)
+    given = [*PAIRS[:8], ("a", " "), ("", "b"), ("The dog runs. " * 20, "b"), ("a", "Der Hund. " * 20), PAIRS[0]]
+    own = Translator(place / name, threads=1).score(TEXTS, targets)
+    for translator, size in ((engine, 64), (stock, 64), (stock, 3)):
+        found = score_each(given, translator, Search(batch_size=size))
+        assert found[8:12] == [BLANK, BLANK, TOO_LONG, TOO_LONG]
+        assert found[12] == found[0]
+        for one, other in zip(found, own, strict=False):
+            if not isinstance(one, str):
+                assert one.tokens == other.tokens
+                assert one.token_scores == pytest.approx(other.token_scores, abs=1e-3)
+                assert one.total == pytest.approx(sum(one.token_scores), abs=1e-3)
+    assert score_each(PAIRS[:1], engine, Search(), longest=2) == [TOO_LONG]
+    assert score_each([], engine, Search()) == score_each([], stock, Search()) == []
+
+
+@pytest.mark.parametrize("family", ["nllb", "m2m100", "mbart", "mbart-50", "t5"])
+def test_given_translations_are_in_the_language_of_the_call(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    case = FAMILIES[family]
+    tokenizer = case.tokenizer(request.getfixturevalue("tokenizer_files"))
+    model = case.model(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    search = Search(languages={"src_lang": case.source, "tgt_lang": case.target})
+    engine, stock = EngineTranslator(str(tmp_path), "auto", 1), TorchTranslator(model, tokenizer, "torch")
+    assert engine.count(["a man"], search) == stock.count(["a man"], search)
+    for one, other in zip(*(each.score([("a man", "red tree")], search) for each in (engine, stock)), strict=True):
+        assert one.tokens == other.tokens
+        assert one.token_scores == pytest.approx(other.token_scores, abs=1e-3)
+
+
 class Told:
     """Says a text once more."""
 
@@ -114,8 +156,8 @@ class Told:
     def __init__(self) -> None:
         self.asked = list[str]()
 
-    def tokenizer(self, texts: list[str], verbose: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [list(range(len(text.split()))) for text in texts]}
+    def count(self, texts: Sequence[str], search: Search, target: bool = False) -> list[int]:
+        return [len(text.split()) for text in texts]
 
     def translate(self, texts: Sequence[str], search: Search) -> list[list[Candidate]]:
         self.asked += texts

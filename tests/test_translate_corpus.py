@@ -191,6 +191,56 @@ def test_a_run_of_before_there_were_these_settings_goes_on(model: Path, text: Pa
     assert main(arguments(model, tmp_path / "out", text)) == 0
 
 
+def test_pairs_are_scored(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From all that has rows, and into all formats; what has no score is counted."""
+    pairs = [*PAIRS[:90], ("The dog runs.", ""), (" ", "b"), ("a", "Der Hund. " * 20), *PAIRS[:7]]
+    (tmp_path / "a.tsv").write_text("en\tde\n" + "".join(f"{one}\t{other}\n" for one, other in pairs))
+    rows = [{"translation": {"en": one, "de": other}} for one, other in pairs]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"de": other, "en": one}) for one, other in pairs))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: rows)
+    files = [tmp_path / name for name in ("a.tsv", "b.parquet", "c.jsonl")]
+    assert main(arguments(model, tmp_path / "out", *files, "user/name", score_pairs=True)) == 0
+    assert "400 pairs in 10 shards; the native engine" in capsys.readouterr().out
+    manifest = check_whole(tmp_path / "out", 400)
+    assert manifest["rows"] == {"scored": 388, "pairs": 388, BLANK: 8, TOO_LONG: 4}
+    assert manifest["settings"]["score_pairs"] is True
+    found = translated(tmp_path / "out")
+    there = [place for place in range(400) if place % 100 not in (90, 91, 92)]
+    assert [row["line"] for row in found] == there
+    given = [pairs[place % 100] for place in there]
+    best = Translator(model, threads=1).score([one for one, _ in given], [other for _, other in given])
+    for row, (source, target), one in zip(found, given, best, strict=True):
+        assert row["translation"] == {"en": source, "de": target}
+        assert row["tokens"] == len(one.tokens)
+        assert row["total"] == pytest.approx(one.total, abs=1e-3)
+        assert row["score"] == pytest.approx(one.total / len(one.tokens), abs=1e-4)
+
+    given_parquet = arguments(model, tmp_path / "parquet", files[1], score_pairs=True, format="parquet")
+    assert main(given_parquet) == 0
+    shards = [str(file) for file in sorted((tmp_path / "parquet").glob("train-*"))]
+    assert datasets.Dataset.from_parquet(shards).to_list() == found[:97]
+    capsys.readouterr()
+    assert main(arguments(model, tmp_path / "parquet", files[1], format="parquet")) == 2
+    assert "texts: the translations in " in capsys.readouterr().err
+    monkeypatch.setenv("HF_NMSPARSE_ENGINE", "0")
+    assert main(arguments(model, tmp_path / "torch", files[2], score_pairs=True)) == 0
+    for row, other in zip(translated(tmp_path / "torch"), found, strict=False):
+        assert row == {**other, "score": pytest.approx(other["score"], abs=1e-3), "total": row["total"]}
+        assert row["total"] == pytest.approx(other["total"], abs=1e-2)
+
+
+def test_other_translations_of_the_same_texts_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, target in enumerate(("Der Hund.", "Ein Hund.")):
+        (tmp_path / "pairs.jsonl").write_text(json.dumps({"en": "The dog.", "de": target}))
+        assert main(arguments(model, tmp_path / "out", tmp_path / "pairs.jsonl", score_pairs=True)) == 2 * number
+    assert "texts: the translations in " in capsys.readouterr().err
+
+
 def of_two(argv: Sequence[str]) -> None:
     sys.exit(main(argv))
 
@@ -277,6 +327,15 @@ def test_other_settings_texts_and_damaged_files_are_refused(
         ({"target_lang": "en"}, "--source-lang and --target-lang are both 'en'; rows need two names"),
         ({"beams": 0}, "argument --beams: needs a number of at least 1, got '0'; see --help"),
         ({"prefix": "x", "keep_placeholders": True}, "--keep-placeholders would read --prefix as text; leave one out"),
+        (
+            {"score_pairs": True},
+            "corpus: {text} has one text a line; rows of en and de are in jsonl, json, parquet, tsv",
+        ),
+        (
+            {"score_pairs": True, "beams": 2},
+            "--beams is for translations to be made, and --score-pairs makes none; lea",
+        ),
+        ({"score_pairs": True, "score": True}, "--score is for translations to be made, and --score-pairs makes none"),
         ({"glossary": "nowhere"}, "glossary: nowhere cannot be read: No such file or directory"),
         ({"compute": "int8", "device": "meta"}, "--device meta: "),
     ],
@@ -286,7 +345,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert main(arguments(model, tmp_path / "out", text, **changes)) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"translate_corpus: {message}")
+    assert told.startswith(f"translate_corpus: {message.replace('{text}', str(text))}")
     assert told.count("\n") == 1
 
 
