@@ -182,7 +182,9 @@ def home(name: str) -> Path:
     """The file that shows a table."""
     if name == "summary":
         return ROOT / "README.md"
-    of_the_recipe = name in ("results", "faults", "sparse_method", "front", "images") or name.startswith("study ")
+    of_the_recipe = name.startswith("study ") or name in (
+        *("results", "faults", "sparse_method", "front", "images", "large"),
+    )
     return ROOT / ("recipes" if of_the_recipe else "benchmarks") / "README.md"
 
 
