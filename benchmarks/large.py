@@ -60,7 +60,7 @@ class Way:
     whole: bool = False
 
 
-LEAN = {"bf16": True, "gradient_checkpointing": True}
+LEAN = {"bf16": True, "activation_checkpointing": True}
 WAYS = {
     "AdamW, fp32": Way("adamw_torch_fused"),
     "AdamW, bf16 autocast, checkpointing": Way("adamw_torch_fused", settings=LEAN),
@@ -69,7 +69,7 @@ WAYS = {
     "Adafactor, likewise": Way("adafactor", settings=LEAN),
     "AdamW, likewise, frozen embeddings": Way("adamw_torch_fused", embeddings=False, settings=LEAN),
     "Adafactor, likewise, bf16 masters": Way(
-        "adafactor", masters=torch.bfloat16, settings={"gradient_checkpointing": True}
+        "adafactor", masters=torch.bfloat16, settings={"activation_checkpointing": True}
     ),
     "Adafactor, likewise, frozen embeddings": Way("adafactor", embeddings=False, settings=LEAN, whole=True),
 }

@@ -128,6 +128,11 @@ class SparseStep:
             raise ValueError(
                 f"SparseStep: {method!r} reads the moments of torch's Adam or AdamW, got {type(optimizer).__name__}"
             )
+        if self.method.needs_lr and any(group["lr"] is None for group in optimizer.param_groups):
+            raise ValueError(
+                f"SparseStep: {method!r} reads the learning rate, and this {type(optimizer).__name__} finds its own; "
+                "give it lr and relative_step=False"
+            )
         self._parameter_groups(optimizer)
         self._shards: dict[str, Tensor] = {}  # masks of sharded weights, for the length of a step
         self._name, self._track_groups = method, track_groups
@@ -338,7 +343,8 @@ class SparseStep:
                 layer.mask = mask
             group = groups.pop(id(weight), None)  # taken out, so that a weight which two layers share decays once
             if grad is not None and group is not None:
-                context = StepContext(float(group["lr"]), decay, layer.pruned_scale, bool(group.get("maximize")))
+                lr = None if group["lr"] is None else float(group["lr"])
+                context = StepContext(lr, decay, layer.pruned_scale, bool(group.get("maximize")))
                 if self.method.needs_adam:
                     denominator = layer.in_rows(_adam_denominator(optimizer, group, weight))
                     context = replace(context, adam_denominator=denominator)

@@ -192,14 +192,14 @@ class StepContext:
     """What a rule knows of the optimizer step that it runs before.
 
     Attributes:
-        lr: Learning rate of the weight.
+        lr: Learning rate of the weight; None where the optimizer finds its own, as Adafactor can.
         decay: lambda at this step.
         pruned_scale: What the forward multiplied pruned weights with: 0 in an N:M forward, 1 in a dense one.
         maximize: Whether the optimizer goes up the gradient.
         adam_denominator: ``sqrt(v) + eps`` of Adam at this step, bias-corrected, for methods that ask for it.
     """
 
-    lr: float
+    lr: float | None
     decay: float = 0.0
     pruned_scale: float = 0.0
     maximize: bool = False
@@ -237,6 +237,7 @@ def shrink_weight(weight: Tensor, grad: Tensor, mask: Tensor, step: StepContext)
     Adam divides the coupled term by the gradient's RMS and not this one, so that a decay which matches SGD's effect
     is larger here by orders of magnitude: about 0.4 at a learning rate of 5e-4.
     """
+    assert step.lr is not None
     weight.sub_(apply_mask(weight, ~mask, transient=True), alpha=step.lr * step.decay)
 
 
@@ -248,6 +249,7 @@ def decay_in_numerator(weight: Tensor, grad: Tensor, mask: Tensor, step: StepCon
     comes after this term. It takes a weight to zero at most: where gradients are next to nothing the quotient would
     throw it far beyond.
     """
+    assert step.lr is not None
     assert step.adam_denominator is not None
     share = (step.lr * step.decay / step.adam_denominator).clamp_(max=1.0)
     weight.sub_(apply_mask(weight, ~mask, transient=True) * share)
@@ -279,6 +281,7 @@ class Method:
         default_decay: lambda where the user gives none; None if ``rule`` reads no ``decay``.
         default_fade: `Schedule.fade` where the user gives none.
         needs_adam: ``rule`` reads ``adam_denominator``.
+        needs_lr: ``rule`` reads ``lr``.
         soft: The forward takes the soft threshold, which is a matter of `NMSparseConfig` too.
     """
 
@@ -289,6 +292,7 @@ class Method:
     default_decay: float | None = None
     default_fade: float = 0.0
     needs_adam: bool = False
+    needs_lr: bool = False
     soft: bool = False
 
 
@@ -304,6 +308,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "decoupled SR-STE: straight-through gradients, and pruned weights decay beside the optimizer",
             shrink_weight,
             default_decay=0.4,
+            needs_lr=True,
         ),
         "masked-decay": Method(
             "masked decay (Huang et al., AAAI 2025): straight-through gradients, and pruned weights decay in Adam's "
@@ -311,6 +316,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             decay_in_numerator,
             default_decay=2e-4,
             needs_adam=True,
+            needs_lr=True,
         ),
         "s-ste": Method(
             "S-STE (Hu et al., NeurIPS 2024): a soft threshold in every group, and straight-through gradients",

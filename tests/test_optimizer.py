@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Adafactor
 
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.layers import NMLinear
@@ -502,6 +503,18 @@ def test_masked_decay_asks_for_adam_without_amsgrad() -> None:
     loss(model, torch.ones(2, 8)).backward()
     with pytest.raises(ValueError, match="does not know the second moment of amsgrad"):
         optimizer.step()
+
+
+def test_adafactor_that_finds_its_own_rate() -> None:
+    """transformers' Adafactor has no learning rate then: SR-STE reads none, and the decoupled variant has to."""
+    layer = one_row([4.0, 3.0, 2.0, 1.0])
+    optimizer = Adafactor(layer.parameters())
+    SparseStep(layer, optimizer, "sr-ste", decay=0.5)
+    layer.weight.grad = torch.zeros(1, 4)
+    optimizer.step()
+    assert layer.weight.grad.tolist() == [[0.0, 0.0, 1.0, 0.5]]
+    with pytest.raises(ValueError, match="'sr-ste-decoupled' reads the learning rate, and this Adafactor finds its"):
+        SparseStep(layer, Adafactor(layer.parameters()), "sr-ste-decoupled")
 
 
 @pytest.mark.parametrize("fused", [False, True])
