@@ -4,11 +4,11 @@
 
 `nmsparse prune` of a checkpoint, and `SparseTrainer` on it under each way of saving memory that transformers offers: an
 optimizer with smaller state, autocast to bf16, gradient checkpointing, frozen embeddings. Every candidate is a process
-of its own: it loads the checkpoint, makes it 2:4, trains, packs it in int8, and says what it has held at most. Most take
-four steps, which is when all that a training holds is there; the first and the last candidate take all steps of
-`--steps`. It takes about half an hour on two cores, 6 GB of disk, and writes benchmarks/results/large.json and a table
-beside it. torchao and bitsandbytes are only needed for the candidates that they name, which are left out, and listed,
-where they are not installed.
+of its own: it loads the checkpoint, makes it 2:4, trains, packs it in int8, and says what it has held at most. Most
+take four steps, which is when all that a training holds is there; those marked `whole` take all of `--steps`. It takes
+about half an hour on two cores and 6 GB of disk, and writes benchmarks/results/large.json and a table beside it.
+torchao and bitsandbytes are needed for the candidates alone that are theirs; where they are not installed, these are
+left out and listed.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def main() -> None:
                 "benchmark": "what a large model takes",
                 **machine,
                 "transformers": transformers.__version__,
-                "model": f"M2M100ForConditionalGeneration of NLLB-600M's shape, {size // 4:,} parameters, random weights",
+                "model": f"An M2M100 model of NLLB-600M's shape, {size // 4:,} parameters, random weights",
                 "dense_bytes": size,
                 "batch": BATCH,
                 "length": LENGTH,

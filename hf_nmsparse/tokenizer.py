@@ -20,13 +20,17 @@ logger = logging.get_logger(__name__)
 _PAD, _EOS, _UNK = "<pad>", "</s>", "<unk>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int = 512, tags: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE that source and target share; no text is out of its vocabulary.
 
     Args:
         texts: Sentences of both languages.
         vocab_size: Entries of the vocabulary, the 256 bytes and three special tokens included.
         max_length: Longest sequence in tokens that the model takes.
+        tags: Words that mark something, as ``>>fr<<`` a language, and are a token each: among the special ones, which
+            are no part of a decoded text.
 
     Returns:
         A tokenizer that ends every sequence with ``</s>``. Its padding token is the last of the vocabulary, where
@@ -35,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
     Raises:
         ValueError: The vocabulary cannot hold the bytes and the special tokens.
     """
-    special = [_EOS, _UNK]
+    special = [_EOS, _UNK, *tags]
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(special) + 1
     if vocab_size < smallest:
         raise ValueError(f"vocab_size: needs at least {smallest} for the bytes and special tokens, got {vocab_size}")
@@ -59,6 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
         pad_token=_PAD,
         eos_token=_EOS,
         unk_token=_UNK,
+        extra_special_tokens=list(tags),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )

@@ -54,6 +54,13 @@ class RecipeArguments:
     )
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in a row."})
     target_lang: str = field(default="de", metadata={"help": "Key of the target text in a row."})
+    more_sources: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Further source languages of a many-to-one model, each with what marks its texts: fr=>>fr<< puts "
+            "that before them, as source_prefix does for source_lang, and fr=fra_Latn is a code beside source_code."
+        },
+    )
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the training pairs as they come and keep nothing; needs max_steps."}
@@ -129,12 +136,35 @@ class RecipeArguments:
                 raise ValueError(
                     f"{name}: is for a model from scratch, and model {self.model} has its own; leave it out"
                 )
+        self._check_sources()
         if self.model is None and self.d_model % self.heads:
             raise ValueError(f"heads: has to divide d_model, got {self.heads} for {self.d_model}")
         if self.baseline is not None:
             file = hypotheses_file(Path(self.baseline), self.split)
             if not file.is_file():
                 raise ValueError(f"baseline: {file} is missing; run the dense configuration first")
+
+    def _check_sources(self) -> None:
+        entries = [entry.partition("=") for entry in self.more_sources or ()]
+        for lang, _, mark in entries:
+            if not lang or not mark.strip():
+                raise ValueError(
+                    f"more_sources: an entry is a language and what marks its texts, fr=>>fr<<, got {lang + mark!r}"
+                )
+        if entries and self.source_code is None and not self.source_prefix.strip():
+            raise ValueError(
+                "more_sources: source_lang needs a mark too; give source_prefix, or source_code where the tokenizer "
+                "has codes"
+            )
+        langs = [self.source_lang, *(lang for lang, _, _ in entries)]
+        marks = [self.source_code or self.source_prefix.strip(), *(mark.strip() for _, _, mark in entries)]
+        for name, found in (("language", langs), ("mark", marks)) if entries else ():
+            if len({*found}) < len(found):
+                raise ValueError(f"more_sources: each {name} is there once, got {', '.join(found)}")
+        if self.target_lang in langs:
+            raise ValueError(f"more_sources: {self.target_lang!r} is the target; give other languages")
+        if entries and self.streaming:
+            raise ValueError("streaming: the pairs of several sources are shuffled together; leave it out")
 
     @property
     def is_pruned(self) -> bool:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ from hf_nmsparse.tokenizer import tokenise, train_tokenizer
 from recipes.arguments import RecipeArguments, parse
 from recipes.corpora import first_of, read_corpus
 from recipes.mistakes import in_one_line
+from recipes.sources import Source, sources_of, tags_of, without_known_targets
 from recipes.threads import take_all_cores
 
 # Of a stream: how many pairs the tokenizer is trained on, and among how many the next one is drawn.
@@ -74,7 +76,7 @@ TOKENIZER_PAIRS, SHUFFLED = 1_000_000, 100_000
 
 # What a run cannot go on with if it is another than at its beginning; and of a model from scratch.
 OF_THE_MODEL = (
-    *("model", "source_lang", "target_lang", "pattern", "targets", "ignore"),
+    *("model", "source_lang", "more_sources", "target_lang", "pattern", "targets", "ignore"),
     *("start", "calibration_pairs", "permute"),
 )
 OF_THE_TOKENIZER = ("tokenizer", "vocab_size", "max_length")
@@ -112,27 +114,15 @@ def main() -> None:
             multiply_with_onednn(tokens, recipe.max_length)
 
     # The data, raw; then the tokenizer and the model; then the data as tokens, cached on disk.
-    languages = recipe.source_lang, recipe.target_lang
-    corpus = read_corpus(recipe.corpus, *languages, recipe.corpus_config, recipe.streaming)
-    for split in ("train", recipe.split):
-        if split not in corpus:
-            raise ValueError(f"corpus {recipe.corpus}: no split {split!r}; it has {', '.join(corpus)}")
-    if args.eval_strategy != "no" and "validation" not in corpus:
-        raise ValueError(
-            f"corpus {recipe.corpus}: no split 'validation', which eval_strategy {args.eval_strategy.value!r} needs; "
-            "give --eval_strategy no"
-        )
-    for name in recipe.more_train or ():
-        more = read_corpus(name, *languages, None, recipe.streaming)
-        if "train" not in more:
-            raise ValueError(f"more_train: {name} has no split 'train'; it has {', '.join(more)}")
-        corpus["train"] = concatenate_datasets([corpus["train"], more["train"]])
-    if recipe.max_train_pairs is not None:
-        corpus["train"] = first_of(corpus["train"], recipe.max_train_pairs)
+    sources = sources_of(recipe)
+    corpora = {source.lang: read_splits(recipe, args, source.lang) for source in sources}
+    if len(sources) > 1:
+        corpora = without_known_targets(corpora)
+    corpus = corpora[recipe.source_lang]
     with args.main_process_first(desc="settings"):
         keep_settings(recipe, output)
     with args.main_process_first(desc="tokenizer"):
-        tokenizer = load_tokenizer(recipe, corpus["train"], output)
+        tokenizer = load_tokenizer(recipe, [splits["train"] for splits in corpora.values()], output)
     if args.distill_from is not None:
         check_teacher(args.distill_from, tokenizer)
     if recipe.streaming:
@@ -142,7 +132,7 @@ def main() -> None:
     translate(model, tokenizer, [""], src_lang=recipe.source_code, tgt_lang=recipe.target_code)
     with args.main_process_first(desc="tokens"):
         tokens = {
-            split: tokenise(corpus[split], tokenizer, recipe.max_length, recipe.source_prefix, recipe.token_processes)
+            split: tokens_of(recipe, sources, corpora, split, tokenizer)
             for split in ("train", "validation")
             if split in corpus
         }
@@ -192,14 +182,15 @@ def main() -> None:
     tokenizer.save_pretrained(saved)
 
     # A fresh process loads these very files and translates; its output is what is scored and goes on the card.
-    sources, references = list(corpus[recipe.split]["source"]), list(corpus[recipe.split]["target"])
+    references = list(corpus[recipe.split]["target"])
     write_lines(reference_file(output, recipe.split), map(one_line, references))
-    hypotheses = translate_in_fresh_process(saved, sources, recipe, output)
+    hypotheses = translate_in_fresh_process(saved, corpus, sources[0], recipe, output, recipe.split)
     evaluation = evaluate(recipe, trainer, saved, sparse, hypotheses, references)
     run_logs.write_curve(trainer.state.log_history, output / "curve.json")
     run_logs.write_layers(trainer.state.log_history, output / "layers.parquet")
     SentenceStatistics.of(hypotheses, references).write(output / "sentences.json")
     evaluation.write(output / "evaluation.json")
+    scores = {source.lang: score_source(saved, corpora[source.lang], source, recipe, output) for source in sources[1:]}
     write_card(
         saved,
         evaluation,
@@ -213,10 +204,53 @@ def main() -> None:
         settings={key: getattr(args, key) for key in SETTINGS},
     )
     print(f"{saved}: BLEU {evaluation.bleu:.2f} ({evaluation.signature}), chrF {evaluation.chrf:.2f}")
+    for lang, scored in scores.items():
+        print(f"{saved}: from {lang} BLEU {scored['bleu']:.2f}, chrF {scored['chrf']:.2f}")
+    if scores:
+        with replaced(output / "more_sources.json") as beside:
+            beside.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if evaluation.against_dense is not None:
         print(f"against the dense model: {evaluation.against_dense['verdict']}")
     if recipe.push_to is not None:
         print(push_to_hub(saved, recipe.push_to))
+
+
+def read_splits(recipe: RecipeArguments, args: SparseTrainingArguments, source_lang: str) -> dict[str, Rows]:
+    """The splits of the corpus in one source language, with the further training pairs."""
+    languages = source_lang, recipe.target_lang
+    corpus = read_corpus(recipe.corpus, *languages, recipe.corpus_config, recipe.streaming)
+    for split in ("train", recipe.split):
+        if split not in corpus:
+            raise ValueError(f"corpus {recipe.corpus}: no split {split!r}; it has {', '.join(corpus)}")
+    if args.eval_strategy != "no" and "validation" not in corpus:
+        raise ValueError(
+            f"corpus {recipe.corpus}: no split 'validation', which eval_strategy {args.eval_strategy.value!r} needs; "
+            "give --eval_strategy no"
+        )
+    for name in recipe.more_train or ():
+        more = read_corpus(name, *languages, None, recipe.streaming)
+        if "train" not in more:
+            raise ValueError(f"more_train: {name} has no split 'train'; it has {', '.join(more)}")
+        corpus["train"] = concatenate_datasets([corpus["train"], more["train"]])
+    if recipe.max_train_pairs is not None:
+        corpus["train"] = first_of(corpus["train"], recipe.max_train_pairs)
+    return corpus
+
+
+def tokens_of(
+    recipe: RecipeArguments,
+    sources: list[Source],
+    corpora: dict[str, dict[str, Rows]],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Rows:
+    """A split of all source languages as tokens, each marked as its language is."""
+    parts = []
+    for source in reversed(sources):  # that of source_lang is set last, and stays
+        source.set_on(tokenizer)
+        rows = corpora[source.lang][split]
+        parts.append(tokenise(rows, tokenizer, recipe.max_length, source.prefix, recipe.token_processes))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts[::-1])
 
 
 def check_hub(repo: str) -> None:
@@ -238,7 +272,7 @@ def pretrained(load: Callable[..., Any], model: str, key: str = "model", **setti
         raise ValueError(f"{key}: {model}: {reason}") from error
 
 
-def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: RecipeArguments, train: list[Rows], output: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint; from scratch a given one or one of the corpus, kept in the output folder."""
     if recipe.model is not None:
         tokenizer = pretrained(AutoTokenizer.from_pretrained, recipe.model)
@@ -255,10 +289,11 @@ def load_tokenizer(recipe: RecipeArguments, train: Rows, output: Path) -> PreTra
         with replaced(folder) as beside:
             given.save_pretrained(beside)
     elif not folder.is_dir():
-        rows = first_of(train, TOKENIZER_PAIRS) if recipe.streaming else train
-        texts = (text for column in ("source", "target") for text in rows[column])
+        parts = [first_of(rows, TOKENIZER_PAIRS) for rows in train] if recipe.streaming else train
+        texts = (text for column in ("source", "target") for rows in parts for text in rows[column])
         with replaced(folder) as beside:
-            train_tokenizer(texts, recipe.vocab_size, recipe.max_length).save_pretrained(beside)
+            trained = train_tokenizer(texts, recipe.vocab_size, recipe.max_length, tags_of(recipe))
+            trained.save_pretrained(beside)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -340,17 +375,32 @@ def make_sparse(
     sparsify(model, config, calibration=calibration, permute=recipe.permute)
 
 
-def translate_in_fresh_process(saved: Path, sources: list[str], recipe: RecipeArguments, output: Path) -> list[str]:
-    """Translates with the saved files in a process that has nothing else of this run."""
-    source, hypotheses = source_file(output, recipe.split), hypotheses_file(output, recipe.split)
-    write_lines(source, [recipe.source_prefix + one_line(text) for text in sources])
+def translate_in_fresh_process(
+    saved: Path, corpus: dict[str, Rows], source: Source, recipe: RecipeArguments, output: Path, name: str
+) -> list[str]:
+    """Translates the scored split with the saved files in a process that has nothing else of this run.
+
+    ``name`` is that of the files of its texts.
+    """
+    texts, hypotheses = source_file(output, name), hypotheses_file(output, name)
+    write_lines(texts, [source.prefix + one_line(text) for text in corpus[recipe.split]["source"]])
     command = [sys.executable, "-m", "hf_nmsparse", "translate", "--model", str(saved)]
-    command += ["--input", str(source), "--output", str(hypotheses)]
+    command += ["--input", str(texts), "--output", str(hypotheses)]
     command += ["--batch-size", str(recipe.eval_batch), "--beams", str(recipe.beams)]
-    for option, code in (("--src-lang", recipe.source_code), ("--tgt-lang", recipe.target_code)):
+    for option, code in (("--src-lang", source.code), ("--tgt-lang", recipe.target_code)):
         command += [] if code is None else [option, code]
     subprocess.run(command, check=True)
     return read_lines(hypotheses)
+
+
+def score_source(
+    saved: Path, corpus: dict[str, Rows], source: Source, recipe: RecipeArguments, output: Path
+) -> dict[str, Any]:
+    """The scores of a further source language, in the split of the others."""
+    name = f"{recipe.split}.{source.lang}"
+    references = list(corpus[recipe.split]["target"])
+    write_lines(reference_file(output, name), map(one_line, references))
+    return asdict(score(translate_in_fresh_process(saved, corpus, source, recipe, output, name), references))
 
 
 def evaluate(

@@ -105,7 +105,7 @@ def test_a_model_that_the_recipe_has_trained(tmp_path: Path) -> None:
     (tmp_path / "none.yaml").write_text("sparse_method: sr-ste")
     recipe, args = parse([str(tmp_path / "none.yaml"), *arguments, "--report_to", "none", "--disable_tqdm", "true"])
     pairs = load_corpus(recipe.corpus, "en", "de")["train"]
-    tokenizer: Any = load_tokenizer(recipe, pairs, tmp_path / "run")
+    tokenizer: Any = load_tokenizer(recipe, [pairs], tmp_path / "run")
     model: Any = load_model(recipe, tokenizer)
     make_sparse(model, recipe, args)
     SparseTrainer(

@@ -19,7 +19,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
-from transformers import NllbTokenizer
+from transformers import AutoTokenizer, NllbTokenizer
 
 from hf_nmsparse import Calibration, NMSparseConfig, save_packed, sparsify
 from hf_nmsparse.evaluation import Evaluation
@@ -28,6 +28,7 @@ from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.run_files import read_lines
 from hf_nmsparse.run_logs import read_curve, read_layers
 from recipes.arguments import DEFAULT, parse
+from recipes.sources import without_known_targets
 from recipes.wmt_en_de import card_name, describe, keep_settings, load_model, load_tokenizer, run
 from tests.hub import LocalHub, local_hub
 from tests.originals import opus_mt, wmt14
@@ -277,6 +278,57 @@ def test_a_multilingual_checkpoint(tmp_path: Path) -> None:
     assert 'src_lang="eng_Latn"' in (tmp_path / "run" / "packed" / "README.md").read_text(encoding="utf-8")
 
 
+def test_many_to_one(tmp_path: Path) -> None:
+    """Two sources into one target: tags are tokens, no target of a test is learnt from, and each source is scored."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split, rows in {"train": PAIRS, "validation": PAIRS[::12], "test": PAIRS[::10]}.items():
+        lines = [json.dumps({"en": en, "nl": en.upper(), "de": de}) for en, de in rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    marks = ["--source_prefix", ">>en<< ", "--more_sources", "nl=>>nl<<"]
+    config = str(ROOT / "recipes" / "configs" / "demo.yaml")
+    output = tmp_path / "run"
+    printed = run_recipe(config, *tiny(folder, output, max_steps=4, save_steps=2, average=1), *marks)
+    assert "from nl BLEU" in printed
+    trained = AutoTokenizer.from_pretrained(output / "packed")
+    assert trained.tokenize(">>nl<< THE")[0] == ">>nl<<"
+    assert read_lines(output / "test.source.txt")[0] == f">>en<< {PAIRS[0][0]}"
+    assert read_lines(output / "test.nl.source.txt")[0] == f">>nl<< {PAIRS[0][0].upper()}"
+    assert len(read_lines(output / "test.nl.hypotheses.txt")) == 12
+    scores = json.loads((output / "more_sources.json").read_text(encoding="utf-8"))
+    assert scores["nl"].keys() >= {"bleu", "chrf", "signature"}
+    refused = run_recipe(config, *tiny(folder, output, max_steps=4, average=1), fails=True)
+    assert "more_sources: the run in" in refused
+
+
+def test_no_target_of_a_test_is_learnt_from_another_source() -> None:
+    def pairs(*rows: tuple[str, str]) -> Dataset:
+        return Dataset.from_dict({"source": [row[0] for row in rows], "target": [row[1] for row in rows]})
+
+    corpora = {
+        "en": {"train": pairs(("a", "A"), ("b", "B")), "test": pairs(("c", "C"))},
+        "nl": {"train": pairs(("aa", "A"), ("cc", "C")), "test": pairs(("bb", "B"))},
+    }
+    kept = without_known_targets(corpora)
+    assert [kept[lang]["train"]["source"][:] for lang in kept] == [["a"], ["aa"]]
+    assert kept["nl"]["test"] is corpora["nl"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--more_sources", "fr"], "an entry is a language and what marks its texts, fr=>>fr<<, got 'fr'"),
+        (["--more_sources", "fr=>>fr<<"], "source_lang needs a mark too; give source_prefix, or source_code"),
+        (["--more_sources", "fr=x", "nl=x", "--source_prefix", "y"], "each mark is there once, got y, x, x"),
+        (["--more_sources", "en=x", "--source_prefix", "y"], "each language is there once, got en, en"),
+        (["--more_sources", "de=x", "--source_prefix", "y"], "'de' is the target"),
+    ],
+)
+def test_sources_that_are_none(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"more_sources: {message}")):
+        parse([str(ROOT / "recipes" / "configs" / "demo.yaml"), "--use_cpu", "true", *settings])
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     """20 steps; two processes with one batch each, under DDP and FSDP2, against one that accumulates two."""
     corpus = write_corpus(tmp_path / "corpus")
@@ -454,7 +506,7 @@ def test_the_padding_is_where_the_tokenizer_has_it(tmp_path: Path, old: bool) ->
     if old:
         tokenizer().save_pretrained(tmp_path / "tokenizer")
     texts = Dataset.from_list([{"source": source, "target": target} for source, target in PAIRS])
-    trained = load_tokenizer(recipe, texts, tmp_path)
+    trained = load_tokenizer(recipe, [texts], tmp_path)
     model = load_model(recipe, trained)
     place = 0 if old else len(trained) - 1
     assert {trained.pad_token_id, model.config.pad_token_id, model.config.decoder_start_token_id} == {place}
