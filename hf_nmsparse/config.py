@@ -42,10 +42,13 @@ class NMSparseConfig:
             ``sparse_method="s-ste"`` trains. A packed file holds the result, and no word of it.
         convolutions: Whether ``nn.Conv1d``, ``nn.Conv2d`` and transformers' ``Conv1D`` are taken beside ``nn.Linear``,
             with groups along their input channels for each output channel and place of the kernel.
+        transposable: Whether masks are 2:4 along the rows of a weight and along its columns, so that its transpose is
+            2:4 too. A packed file holds the result, and no word of it.
 
     Raises:
-        ValueError: The pattern is none, a rule list is empty or holds something other than names, or ``soft`` or
-            ``convolutions`` is neither true nor false.
+        ValueError: The pattern is none, a rule list is empty or holds something other than names, ``soft``,
+            ``convolutions`` or ``transposable`` is neither true nor false, or ``transposable`` comes with another
+            pattern than 2:4, or with one of the other two.
     """
 
     pattern: NMPattern
@@ -53,6 +56,7 @@ class NMSparseConfig:
     ignore: tuple[str, ...] | None
     soft: bool
     convolutions: bool
+    transposable: bool
 
     def __init__(
         self,
@@ -61,16 +65,22 @@ class NMSparseConfig:
         ignore: Iterable[str] | None = None,
         soft: bool = False,
         convolutions: bool = False,
+        transposable: bool = False,
     ) -> None:
         object.__setattr__(self, "pattern", NMPattern.parse(pattern))
         object.__setattr__(self, "targets", _rules("targets", targets))
         object.__setattr__(self, "ignore", _rules("ignore", ignore))
         if self.targets == ():
             raise ValueError("config: targets is empty, so no layer would be sparse; leave it out to take every Linear")
-        for name, switch in (("soft", soft), ("convolutions", convolutions)):
+        for name, switch in (("soft", soft), ("convolutions", convolutions), ("transposable", transposable)):
             if not isinstance(switch, bool):
                 raise ValueError(f"config: {name} is true or false, got {switch!r}")
             object.__setattr__(self, name, switch)
+        if transposable and (self.pattern != NMPattern(2, 4) or soft or convolutions):
+            raise ValueError(
+                f"config: transposable masks are 2:4 masks of linear layers without a soft threshold, got pattern "
+                f"{self.pattern}, soft={soft} and convolutions={convolutions}; leave one of them out"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NMSparseConfig:
@@ -92,7 +102,7 @@ class NMSparseConfig:
             record["targets"] = list(self.targets)
         if self.ignore is not None:
             record["ignore"] = list(self.ignore)
-        return record | {name: True for name in ("soft", "convolutions") if getattr(self, name)}
+        return record | {name: True for name in ("soft", "convolutions", "transposable") if getattr(self, name)}
 
 
 def _rules(field: str, rules: Iterable[str] | None) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_nmsparse.masks import magnitude_mask
+from hf_nmsparse.masks import magnitude_mask, transposable_mask
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sharding import local
 from hf_nmsparse.srste import masked_linear, sparse_weight, straight_through
@@ -36,6 +36,7 @@ class NMLayer(nn.Module):
             is no buffer: DDP would broadcast it before every forward. A copy of the layer (deepcopy, pickle) goes
             without, since nobody renews it there.
         fixed_mask: Whether the mask is part of the method (ASP) and survives the loading of other weights, and copies.
+        transposable: Whether the mask is 2:4 along the columns of the weight too.
         soft: Whether kept weights move towards zero by the group's threshold (S-STE).
         pruned_scale: What pruned weights are multiplied with in the forward: 0 is N:M, 1 is dense. `SparseStep` sets
             it where a `Schedule` asks for it.
@@ -49,12 +50,15 @@ class NMLayer(nn.Module):
     pattern: NMPattern
     mask: Tensor | None
     fixed_mask: bool
+    transposable: bool
     soft: bool
     pruned_scale: float
     master_dtype: torch.dtype | None
 
     @classmethod
-    def from_stock(cls: type[Layer], layer: nn.Module, pattern: NMPattern, soft: bool = False) -> Layer:
+    def from_stock(
+        cls: type[Layer], layer: nn.Module, pattern: NMPattern, soft: bool = False, transposable: bool = False
+    ) -> Layer:
         """Turns ``layer`` itself, which is of the stock class, into an N:M layer.
 
         Raises:
@@ -67,6 +71,7 @@ class NMLayer(nn.Module):
         layer.pattern = pattern
         layer.mask = None
         layer.fixed_mask = False
+        layer.transposable = transposable
         layer.soft = soft
         layer.pruned_scale = 0.0
         layer.master_dtype = None
@@ -74,7 +79,7 @@ class NMLayer(nn.Module):
 
     def to_stock(self) -> Any:
         """Turns the layer itself back into one of its stock class that remembers its pattern."""
-        del self.mask, self.fixed_mask, self.soft, self.pruned_scale, self.master_dtype
+        del self.mask, self.fixed_mask, self.transposable, self.soft, self.pruned_scale, self.master_dtype
         self.__class__ = self.stock  # type: ignore[assignment]
         return self
 
@@ -88,7 +93,11 @@ class NMLayer(nn.Module):
 
     def current_mask(self) -> Tensor:
         """The mask that the next forward uses, of the rows that lie on this process."""
-        return magnitude_mask(self.rows(), self.pattern) if self.mask is None else self.mask
+        return self.mask_of(self.rows()) if self.mask is None else self.mask
+
+    def mask_of(self, rows: Tensor) -> Tensor:
+        """The mask that follows from a weight, given with its input channels last."""
+        return transposable_mask(rows) if self.transposable else magnitude_mask(rows, self.pattern)
 
     def forward(self, input: Tensor) -> Tensor:
         """Input and output are those of the stock layer.

@@ -283,6 +283,11 @@ class SparseStep:
                         f"SparseStep: FSDP2 would cut the groups of a {type(layer).__name__}, whose input channels "
                         "are its rows; train under DDP"
                     )
+                if layer.transposable:
+                    raise ValueError(
+                        "SparseStep: FSDP2 may cut the blocks of transposable masks, which are four rows high; train "
+                        "under DDP"
+                    )
                 if self._track_groups or not self._follows_from_weights():
                     raise ValueError(
                         f"SparseStep: method {self._name!r}, interval {self.schedule.interval} and track_groups "
@@ -297,7 +302,7 @@ class SparseStep:
             layer.mask = layer.current_mask()
             # Weights that keep to the pattern already keep their mask: those of a run that goes on.
             if self.method.random_mask and not torch.equal(layer.masked(layer.weight, layer.mask), layer.weight):
-                layer.mask = random_mask(layer.rows(), layer.pattern, generator)
+                layer.mask = random_mask(layer.rows(), layer.pattern, generator, layer.transposable)
             layer.fixed_mask = True
             layer.finalize()
 
@@ -362,7 +367,7 @@ class SparseStep:
             flips: Tensor | int = 0
             if renewed:
                 before = None if self._changed is None else mask.clone()
-                flips = update_mask(mask, layer.rows(), layer.pattern)
+                flips = update_mask(mask, layer.rows(), layer.pattern, layer.transposable)
                 if self._changed is not None and before is not None:
                     flipped = unpack_bits(before ^ mask, layer.rows().shape)
                     self._changed[name] |= flipped.reshape(-1, layer.pattern.m).any(dim=1)

@@ -52,6 +52,7 @@ class NMSparseQuantizationConfig(SparsityRecord, QuantizationConfigMixin):
         ignore: The rules that kept layers dense, as in `NMSparseConfig`; a packed file calls them ``ignored``.
         soft: As in `NMSparseConfig`, for a checkpoint of the training alone.
         convolutions: As in `NMSparseConfig`; a packed file says it by its version.
+        transposable: As in `NMSparseConfig`, for a checkpoint of the training alone.
         format: ``"packed"``, or ``"dense"`` for a checkpoint of the training.
         format_version: Version of the packed format; None takes 2 with ``convolutions`` and 1 without.
         producer: The program that wrote the file.

@@ -23,7 +23,7 @@ from hf_nmsparse import standalone as reader
 from hf_nmsparse.checkpoint_fit import refuse_missing, ties
 from hf_nmsparse.files import model_folder
 from hf_nmsparse.layers import NMLayer, channel_dim, sparse_layers
-from hf_nmsparse.masks import count_violations, magnitude_mask
+from hf_nmsparse.masks import count_violations
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_files import READER, SCALE, check_folder, is_reader
 from hf_nmsparse.packed_format import check_weight
@@ -418,7 +418,7 @@ def _dense_weight(layer: nn.Module, tensor: Tensor, key: str) -> Tensor:
     mask = layer.mask
     # The mask is that of the layer's own weight, in whatever number type, and of no other.
     if mask is None or not torch.equal(tensor, local(layer.weight).detach().to(tensor)):
-        mask = magnitude_mask(layer.in_rows(tensor), layer.pattern)
+        mask = layer.mask_of(layer.in_rows(tensor))
     return layer.masked(tensor, mask.to(tensor.device))
 
 

@@ -83,6 +83,10 @@ def sparsify(
         raise ValueError("sparsify: trained masters know their masks; leave out calibration and permute")
     if not isinstance(calibration, Calibration | None):
         raise ValueError(f"sparsify: takes a Calibration, got {type(calibration).__name__}; see Calibration.of_pairs")
+    if config.transposable and (permute or calibration is not None):
+        raise ValueError(
+            "sparsify: calibration and permute choose masks along rows alone; leave them out, or transposable"
+        )
     chosen, dense = select_layers(model, config)
     if calibration is not None and (others := [name for name, layer in chosen.items() if not _is_linear(layer)]):
         raise ValueError(f"sparsify: calibration prunes nn.Linear alone; {others[0]} is none, leave it to ignore")
@@ -93,7 +97,7 @@ def sparsify(
     for layer in chosen.values():
         form = sparse_form(layer)
         assert form is not None
-        sparse = form.from_stock(layer, config.pattern, config.soft)
+        sparse = form.from_stock(layer, config.pattern, config.soft, config.transposable)
         if config.soft and not trained:
             with torch.no_grad():
                 sparse.weight.mul_(soft_scale(sparse.rows(), sparse.current_mask(), config.pattern))
@@ -184,6 +188,8 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, A
         elif (channels := layer.weight.shape[channel_dim(layer)]) % config.pattern.m:
             what = "in_features" if layer.weight.dim() == 2 else "in_channels"
             reason = f"{what} {channels} is not a multiple of {config.pattern.m}"
+        elif config.transposable and layer.weight.shape[0] % config.pattern.m:
+            reason = f"out_features {layer.weight.shape[0]} is not a multiple of {config.pattern.m}"
         if reason is None:
             chosen[name] = layer
         else:

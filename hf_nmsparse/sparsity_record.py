@@ -23,7 +23,7 @@ _RECORD_KEYS = {
         ("quant_method", "format", "format_version", "pattern", "values"),
         ("embeddings", "targets", "ignored", "producer"),
     ),
-    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore", "soft", "convolutions")),
+    "dense": (("quant_method", "format", "pattern"), ("targets", "ignore", "soft", "convolutions", "transposable")),
 }
 
 
@@ -46,6 +46,7 @@ class SparsityRecord:
         ignore: Iterable[str] | None = None,
         soft: bool = False,
         convolutions: bool = False,
+        transposable: bool = False,
         format: str = "packed",
         format_version: int | None = None,
         producer: str | None = None,
@@ -55,7 +56,7 @@ class SparsityRecord:
         if unknown:
             raise ValueError(
                 f"quantization_config: unknown key {min(unknown)!r}; known keys are compute, head, pattern, values, "
-                "embeddings, targets, ignore, soft, convolutions, format, format_version, producer"
+                "embeddings, targets, ignore, soft, convolutions, transposable, format, format_version, producer"
             )
         one_of("compute", compute, COMPUTES)
         one_of("format", format, ("packed", "dense"))
@@ -81,11 +82,11 @@ class SparsityRecord:
             )
         if producer is not None and not isinstance(producer, str):
             raise ValueError(f"quantization_config: producer is a text, got {producer!r}")
-        sparse = NMSparseConfig(pattern, targets, ignore, soft, convolutions)
+        sparse = NMSparseConfig(pattern, targets, ignore, soft, convolutions, transposable)
         self.quant_method: Any = quant_method  # transformers' own methods are an enum
         self.compute, self.head, self.format, self.format_version = compute, head, format, format_version
         self.pattern, self.targets, self.ignore, self.soft = sparse.pattern, sparse.targets, sparse.ignore, sparse.soft
-        self.convolutions = sparse.convolutions
+        self.convolutions, self.transposable = sparse.convolutions, sparse.transposable
         self.values, self.embeddings, self.producer = values, embeddings, producer
 
     @classmethod
@@ -112,7 +113,7 @@ class SparsityRecord:
 
     def sparse_config(self) -> NMSparseConfig:
         """Pattern and rules alone."""
-        return NMSparseConfig(self.pattern, self.targets, self.ignore, self.soft, self.convolutions)
+        return NMSparseConfig(self.pattern, self.targets, self.ignore, self.soft, self.convolutions, self.transposable)
 
 
 def one_of(key: str, value: Any, known: tuple[Any, ...], where: str = "quantization_config") -> None:

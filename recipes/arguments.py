@@ -98,6 +98,9 @@ class RecipeArguments:
     pattern: str = field(default="2:4", metadata={"help": "N:M, N of M weights are kept."})
     targets: list[str] | None = field(default=None, metadata={"help": "Layers to make sparse; every Linear if None."})
     ignore: list[str] | None = field(default=None, metadata={"help": "Layers that stay dense; heads if None."})
+    transposable: bool = field(
+        default=False, metadata={"help": "Masks that are 2:4 along the columns of a weight too, for a sparse backward."}
+    )
     start: str = field(
         default="magnitude",
         metadata={
@@ -125,6 +128,8 @@ class RecipeArguments:
             raise ValueError(f"values: is one of {', '.join(VALUE_DTYPES)}, got {self.values!r}")
         if self.start not in STARTS:
             raise ValueError(f"start: is one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.transposable and (self.is_pruned or NMPattern.parse(self.pattern) != NMPattern(2, 4)):
+            raise ValueError("transposable: is for pattern 2:4, and for start and permute as they are; leave it out")
         if self.model is None and self.is_pruned:
             raise ValueError("start, permute: prune a trained model, and this one is from scratch; give model")
         for name in COUNTS:
@@ -173,7 +178,7 @@ class RecipeArguments:
 
     def start_options(self) -> dict[str, Any]:
         """How the training begins, where it is not as usual, for the record of the run."""
-        options: dict[str, Any] = {"permute": True} if self.permute else {}
+        options: dict[str, Any] = {name: True for name in ("permute", "transposable") if getattr(self, name)}
         if self.start != "magnitude":
             options |= {"start": self.start, "calibration_pairs": self.calibration_pairs}
         return options

@@ -77,7 +77,7 @@ TOKENIZER_PAIRS, SHUFFLED = 1_000_000, 100_000
 # What a run cannot go on with if it is another than at its beginning; and of a model from scratch.
 OF_THE_MODEL = (
     *("model", "source_lang", "more_sources", "target_lang", "pattern", "targets", "ignore"),
-    *("start", "calibration_pairs", "permute"),
+    *("start", "calibration_pairs", "permute", "transposable"),
 )
 OF_THE_TOKENIZER = ("tokenizer", "vocab_size", "max_length")
 FROM_SCRATCH = (*OF_THE_TOKENIZER, "d_model", "heads", "ffn")
@@ -367,7 +367,8 @@ def make_sparse(
     """Gives the model its N:M layers, if the method has any, pruned by ``pairs`` where a training begins with it."""
     if args.sparse_method == "dense":
         return
-    config = NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, METHODS[args.sparse_method].soft)
+    soft = METHODS[args.sparse_method].soft
+    config = NMSparseConfig(recipe.pattern, recipe.targets, recipe.ignore, soft, transposable=recipe.transposable)
     if pairs is None or recipe.start == "magnitude":
         sparsify(model, config, permute=recipe.permute and pairs is not None)
         return
