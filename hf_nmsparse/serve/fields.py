@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import parse_qsl
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,7 +15,8 @@ from hf_nmsparse.serve.limits import Limits, read_body
 
 __all__ = ["read_fields"]
 
-_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+_ENCODED, _MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
+_FORMS = (_ENCODED, _MULTIPART)
 _MOST_FIELDS = 300
 
 
@@ -28,7 +30,8 @@ async def read_fields(request: Request, limits: Limits) -> dict[str, Any]:
     body = await read_body(request, limits)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in _FORMS or not body:
-        return await _form(request, body)
+        parts = await _multipart(request, body) if kind == _MULTIPART and body else _encoded(body, "the body")
+        return _collected([*_encoded(request.scope["query_string"], "the query"), *parts])
     if kind not in ("application/json", ""):
         raise RequestError(415, f"content-type: takes application/json, {' or '.join(_FORMS)}, got {kind!r}")
     return _object(body)
@@ -44,7 +47,17 @@ def _object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-async def _form(request: Request, body: bytes) -> dict[str, Any]:
+def _encoded(content: bytes, place: str) -> list[tuple[str, Any]]:
+    """Names and values, in UTF-8 with escapes or, as curl sends it, without: starlette takes the latter for Latin-1."""
+    try:
+        return parse_qsl(content.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MOST_FIELDS)
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"{place} is no UTF-8: {error}; encode it as that") from None
+    except ValueError as error:
+        raise RequestError(400, f"{place} is no form: {error}") from None
+
+
+async def _multipart(request: Request, body: bytes) -> list[tuple[str, Any]]:
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
@@ -52,8 +65,12 @@ async def _form(request: Request, body: bytes) -> dict[str, Any]:
         form = await Request(request.scope, replay).form(max_files=0, max_fields=_MOST_FIELDS)
     except HTTPException as error:
         raise RequestError(400, f"the body is no form: {error.detail}") from None
+    return form.multi_items()
+
+
+def _collected(items: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for name, value in (*request.query_params.multi_items(), *form.multi_items()):
+    for name, value in items:
         fields[name] = [*_listed(fields[name]), value] if name in fields else value
     return fields
 

@@ -48,6 +48,18 @@ def test_a_text_comes_in_any_form(client: TestClient, translator: Translator, fo
     assert response.json() == {"translatedText": expected(translator, [TEXTS[0]])[0]}
 
 
+def test_a_form_is_utf_8_with_escapes_and_without(client: TestClient, translator: Translator) -> None:
+    text = "ein Café für Hunde"
+    escaped = client.post("/translate", data={"q": text, **PAIR}).json()
+    raw = client.post(  # as `curl -d` sends it
+        "/translate",
+        content=f"q={text}&{urlencode(PAIR)}".encode(),
+        headers={"content-type": "application/x-www-form-urlencoded"},
+    ).json()
+    assert raw == escaped == {"translatedText": expected(translator, [text])[0]}
+    assert "the query is no UTF-8" in refused(client.post("/translate?q=Caf%E9&source=en&target=de"), 400)
+
+
 def test_texts_come_in_a_list(client: TestClient, translator: Translator) -> None:
     response = client.post("/translate", json={"q": TEXTS, **PAIR, "format": "text", "api_key": ""})
     assert response.json() == {"translatedText": expected(translator, TEXTS)}
@@ -132,6 +144,8 @@ def test_what_is_refused(client: TestClient, fields: dict[str, Any], status: int
         (b"--x\r\n", "multipart/form-data", 400, "no form"),
         (b"--x\r\nbroken", "multipart/form-data; boundary=x", 400, "q is a text"),
         (b"&".join([b"a=1"] * 400), "application/x-www-form-urlencoded", 400, "no form"),
+        (b"q=Caf%E9", "application/x-www-form-urlencoded", 400, "the body is no UTF-8"),
+        (b"q=Caf\xe9", "application/x-www-form-urlencoded", 400, "the body is no UTF-8"),
         (b"", "", 400, "q is a text"),
     ],
 )
