@@ -19,6 +19,7 @@ from hf_nmsparse.html_text import Html
 from hf_nmsparse.marked_texts import MarkedTexts
 from hf_nmsparse.markup import Marked
 from hf_nmsparse.paragraphs import Paragraphs
+from hf_nmsparse.placeholders import placeholders
 from hf_nmsparse.serve.batcher import Batcher, Observer, Settings, Translates, as_exception
 from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.serve.limits import Limits, finished
@@ -148,6 +149,7 @@ class Route:
     async def stream(self, text: str, limits: Limits, **settings: Any) -> AsyncGenerator[str]:
         """The pieces of the translation of a text, as `Translator.stream` gives them.
 
+        A sentence that holds placeholders is one piece, so that all of them come back, as they do in `translate`.
         All that can be refused is refused at once. As many texts stream at a time as there are threads. Where the
         iterator is closed the translation ends.
 
@@ -164,7 +166,10 @@ class Route:
         loop, found = asyncio.get_running_loop(), asyncio.Queue[str | Exception | None]()
         closed, at_work = Event(), self._at_work
 
-        def stream(sentence: str) -> Generator[str]:
+        def stream(sentence: str) -> Iterable[str]:
+            if placeholders(sentence):  # whether all come back is known at its end
+                given = {**self._languages, "break_loops": True, "keep_placeholders": True, **settings}
+                return [self._translator.translate([sentence], **given)[0].text]
             return self._translator.stream(sentence, **self._languages, **settings)
 
         def work() -> None:

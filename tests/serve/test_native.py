@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from hf_nmsparse import Translation, Translator
+from hf_nmsparse.placeholders import keeps_placeholders, placeholders
 from tests.serve.test_libretranslate import PAIR, refused
 from tests.test_translator import TEXTS
 
@@ -99,10 +100,19 @@ def test_streams(client: TestClient, translator: Translator, fields: dict[str, A
         assert last == "done"
         assert data["seconds"] > 0
         assert {name for name, _ in pieces} <= {"message"}
+        kept = bool(placeholders(text))  # what holds none comes as it is made
         [expected] = translator.translate(
-            [text], num_beams=fields.get("beams", 1), break_loops=False, keep_placeholders=False
-        )  # as it comes
+            [text], num_beams=fields.get("beams", 1), break_loops=kept, keep_placeholders=kept
+        )
         assert "".join(piece["text"] for _, piece in pieces) == expected.text
+
+
+def test_a_stream_keeps_placeholders(client: TestClient, translator: Translator) -> None:
+    text = "Could not connect to {host}, see https://example.org/help."
+    *pieces, _ = events(asked(client, text, stream=True).text)
+    whole = "".join(piece["text"] for _, piece in pieces)
+    assert keeps_placeholders(text, whole)
+    assert whole == asked(client, text).json()["translations"][0]["text"]
 
 
 def test_its_interface_is_described(client: TestClient) -> None:
