@@ -248,9 +248,16 @@ def _itself(model: Any, where: str) -> PreTrainedModel:
     return model
 
 
+def _built_names(model: PreTrainedModel) -> set[str]:
+    """The tensors of a new model of this kind: wav2vec2's positions are a parametrized convolution from the start."""
+    with torch.device("meta"):
+        return set(type(model)(model.config).state_dict())
+
+
 def _state_dict(model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> Mapping[str, Tensor]:
     """The tensors that are to be saved: those that the caller gives, or else the model's own."""
     tensors: Mapping[str, Tensor] = kwargs.pop("state_dict", None) or model.state_dict()
+    built = _built_names(model) if any(".parametrizations." in f".{key}" for key in tensors) else set[str]()
     for key, tensor in tensors.items():
         name = stock_name(key)
         if is_sharded(tensor):
@@ -258,7 +265,7 @@ def _state_dict(model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> M
                 f"{where}: {name} is sharded over processes; gather all tensors and pass them: "
                 "state_dict=accelerator.get_state_dict(model)"
             )
-        if ".parametrizations." in f".{name}":
+        if ".parametrizations." in f".{name}" and name not in built:
             raise ValueError(
                 f"{where}: {name} is part of a parametrization, under which no model looks for its weight; call "
                 "torch.nn.utils.parametrize.remove_parametrizations first"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_nmsparse import standalone
 from hf_nmsparse.checkpoint_fit import model_layer
@@ -189,6 +189,31 @@ def test_a_training_goes_on_from_packed_and_from_its_checkpoint(tmp_path: Path) 
     resumed = type(model).from_pretrained(tmp_path / "masters")
     assert sparse_layers(resumed) == sparse_layers(model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_what_a_model_is_built_with_may_be_parametrized(tmp_path: Path) -> None:
+    """The positions of wav2vec2 are a convolution under weight_norm, in the model and in its files."""
+    config = Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        vocab_size=20,
+    )
+    model = Wav2Vec2ForCTC(config).eval()
+    sparsify(model, NMSparseConfig("2:4", convolutions=True))
+    save_packed(model, tmp_path / "packed")
+    export_dense(model, tmp_path / "dense")
+    sound = torch.randn(1, 400)
+    for folder in ("packed", "dense"):
+        loaded = Wav2Vec2ForCTC.from_pretrained(tmp_path / folder).eval()
+        assert torch.equal(loaded(sound).logits, model(sound).logits)
 
 
 def test_files_of_linear_layers_stay_version_1(tmp_path: Path) -> None:
