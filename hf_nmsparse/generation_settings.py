@@ -264,8 +264,10 @@ class _Settings:
 
     def whole(self, name: str, default: int, least: int = 1) -> int:
         value = self.values.get(name, default)
-        if type(value) is not int or not least <= value < 2**31 - 2**10:
+        if type(value) is not int or value < least:
             raise ValueError(f"translate: {name} needs at least {least}, got {value!r}")
+        if value > (most := 2**31 - 2**10 - 1):
+            raise ValueError(f"translate: {name} is at most {most}, got {str(value)[:50]}")
         return value
 
     def number(self, name: str, least: float, most: float = 1e3) -> float:

@@ -71,6 +71,7 @@ def test_sampling_has_the_defaults_of_transformers() -> None:
     [
         ({"beams": 4}, "there is no setting 'beams'; settings are those of GenerationConfig"),
         ({"num_beams": 0}, "num_beams needs at least 1, got 0"),
+        ({"num_beams": 10**12}, "num_beams is at most 2147482623, got 1000000000000"),
         ({"num_beams": "4"}, "num_beams needs at least 1, got '4'"),
         ({"num_beams": True}, "num_beams needs at least 1, got True"),
         ({"num_beams": 256}, "the engine takes 255 of num_beams, got 256; translate with transformers"),
