@@ -270,7 +270,7 @@ class TorchTranslator:
         masked = [Masked.of(texts[place]) for place in lost]
         again = self._translated([mask.text for mask in masked], search)
         for place, mask, candidates in zip(lost, masked, again, strict=True):
-            found[place] = [one._replace(text=mask.restored(one.text)) for one in candidates]
+            found[place] = [Candidate(mask.restored(one.text), one.tokens, one.score) for one in candidates]
 
     def _cut(self, row: list[int]) -> list[int]:
         """A translation without the padding behind its EOS."""
