@@ -201,7 +201,6 @@ def test_what_a_model_is_built_with_may_be_parametrized(tmp_path: Path) -> None:
         conv_dim=(16, 16),
         conv_stride=(5, 2),
         conv_kernel=(10, 3),
-        num_feat_extract_layers=2,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
         vocab_size=20,
