@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -107,6 +107,7 @@ async def finished(request: Request, futures: Sequence[Future[T]], seconds: floa
         ClientDisconnect: The client went away.
     """
     waiting = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    waiting.add_done_callback(_look)
     gone = asyncio.ensure_future(request.receive())  # nothing else comes after the body
     try:
         await asyncio.wait((waiting, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -123,3 +124,9 @@ async def finished(request: Request, futures: Sequence[Future[T]], seconds: floa
         raise ClientDisconnect
     message = f"no translation within {seconds:g} seconds; come again when there is less to do"
     raise RequestError(503, message, {"Retry-After": "10"})
+
+
+def _look(done: asyncio.Future[Any]) -> None:
+    """Takes note of how a future ended, or the loop would log that nobody has when it was cancelled."""
+    if not done.cancelled():
+        done.exception()
