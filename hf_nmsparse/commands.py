@@ -258,7 +258,7 @@ def translate(args: argparse.Namespace) -> None:
     if form == "txt":
         _translate_lines(args)
         return
-    if not args.split:
+    if args.split is False:
         raise ValueError(f"--no-split is for lines of text, and not for {form}; leave it out")
     check_input(args.input)
     check_output(args.output, args.input)
@@ -544,7 +544,7 @@ def _check_no_glossary(args: argparse.Namespace, glossary: Glossary | None) -> N
 
 def _ways(split: bool | str) -> dict[str, Any]:
     """What is done beside the translation, for texts that are cut into sentences."""
-    return {"split": split, "break_loops": bool(split), "keep_placeholders": bool(split)}
+    return {"split": split, "break_loops": split is not False, "keep_placeholders": split is not False}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sentencex
 
 from hf_nmsparse.placeholders import PLACEHOLDERS
 
-__all__ = ["Count", "Paragraphs", "is_wide", "language_code"]
+__all__ = ["Count", "Paragraphs", "is_wide", "language_code", "named_language"]
 
 T = TypeVar("T")
 
@@ -49,6 +49,19 @@ def language_code(language: str | None) -> str:
     """The ISO 639-1 code of a language as models name it: "de" of "de", "de_DE", "deu_Latn" and "__de__"; else "en"."""
     code = re.split("[_-]", (language or "").strip("_<>2").lower())[0]
     return _TWO_LETTERS.get(code, code if len(code) == 2 else "en")
+
+
+def named_language(split: object) -> str | None:
+    """The language that ``split`` of a translation names; None where it is True or None.
+
+    Raises:
+        ValueError: It is nothing of this.
+    """
+    if split is None or split is True:
+        return None
+    if isinstance(split, str) and re.fullmatch(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]+)*", split):
+        return split
+    raise ValueError(f"split: True, or the code of a language such as 'de', got {split!r}")
 
 
 class Paragraphs:

@@ -18,7 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from hf_nmsparse.generation_settings import DEFAULT_MAX_NEW_TOKENS
 from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
 from hf_nmsparse.masking import Masked
-from hf_nmsparse.paragraphs import Paragraphs
+from hf_nmsparse.paragraphs import Paragraphs, named_language
 from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.positions import positions_of
 from hf_nmsparse.texts import (
@@ -120,7 +120,7 @@ def translate(
         raise ValueError("translate: one translation a sentence; leave num_return_sequences out or ask the pipeline")
     texts = list(read_texts(sentences, "translate"))
     languages: dict[str, Any] = {"src_lang": src_lang, "tgt_lang": tgt_lang}
-    if split:
+    if split is not False:
         paragraphs = _paragraphs(model, tokenizer, texts, split, **languages)
         found = translate(
             model,
@@ -168,7 +168,7 @@ def _paragraphs(
         given = [direction.prompt + sentence for sentence in sentences]
         return list(map(len, encode(tokenizer, given, inf, direction.frame)))
 
-    own = split if isinstance(split, str) else src_lang or getattr(tokenizer, "source_lang", None)
+    own = named_language(split) or src_lang or getattr(tokenizer, "source_lang", None)
     return Paragraphs(texts, own, count, longest_source(model, tokenizer))
 
 

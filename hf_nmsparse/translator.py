@@ -26,7 +26,7 @@ from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
 from hf_nmsparse.marked_texts import MarkedTexts
 from hf_nmsparse.markup import Marked
 from hf_nmsparse.masking import Masked
-from hf_nmsparse.paragraphs import Paragraphs
+from hf_nmsparse.paragraphs import Paragraphs, named_language
 from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.shortlist import read as read_shortlist
 from hf_nmsparse.sparsity_record import one_of
@@ -452,7 +452,7 @@ class Translator:
             ValueError: A text is none, or a language is unknown.
         """
         given, most = list(read_texts(texts, "translate")), self.longest_source
-        own = split or src_lang or self._languages[0] or getattr(self.tokenizer, "source_lang", None)
+        own = named_language(split) or src_lang or self._languages[0] or getattr(self.tokenizer, "source_lang", None)
         count = partial(self.count_tokens, src_lang=src_lang, tgt_lang=tgt_lang)
         return Paragraphs(given, own, count, most)
 
@@ -469,8 +469,8 @@ class Translator:
     ) -> tuple[Paragraphs | None, list[Translation]]:
         """The translations of texts, or of their sentences where there are some, before which ``first`` came."""
         paragraphs = None
-        if ways.split:
-            code = ways.split if isinstance(ways.split, str) else None
+        if ways.split is not False:
+            code = named_language(ways.split)
             paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1], split=code)
         sentences = texts if paragraphs is None else paragraphs.sentences
         found = self._sentences(sentences, languages, asked, ways, first)

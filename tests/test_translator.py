@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from html import escape
 from itertools import chain
 from pathlib import Path
@@ -424,6 +425,14 @@ def test_what_is_no_glossary_is_refused(translator: Translator, glossary: Any) -
         translator.translate(["A dog runs."], glossary=glossary)
     with pytest.raises(ValueError, match=r"^translate: glossary is no Glossary"):
         translator.translate_html(["<p>A dog runs.</p>"], glossary=glossary)
+
+
+@pytest.mark.parametrize("split", ["german", "", 5, "de!"])
+def test_languages_that_are_none(folder: Path, translator: Translator, split: Any) -> None:
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for translated in (translator.translate, partial(translate, model, tokenizer)):
+        with pytest.raises(ValueError, match=f"^split: True, or the code of a language such as 'de', got {split!r}$"):
+            translated(["a"], split=split)
 
 
 def test_sentences_are_cut_by_the_rules_that_are_named(translator: Translator) -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from hf_nmsparse.html_text import Html
 from hf_nmsparse.marked_texts import MarkedTexts
 from hf_nmsparse.markup import Marked
-from hf_nmsparse.paragraphs import Paragraphs
+from hf_nmsparse.paragraphs import Paragraphs, language_code
 from hf_nmsparse.placeholders import placeholders
 from hf_nmsparse.serve.batcher import Batcher, Observer, Settings, Translates, as_exception
 from hf_nmsparse.serve.errors import RequestError
@@ -211,7 +211,7 @@ class Route:
     def _counted(self, texts: list[str], settings: dict[str, Any]) -> Paragraphs:
         """The texts as sentences, counted."""
         self._translator.translate([], **self._languages, **settings)  # which checks all but the texts
-        return self._translator.paragraphs(texts, **self._languages, split=self._source)
+        return self._translator.paragraphs(texts, **self._languages, split=language_code(self._source))
 
 
 class _AtWork:
