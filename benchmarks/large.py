@@ -103,7 +103,7 @@ def sentences(count: int, seed: int) -> list[str]:
     return ["".join(draws.choices(LETTERS, k=LENGTH - 3)) for _ in range(count)]
 
 
-def prune(folder: Path, tiny: bool) -> dict[str, Any]:
+def prune(folder: Path) -> dict[str, Any]:
     """The command, with 256 pairs of sentences; seconds, and the most that the process held."""
     files = []
     for side in ("source", "target"):
@@ -184,10 +184,15 @@ def train(folder: Path, way: Way, steps: int) -> dict[str, Any]:
     }
 
 
-def in_a_process(name: str, folder: Path, steps: int, threads: int, tiny: bool) -> dict[str, Any]:
+def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
+    """What a candidate measures, in this process."""
+    return prune(folder) if name == PRUNE else train(folder, WAYS[name], steps)
+
+
+def in_a_process(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
     """What a candidate measures in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.large", "--one", name, str(folder), "--steps", str(steps)]
-    command += ["--threads", str(threads), *["--tiny"] * tiny]
+    command = [sys.executable, "-m", "benchmarks.large", "--one", name, str(folder)]
+    command += ["--steps", str(steps), "--threads", str(threads)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return measured
@@ -205,9 +210,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         torch.set_num_threads(options.threads)
-        name, folder = options.one[0], Path(options.one[1])
-        measured = prune(folder, options.tiny) if name == PRUNE else train(folder, WAYS[name], options.steps)
-        print(json.dumps(measured))
+        print(json.dumps(measure(options.one[0], Path(options.one[1]), options.steps)))
         return
     machine, rows, missing = timing.machine(), [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -220,7 +223,7 @@ def main() -> None:
                 missing.append(name)
                 continue
             steps = options.steps if way is not None and way.whole else SHORT
-            rows.append({"what": name, **in_a_process(name, folder, steps, options.threads, options.tiny)})
+            rows.append({"what": name, **in_a_process(name, folder, steps, options.threads)})
             print(rows[-1], flush=True)
             record = {
                 "benchmark": "what a large model takes",

@@ -21,6 +21,7 @@ from benchmarks import (
     generate,
     gpu,
     kernels,
+    large,
     memory,
     methods,
     paragraphs,
@@ -492,6 +493,33 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_table(
         file.with_suffix(".md").read_text(encoding="utf-8"), ["training", "tensors MiB", "process MiB", "to dense"]
     )
+
+
+def print_of_large(*given: Any) -> None:
+    print(json.dumps(large.measure(*given)))
+
+
+def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning, a way that takes all steps, and one whose package is not there."""
+    file = tmp_path / "large.json"
+    monkeypatch.setattr(
+        large,
+        "in_a_process",
+        lambda *given: json.loads(in_a_child(print_of_large, *given[:3]).stdout.splitlines()[-1]),
+    )
+    monkeypatch.setattr(large, "find_spec", lambda name: None if name == "torchao" else name)
+    only = [large.PRUNE, "8-bit AdamW of torchao, likewise", "Adafactor, likewise, frozen embeddings"]
+    arguments = ["--tiny", "--steps", "6", "--note", "a test", "--output", str(file), "--only", *only]
+    monkeypatch.setattr(sys, "argv", ["large", *arguments])
+    large.main()
+    record = tables.read(file)
+    assert record["missing"] == only[1:2]
+    pruned, trained = record["rows"]
+    assert pruned["packed_bytes"] == trained["packed_bytes"] < record["dense_bytes"]
+    assert trained["steps"] == 6
+    assert 0 < trained["loaded_mib"] <= trained["peak_mib"] <= trained["packing_peak_mib"]
+    assert trained["flip_rate"] > 0
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["what", "GB at the peak", "s a step"])
 
 
 @pytest.mark.parametrize("file", sorted(Path(timing.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
