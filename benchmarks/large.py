@@ -71,7 +71,9 @@ WAYS = {
     "Adafactor, likewise, bf16 masters": Way(
         "adafactor", masters=torch.bfloat16, settings={"activation_checkpointing": True}
     ),
-    "Adafactor, likewise, frozen embeddings": Way("adafactor", embeddings=False, settings=LEAN, whole=True),
+    "Adafactor, bf16 autocast, checkpointing, frozen embeddings": Way(
+        "adafactor", embeddings=False, settings=LEAN, whole=True
+    ),
 }
 PRUNE = "nmsparse prune, SparseGPT"
 

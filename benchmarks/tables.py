@@ -331,20 +331,23 @@ def memory_of(record: dict[str, Any]) -> str:
 
 def large_of(record: dict[str, Any]) -> str:
     """What pruning and training of a large model hold at their peak, and how long a step is."""
-    rows = table_head(["what", "GB at the peak", "s a step", "steps", "loss, first and last", "GB packed, int8"])
+    rows = table_head(
+        ["what", "GB at the peak", "of packing", "s a step", "steps", "loss, first and last", "GB packed, int8"]
+    )
     for row in record["rows"]:
-        cells: list[object] = [row["what"], f"{max(row['peak_mib'], row.get('packing_peak_mib', 0)) * 2**20 / 1e9:.1f}"]
+        cells: list[object] = [row["what"], f"{row['peak_mib'] * 2**20 / 1e9:.1f}"]
         if "steps" in row:
+            cells.append(f"{row['packing_peak_mib'] * 2**20 / 1e9:.1f}")
             cells += [f"{row['seconds_a_step']:.1f}", row["steps"], f"{row['first_loss']:.2f}, {row['last_loss']:.2f}"]
         else:
-            cells += [f"{row['seconds']:.0f} in all", "", ""]
+            cells += ["", f"{row['seconds']:.0f} in all", "", ""]
         rows.append(table_row([*cells, f"{row['packed_bytes'] / 1e9:.2f}"]))
     left_out = f" Not installed: {', '.join(record['missing'])}." if record["missing"] else ""
     rows += [
         "",
         f"{record['model']}, {record['dense_bytes'] / 1e9:.2f} GB in fp32; 2:4 SR-STE, {record['batch']} pairs of "
         f"{record['length']} tokens a side a step, {record['threads']} thread(s). Peak: the most that the process was "
-        f"resident with, from loading to packing, each candidate in a process of its own; s a step: the median but for "
+        f"resident with as it loaded and trained, and then as it packed, each candidate in a process of its own; s a step: the median but for "
         f"the first.{left_out} transformers {record['transformers']}; {machine(record)}",
     ]
     return "\n".join(rows)

@@ -508,7 +508,11 @@ def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lambda *given: json.loads(in_a_child(print_of_large, *given[:3]).stdout.splitlines()[-1]),
     )
     monkeypatch.setattr(large, "find_spec", lambda name: None if name == "torchao" else name)
-    only = [large.PRUNE, "8-bit AdamW of torchao, likewise", "Adafactor, likewise, frozen embeddings"]
+    only = [
+        large.PRUNE,
+        "8-bit AdamW of torchao, likewise",
+        "Adafactor, bf16 autocast, checkpointing, frozen embeddings",
+    ]
     arguments = ["--tiny", "--steps", "6", "--note", "a test", "--output", str(file), "--only", *only]
     monkeypatch.setattr(sys, "argv", ["large", *arguments])
     large.main()
