@@ -347,8 +347,8 @@ def large_of(record: dict[str, Any]) -> str:
         "",
         f"{record['model']}, {record['dense_bytes'] / 1e9:.2f} GB in fp32; 2:4 SR-STE, {record['batch']} pairs of "
         f"{record['length']} tokens a side a step, {record['threads']} thread(s). Peak: the most that the process was "
-        f"resident with as it loaded and trained, and then as it packed, each candidate in a process of its own; s a step: the median but for "
-        f"the first.{left_out} transformers {record['transformers']}; {machine(record)}",
+        "resident with as it loaded and trained, and then as it packed, each candidate in a process of its own; s a "
+        f"step: the median but for the first.{left_out} transformers {record['transformers']}; {machine(record)}",
     ]
     return "\n".join(rows)
 
