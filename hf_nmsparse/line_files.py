@@ -7,12 +7,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = ["check_input", "check_output", "is_one_file", "read_lines", "reading", "writing", "writing_whole"]
+
+_LONGEST_LINE = 1 << 26  # bytes; /dev/zero has one that does not end
 
 
 def check_input(name: str) -> None:
@@ -71,9 +74,11 @@ def reading(name: str) -> Iterator[Iterator[str]]:
         yield _decoded(file, name)
 
 
-def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
     """Text of UTF-8. Only a line feed ends a line, with or without a carriage return before it."""
-    for number, line in enumerate(lines):
+    for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b"")):
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"{name} is no text of lines: line {number + 1} has more than {_LONGEST_LINE:,} bytes")
         if number == 0:
             if line.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # begins as UTF-16 does
                 raise ValueError(f"{name} is UTF-32; make it UTF-8, such as with iconv -f UTF-32 -t UTF-8")

@@ -359,6 +359,16 @@ class TestReading:
         with pytest.raises(ValueError, match=message):
             list(_decoded(io.BytesIO(content), "f"))
 
+    def test_a_line_that_does_not_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("hf_nmsparse.line_files._LONGEST_LINE", 1000)
+        assert list(_decoded(io.BytesIO(b"a\n" + b"b" * 999 + b"\n" + b"c" * 1000), "f")) == [
+            "a",
+            "b" * 999,
+            "c" * 1000,
+        ]
+        with pytest.raises(ValueError, match=r"^f is no text of lines: line 2 has more than 1,000 bytes$"):
+            list(_decoded(io.BytesIO(b"a\n" + b"b" * 1001), "f"))
+
     @pytest.mark.parametrize(
         ("command", "pipe"),
         [
