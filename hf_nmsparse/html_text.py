@@ -15,7 +15,7 @@ from itertools import accumulate, islice
 from typing import Any, Literal
 
 from hf_nmsparse.alignment import Span
-from hf_nmsparse.markup import Marked, Tag
+from hf_nmsparse.markup import Marked, Tag, partners
 
 __all__ = ["Html", "translate_html"]
 
@@ -208,15 +208,8 @@ class Html:
 def _nested(segment: Sequence[_Token]) -> list[Literal["open", "close", "void", "word", "text"]]:
     """The kinds of tokens, where what is not closed, or not opened, between two blocks stands alone."""
     kinds: list[Any] = ["void" if token.kind in ("open", "close") else token.kind for token in segment]
-    opened: list[int] = []
-    for place, token in enumerate(segment):
-        if token.kind == "open":
-            opened.append(place)
-        elif token.kind == "close":
-            match = next((at for at in reversed(opened) if segment[at].name == token.name), None)
-            if match is not None:
-                kinds[match], kinds[place] = "open", "close"
-                del opened[opened.index(match) :]
+    for opening, closing in partners((token.kind, token.name) for token in segment).items():
+        kinds[opening], kinds[closing] = "open", "close"
     return kinds
 
 

@@ -15,7 +15,7 @@ from hf_nmsparse.alignment import word_spans
 from hf_nmsparse.kernels.engine import Array
 from hf_nmsparse.placeholders import placeholders
 
-__all__ = ["Marked", "Plain", "Tag"]
+__all__ = ["Marked", "Plain", "Tag", "joined", "partners"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Plain:
         for at, part in _Placed(self.text, translation, looked).inserts(self._root):
             parts += [*self._with_words(translation[end:at]), part]
             end = at
-        return tuple(_joined([*parts, *self._with_words(translation[end:])]))
+        return joined([*parts, *self._with_words(translation[end:])])
 
     def _with_words(self, text: str) -> Iterator[str | Tag]:
         """Text with the marks that stand for words."""
@@ -131,19 +131,37 @@ def _begins_blank(marked: Marked, place: int) -> bool:
     return text[:1].isspace()
 
 
-def _joined(parts: Iterable[str | Tag]) -> Iterator[str | Tag]:
-    """The parts with neighbouring texts as one."""
-    text = ""
+def joined(parts: Iterable[str | Tag]) -> Marked:
+    """The parts with strings that stand side by side as one, and without empty ones."""
+    found: list[str | Tag] = []
     for part in parts:
-        if isinstance(part, str):
-            text += part
-            continue
-        if text:
-            yield text
-        yield part
-        text = ""
-    if text:
-        yield text
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return tuple(found)
+
+
+def partners(marks: Iterable[tuple[str, str]]) -> dict[int, int]:
+    """What closes what, of marks that need not nest: those of no counterpart are left out, and so are those that cross.
+
+    Args:
+        marks: The kind and the name of each; others than ``"open"`` and ``"close"`` are nothing to it.
+
+    Returns:
+        For the place of each that opens the place of the one that closes it.
+    """
+    found: dict[int, int] = {}
+    opened: list[tuple[str, int]] = []
+    for place, (kind, name) in enumerate(marks):
+        if kind == "open":
+            opened.append((name, place))
+        elif kind == "close":
+            match = next((at for at in reversed(range(len(opened))) if opened[at][0] == name), None)
+            if match is not None:
+                found[opened[match][1]] = place
+                del opened[match:]
+    return found
 
 
 class _Placed:

@@ -438,7 +438,7 @@ class Translator:
         *,
         src_lang: str | None = None,
         tgt_lang: str | None = None,
-        split: str | None = None,
+        split: bool | str | None = None,
     ) -> Paragraphs:
         """Texts as sentences that this model takes whole, as ``split`` cuts them.
 
@@ -446,7 +446,7 @@ class Translator:
             texts: The texts.
             src_lang: Code of the source; where nothing names it, it is taken for English.
             tgt_lang: Code of the target.
-            split: Code of the language by whose rules they are cut; that of the source if None.
+            split: Code of the language by whose rules they are cut; that of the source if None or True.
 
         Raises:
             ValueError: A text is none, or a language is unknown.
@@ -470,8 +470,7 @@ class Translator:
         """The translations of texts, or of their sentences where there are some, before which ``first`` came."""
         paragraphs = None
         if ways.split is not False:
-            code = named_language(ways.split)
-            paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1], split=code)
+            paragraphs = self.paragraphs(texts, src_lang=languages[0], tgt_lang=languages[1], split=ways.split)
         sentences = texts if paragraphs is None else paragraphs.sentences
         found = self._sentences(sentences, languages, asked, ways, first)
         if ways.keep_placeholders:
@@ -592,6 +591,8 @@ class Translator:
                 kept = (other for other in one.alternatives if keeps_placeholders(sentences[place], other.text))
                 found[place] = replace(one, alternatives=tuple(kept))
         lost = [place for place, one in enumerate(found) if not keeps_placeholders(sentences[place], one.text)]
+        if not lost:
+            return
         masked = [Masked.of(sentences[place]) for place in lost]
         looking = replace(asked, return_attention=True)
         again = self._sentences([mask.text for mask in masked], languages, looking, ways, first)

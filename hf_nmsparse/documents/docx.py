@@ -22,8 +22,8 @@ from typing import IO, Any, Literal
 from lxml import etree
 
 from hf_nmsparse.documents.base import DocumentError, Options, Translate
-from hf_nmsparse.documents.texts import joined, one_line, translate_inner
-from hf_nmsparse.markup import Marked, Tag
+from hf_nmsparse.documents.texts import one_line, translate_inner
+from hf_nmsparse.markup import Marked, Tag, joined
 
 __all__ = ["translate_docx"]
 

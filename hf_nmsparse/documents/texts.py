@@ -8,13 +8,12 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from hf_nmsparse.documents.base import Translate
-from hf_nmsparse.markup import Marked, Tag
+from hf_nmsparse.markup import Marked, Tag, joined, partners
 from hf_nmsparse.paragraphs import is_wide
 
 __all__ = [
     "Mark",
     "as_one",
-    "joined",
     "one_line",
     "plain",
     "rendered",
@@ -46,34 +45,18 @@ class Mark(NamedTuple):
 
 def well_nested(parts: Iterable[str | Mark]) -> Marked:
     """The parts with a tag for each mark; those that have no counterpart stand alone."""
+    given = list(parts)
+    pairs = partners(("", "") if isinstance(part, str) else (part.kind, part.name) for part in given)
+    closing = set(pairs.values())
     found: list[str | Tag] = []
-    opened: list[tuple[str, int]] = []
-    for part in parts:
+    for place, part in enumerate(given):
         if isinstance(part, str):
             found.append(part)
-            continue
-        found.append(Tag(part.text, "word" if part.kind == "word" else "void"))
-        if part.kind == "open":
-            opened.append((part.name, len(found) - 1))
-        elif part.kind == "close" and part.name in [name for name, _ in opened]:
-            while opened:
-                name, place = opened.pop()
-                if name == part.name:
-                    found[place] = Tag(found[place].text, "open")  # type: ignore[union-attr]
-                    found[-1] = Tag(part.text, "close")
-                    break
+        elif part.kind == "word":
+            found.append(Tag(part.text, "word"))
+        else:
+            found.append(Tag(part.text, "open" if place in pairs else "close" if place in closing else "void"))
     return joined(found)
-
-
-def joined(text: Iterable[str | Tag]) -> Marked:
-    """The same text with strings that stand side by side as one, and without empty ones."""
-    found: list[str | Tag] = []
-    for part in text:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
-        elif part != "":
-            found.append(part)
-    return tuple(found)
 
 
 def rendered(text: Marked, escape: Callable[[str], str] = str) -> str:

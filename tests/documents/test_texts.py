@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_nmsparse.documents.texts import Mark, as_one, joined, one_line, plain, translate_inner, well_nested, wrapped
-from hf_nmsparse.markup import Marked, Tag
+from hf_nmsparse.documents.texts import Mark, as_one, one_line, plain, translate_inner, well_nested, wrapped
+from hf_nmsparse.markup import Marked, Tag, joined
 from tests.documents.reading import Asked, loud, same
 
 B, END, VOID = Tag("<b>", "open"), Tag("</b>", "close"), Tag("<br>", "void")
