@@ -10,6 +10,7 @@ from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 from hf_nmsparse.alignment import Span
+from hf_nmsparse.placeholders import PLACEHOLDERS
 
 __all__ = ["Glossary", "Term", "missing"]
 
@@ -70,7 +71,7 @@ class Glossary:
             words = _words(source)
             if not words or not all(forms):
                 raise ValueError(f"glossary: {source!r} is {target!r}; a term and its forms are no blanks")
-            entry = _Entry(source == source.lower(), _written(source, words), len(words), forms)
+            entry = _Entry(source == source.lower(), _written(words), len(words), forms)
             self._by_first.setdefault(words[0].group().lower(), []).append(entry)
         for entries in self._by_first.values():  # so that "red wine" is one term and not "red"
             entries.sort(key=lambda entry: -entry.length)
@@ -108,19 +109,21 @@ class Glossary:
             raise ValueError(f"{error}, in {path}") from None
 
     def terms(self, text: str) -> list[Term]:
-        """The terms of a text, in their order; none of them overlap."""
-        words, found, place = _words(text), list[Term](), 0
+        """The terms of a text, in their order; none of them overlap, and none is in a placeholder or an address."""
+        # What is for a program is no term, as in "{name}".
+        shown = PLACEHOLDERS.sub(lambda match: "\0" * len(match.group()), text)
+        words, found, place = _words(shown), list[Term](), 0
         while place < len(words):
-            entry = self._at(text, words, place)
+            entry = self._at(words, place)
             if entry is not None:
                 last = words[place + entry.length - 1]
                 found.append(Term((words[place].start(), last.end()), entry.forms))
             place += 1 if entry is None else entry.length
         return found
 
-    def _at(self, text: str, words: Sequence[re.Match[str]], place: int) -> _Entry | None:
+    def _at(self, words: Sequence[re.Match[str]], place: int) -> _Entry | None:
         for entry in self._by_first.get(words[place].group().lower(), ()):
-            written = _written(text, words[place : place + entry.length])
+            written = _written(words[place : place + entry.length])
             if entry.written == (written.lower() if entry.is_small else written):
                 return entry
         return None
@@ -149,7 +152,7 @@ def _words(text: str) -> list[re.Match[str]]:
     return list(_WORD.finditer(text))
 
 
-def _written(text: str, words: Sequence[re.Match[str]]) -> str:
+def _written(words: Sequence[re.Match[str]]) -> str:
     """Words with one space in the place of any between them."""
     between = ("" if one.end() == other.start() else " " for one, other in pairwise(words))
     return "".join(chain.from_iterable(zip_longest(map(re.Match.group, words), between, fillvalue="")))

@@ -23,6 +23,7 @@ TERMS = Glossary(
         ("C++, aC++ and C + +.", ["C++"]),
         ("A CAF\u00c9 at\nhome", ["CAF\u00c9", "at"]),
         ("red-wine", ["red"]),
+        ("{red} %(red)s http://a.example/red red@a.example <red> red", ["red"]),  # what is for a program is none
         ("", []),
     ],
 )
