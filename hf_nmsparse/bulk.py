@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import compress
 from math import inf, isfinite
 from typing import Any, NamedTuple, Protocol
 
 from hf_nmsparse.glossary import Glossary
-from hf_nmsparse.masking import Masked
+from hf_nmsparse.masking import masked_where_lost
 from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.texts import Direction, check_target, check_tokens, direction_of, encode, encode_targets, start_token
 from hf_nmsparse.translations import Scored
@@ -261,15 +260,11 @@ class TorchTranslator:
 
     def _keep_placeholders(self, texts: Sequence[str], found: list[list[Candidate]], search: Search) -> None:
         """Translates again what has lost placeholders, with short ones in their place."""
-        lost = []
+        masked = masked_where_lost(texts, [best.text for best, *_ in found])
         for place, text in enumerate(texts):
-            kept = [keeps_placeholders(text, one.text) for one in found[place]]
-            if not kept[0]:
-                lost.append(place)
-            found[place] = list(compress(found[place], kept))
-        masked = [Masked.of(texts[place]) for place in lost]
-        again = self._translated([mask.text for mask in masked], search)
-        for place, mask, candidates in zip(lost, masked, again, strict=True):
+            found[place] = [one for one in found[place] if keeps_placeholders(text, one.text)]
+        again = self._translated([mask.text for mask in masked.values()], search)
+        for (place, mask), candidates in zip(masked.items(), again, strict=True):
             found[place] = [Candidate(mask.restored(one.text), one.tokens, one.score) for one in candidates]
 
     def _cut(self, row: list[int]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from hf_nmsparse.alignment import Span
 from hf_nmsparse.markup import Marked, Tag, partners
 
-__all__ = ["Html", "translate_html"]
+__all__ = ["Html", "Pages", "translate_html"]
 
 _NAMES = """
 inline: a abbr acronym b bdi bdo big cite data del dfn em font i ins label mark nobr q s small span strike strong sub
@@ -217,6 +217,26 @@ def _written(part: str | Tag) -> str:
     return part.text if isinstance(part, Tag) else html.escape(part, quote=False).replace("\xa0", "&nbsp;")
 
 
+class Pages:
+    """Several pages.
+
+    Args:
+        pages: The pages, or parts of some.
+
+    Attributes:
+        texts: Those of all, one after the other.
+    """
+
+    def __init__(self, pages: Iterable[str]) -> None:
+        self._pages = list(map(Html, pages))
+        self.texts = [text for page in self._pages for text in page.texts]
+
+    def filled(self, translations: Iterable[Marked]) -> list[str]:
+        """The pages with translations in the places of their texts."""
+        found = iter(translations)
+        return [page.filled(list(islice(found, len(page.texts)))) for page in self._pages]
+
+
 def translate_html(pages: Iterable[str], translate: Callable[[list[Marked]], Sequence[Marked]]) -> list[str]:
     """Translates pages.
 
@@ -227,6 +247,5 @@ def translate_html(pages: Iterable[str], translate: Callable[[list[Marked]], Seq
     Returns:
         The pages, each with its text translated and all else as it was.
     """
-    read = list(map(Html, pages))
-    found = iter(translate([text for page in read for text in page.texts]))
-    return [page.filled(list(islice(found, len(page.texts)))) for page in read]
+    read = Pages(pages)
+    return read.filled(translate(read.texts))

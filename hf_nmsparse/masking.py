@@ -13,9 +13,9 @@ import numpy as np
 
 from hf_nmsparse.alignment import Span, word_spans
 from hf_nmsparse.kernels.engine import Array
-from hf_nmsparse.placeholders import ONE_PLACEHOLDER, PLACEHOLDERS, is_unnamed, placeholders
+from hf_nmsparse.placeholders import ONE_PLACEHOLDER, PLACEHOLDERS, is_unnamed, keeps_placeholders, placeholders
 
-__all__ = ["Masked"]
+__all__ = ["Masked", "masked_where_lost"]
 
 _MARKS = "{}<>%&$@/"  # what placeholders are made of
 
@@ -107,6 +107,12 @@ class Masked:
         unnamed = [index for index in order if is_unnamed(names[index])]
         names |= zip(unnamed, (self.placeholders[index] for index in sorted(unnamed)), strict=True)
         return [(found[index], names[index]) for index in order]
+
+
+def masked_where_lost(sources: Sequence[str], targets: Sequence[str]) -> dict[int, Masked]:
+    """The masked forms of the texts whose translations have lost placeholders, by their places."""
+    pairs = enumerate(zip(sources, targets, strict=True))
+    return {place: Masked.of(source) for place, (source, target) in pairs if not keeps_placeholders(source, target)}
 
 
 def _filled(

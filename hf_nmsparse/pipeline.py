@@ -17,9 +17,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_nmsparse.generation_settings import DEFAULT_MAX_NEW_TOKENS
 from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
-from hf_nmsparse.masking import Masked
+from hf_nmsparse.masking import masked_where_lost
 from hf_nmsparse.paragraphs import Paragraphs, named_language
-from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.positions import positions_of
 from hf_nmsparse.texts import (
     Direction,
@@ -148,12 +147,10 @@ def translate(
         for place, text in zip(looped, found, strict=True):
             translations[place] = text
     if keep_placeholders:
-        pairs = enumerate(zip(texts, translations, strict=True))
-        lost = [place for place, pair in pairs if not keeps_placeholders(*pair)]
-        masked = [Masked.of(texts[place]) for place in lost]
-        shown = [mask.text for mask in masked]
+        masked = masked_where_lost(texts, translations)
+        shown = [mask.text for mask in masked.values()]
         found = translate(model, tokenizer, shown, batch_size, break_loops=break_loops, **languages, **generate_kwargs)
-        for place, mask, text in zip(lost, masked, found, strict=True):
+        for (place, mask), text in zip(masked.items(), found, strict=True):
             translations[place] = mask.restored(text)
     return translations
 

@@ -25,7 +25,7 @@ from hf_nmsparse.kernels.engine import Array, Hypothesis
 from hf_nmsparse.loops import NO_REPEAT_NGRAM_SIZE, forbids_loops, loops
 from hf_nmsparse.marked_texts import MarkedTexts
 from hf_nmsparse.markup import Marked
-from hf_nmsparse.masking import Masked
+from hf_nmsparse.masking import masked_where_lost
 from hf_nmsparse.paragraphs import Paragraphs, named_language
 from hf_nmsparse.placeholders import keeps_placeholders
 from hf_nmsparse.shortlist import read as read_shortlist
@@ -590,13 +590,12 @@ class Translator:
             if one.alternatives:
                 kept = (other for other in one.alternatives if keeps_placeholders(sentences[place], other.text))
                 found[place] = replace(one, alternatives=tuple(kept))
-        lost = [place for place, one in enumerate(found) if not keeps_placeholders(sentences[place], one.text)]
-        if not lost:
+        masked = masked_where_lost(sentences, [one.text for one in found])
+        if not masked:
             return
-        masked = [Masked.of(sentences[place]) for place in lost]
         looking = replace(asked, return_attention=True)
-        again = self._sentences([mask.text for mask in masked], languages, looking, ways, first)
-        for place, mask, one in zip(lost, masked, again, strict=True):
+        again = self._sentences([mask.text for mask in masked.values()], languages, looking, ways, first)
+        for (place, mask), one in zip(masked.items(), again, strict=True):
             best, *others = (
                 replace(each, text=mask.restored(each.text, self.attended(mask.text, each)))
                 for each in (one, *one.alternatives)

@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
-from hf_nmsparse.html_text import Html
+from hf_nmsparse.html_text import Pages
 from hf_nmsparse.marked_texts import MarkedTexts
 from hf_nmsparse.markup import Marked
 from hf_nmsparse.paragraphs import Paragraphs, language_code
@@ -124,17 +123,16 @@ class Route:
         limits.check(pages)
         settings = {**settings, "return_attention": True}
 
-        def read(settings: dict[str, Any]) -> tuple[list[Html], MarkedTexts, Paragraphs]:
-            found = list(map(Html, pages))
-            texts = MarkedTexts(text for page in found for text in page.texts)
+        def read(settings: dict[str, Any]) -> tuple[Pages, MarkedTexts, Paragraphs]:
+            found = Pages(pages)
+            texts = MarkedTexts(found.texts)
             return found, texts, self._counted(texts.plain, settings)
 
         found, texts, paragraphs = await self._checked(read, settings)
         sentences = await self._sentences(request, paragraphs, limits, settings)
 
         def filled() -> list[str]:
-            marked = iter(self._translator.marked(texts, paragraphs, sentences))
-            return [page.filled(list(islice(marked, len(page.texts)))) for page in found]
+            return found.filled(self._translator.marked(texts, paragraphs, sentences))
 
         return await asyncio.get_running_loop().run_in_executor(self._at_work.checking, filled)
 
