@@ -53,6 +53,7 @@ MOST_BEAMS, MOST_ENDS = 255, 64
 NO_LAYER = -1
 _UNABLE = 2  # `unable` of csrc/engine/error.h
 _ROOM = 512  # bytes of a message
+_LOOK = 0.1  # seconds after which a signal is seen that came just before a wait began, which it does not end then
 _FEW = 4  # sentences that end soon by themselves; a thread more takes a third of a millisecond
 _WATCHER = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
 
@@ -344,7 +345,7 @@ def _call_for_long(name: str, sentences: int, held: Any, *arguments: Any) -> Non
     while not outcome:
         try:
             begin.put(True)
-            ended.acquire()
+            ended.acquire(timeout=_LOOK)
         except BaseException as error:  # and then until the step is over
             signal, stop.value = error, 1
     raised = signal if signal is not None else outcome[0]
