@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from hf_nmsparse import commands
 from hf_nmsparse.documents import FORMATS
+from hf_nmsparse.files import naming
 from hf_nmsparse.terminal import drop_output, keep_standard_numbers, one_line, say
 
 __all__ = ["main"]
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by_signals():
             args.run(args)
         if sys.stdout is not None:
-            sys.stdout.flush()
+            with naming("standard output"):
+                sys.stdout.flush()
     except BrokenPipeError:
         drop_output()
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -14,12 +15,27 @@ from pathlib import Path
 if sys.platform != "win32":  # where folders cannot be locked
     import fcntl
 
-__all__ = ["check_writable", "flush", "locked", "model_folder", "replaced"]
+__all__ = ["check_writable", "flush", "locked", "model_folder", "naming", "replaced"]
 
 _UNFINISHED = ".nmsparse-saving-"
 
 # The weights of a model as transformers names them; other files of like names are the user's.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+# What writing alone fails with, and the system does not say where: a full disk, a quota, a file that grows too long.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def naming(name: str | Path) -> Iterator[None]:
+    """Says in the error of a full disk what could not be written, where it says nothing of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            raise OSError(error.errno, f"{name} could not be written: {error.strerror}") from error
+        raise
 
 
 @contextmanager
@@ -31,7 +47,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         beside = Path(folder) / path.name
         yield beside
         flush(beside)

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from hf_nmsparse.files import naming, replaced
+
 __all__ = ["check_input", "check_output", "is_one_file", "read_lines", "reading", "writing", "writing_whole"]
 
 _LONGEST_LINE = 1 << 26  # bytes; /dev/zero has one that does not end
@@ -102,18 +104,18 @@ def writing(name: str) -> Iterator[IO[str]]:
     if name == "-":
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-        yield sys.stdout
+        with naming("standard output"):
+            yield sys.stdout
+            sys.stdout.flush()
         return
     path = Path(name)
     how: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": "\n"}
     for number in (1, 2):
         if _is_open(path, number):  # by way of /dev/stdout or not, what else goes there stays
-            with os.fdopen(os.dup(number), **how) as file:
+            with naming(name), os.fdopen(os.dup(number), **how) as file:
                 yield file
             return
     if _is_written_beside(path):
-        from hf_nmsparse.files import replaced
-
         path = Path(os.path.realpath(name))
         with replaced(path) as beside:
             with beside.open(**how) as file:
@@ -121,7 +123,7 @@ def writing(name: str) -> Iterator[IO[str]]:
             if path.exists():
                 shutil.copymode(path, beside)
         return
-    with path.open(**how) as file:
+    with naming(name), path.open(**how) as file:
         yield file
 
 

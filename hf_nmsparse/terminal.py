@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from hf_nmsparse.files import naming
+
 __all__ = ["drop_output", "keep_standard_numbers", "make_record_plain", "named", "one_line", "plain", "row", "say"]
 
 _LONGEST_ERROR = 500
@@ -43,9 +45,10 @@ def say(text: object, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is None:
         return
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
-    print(plain(str(text)), file=stream)
+    with naming("standard error" if error else "standard output"):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # which writes what waits
+        print(plain(str(text)), file=stream)
 
 
 def plain(text: str, breaks: str = "\n") -> str:

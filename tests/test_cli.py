@@ -224,7 +224,7 @@ class TestStandardStreams:
     def test_an_output_that_takes_nothing(self, shell: Any) -> None:
         done = shell("nmsparse inspect packed >/dev/full")
         assert done.returncode == 2
-        assert done.stderr == b"nmsparse: [Errno 28] No space left on device\n"
+        assert done.stderr == b"nmsparse: [Errno 28] standard output could not be written: No space left on device\n"
 
     @pytest.mark.parametrize(
         ("stream", "argv", "message"),
@@ -1030,7 +1030,7 @@ class TestTranslate:
         with monkeypatch.context() as patched:
             patched.setattr("os.fsync", full)
             for output in outputs:
-                fails([*argv, output, str(tmp_path / "link")], "No space left on device", capsys)
+                fails([*argv, output, str(tmp_path / "link")], f"{out} could not be written: No space left", capsys)
                 assert out.read_text(encoding="utf-8") == "precious"
         assert main([*argv, outputs[-1], str(tmp_path / "link")]) == 0
         assert out.read_text(encoding="utf-8") != "precious"

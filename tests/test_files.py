@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from hf_nmsparse import NMSparseConfig, export_dense, save_packed, sparsify
-from hf_nmsparse.files import check_writable, model_folder, replaced
+from hf_nmsparse.files import check_writable, model_folder, naming, replaced
 from hf_nmsparse.packed_files import check_folder
 from tests.tiny import marian
 
@@ -25,6 +26,19 @@ class Killed(BaseException):
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_full_disk_is_named() -> None:
+    with (
+        pytest.raises(OSError, match=r"out\.txt could not be written: No space left on device") as raised,
+        naming("out.txt"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=r"No space left on device: 'other'$"), naming("out.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device", "other")
+    with pytest.raises(BrokenPipeError, match=r"^\[Errno 32\] Broken pipe$"), naming("out.txt"):
+        raise OSError(errno.EPIPE, "Broken pipe")
 
 
 def test_a_file_is_replaced_in_one_move(tmp_path: Path) -> None:
