@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from hf_nmsparse.documents.json_lines import translate_jsonl
 from hf_nmsparse.documents.po import translate_po
 from hf_nmsparse.documents.subtitles import translate_srt, translate_vtt
 from hf_nmsparse.documents.tables import translate_csv, translate_tsv
+from hf_nmsparse.files import naming
 
 __all__ = ["FORMATS", "Format", "check_options", "format_of", "translate_document"]
 
@@ -30,12 +30,18 @@ class Format:
         read: Reads and writes them.
         needs: Modules of the extra ``documents`` that this takes.
         options: The `Options` that it knows.
+        begins: What its files begin with, where they are no text.
     """
 
     suffixes: tuple[str, ...]
     read: Reader
     needs: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    begins: bytes = b""
+
+    def may_go_on(self, start: bytes, chunk: bytes) -> bool:
+        """Whether a file that begins with ``start`` and goes on with ``chunk`` may be of this format."""
+        return start.startswith(self.begins) if self.begins else b"\0" not in chunk
 
 
 # What takes long to import, or may be missing, is imported by those who use it.
@@ -66,18 +72,19 @@ def _docx(source: Path, target: IO[bytes], translate: Translate, options: Option
 
 
 _COLUMNS = ("column", "to_column")
+_KEPT = 1 << 20  # bytes of a pipe that are read at once
 
 FORMATS = {
     "jsonl": Format((".jsonl",), translate_jsonl, options=_COLUMNS),
     "tsv": Format((".tsv",), translate_tsv, options=_COLUMNS),
     "csv": Format((".csv",), translate_csv, options=_COLUMNS),
-    "parquet": Format((".parquet",), _parquet, options=_COLUMNS),
+    "parquet": Format((".parquet",), _parquet, options=_COLUMNS, begins=b"PAR1"),
     "srt": Format((".srt",), translate_srt),
     "vtt": Format((".vtt",), translate_vtt),
     "po": Format((".po",), translate_po, options=("overwrite",)),
     "html": Format((".html", ".htm"), _html),
     "md": Format((".md",), _markdown, needs=("markdown_it",)),
-    "docx": Format((".docx",), _docx, needs=("lxml",)),
+    "docx": Format((".docx",), _docx, needs=("lxml",), begins=b"PK"),
 }
 
 
@@ -125,27 +132,45 @@ def translate_document(
     missing = [module for module in known.needs if find_spec(module) is None]
     if missing:
         raise ValueError(f"{form} needs {', '.join(missing)}: pip install 'hf-nmsparse[documents]'")
-    with _on_disk(source) as file:
+    name = "standard input" if source == "-" else source
+    with _on_disk(source, known) as file:
         try:
             if not file.stat().st_size:
                 raise DocumentError("is empty; there is nothing to translate")
             known.read(file, target, translate, options)
         except DocumentError as error:
-            raise ValueError(f"{'standard input' if source == '-' else source}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
+        except ValueError as error:
+            if str(file) in str(error):  # as readers of pairs name a file, which may be the one that a pipe is kept in
+                raise ValueError(str(error).replace(str(file), name)) from error
+            raise
 
 
 @contextmanager
-def _on_disk(source: str) -> Iterator[Path]:
+def _on_disk(source: str, known: Format) -> Iterator[Path]:
     """A file, to be read in any order; what comes by a pipe is kept in one for so long."""
     if source != "-" and (Path(source).is_file() or not Path(source).exists()):
         yield Path(source)
         return
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "input"
-        with kept.open("wb") as file:
+        with naming(kept), kept.open("wb") as file:
             if source == "-":
-                shutil.copyfileobj(sys.stdin.buffer, file)
+                _keep(sys.stdin.buffer, file, known)
             else:
                 with Path(source).open("rb") as stream:
-                    shutil.copyfileobj(stream, file)
+                    _keep(stream, file, known)
         yield kept
+
+
+def _keep(stream: IO[bytes], file: IO[bytes], known: Format) -> None:
+    """Writes a stream to a file, as far as it may be of a format: a device such as /dev/zero has no end.
+
+    The format's reader says what is wrong.
+    """
+    start = b""
+    while chunk := stream.read(_KEPT):
+        file.write(chunk)
+        start = start or chunk
+        if not known.may_go_on(start, chunk):
+            break

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,29 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x")))
     with pytest.raises(ValueError, match=r"^standard input: is no Word document"):
         translate_document("-", target, "docx", loud)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_device_without_an_end(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bytes] = []
+    read = FORMATS[form].read
+
+    def measured(source: Path, *given: Any) -> None:
+        kept.append(source.read_bytes())
+        read(source, *given)
+
+    monkeypatch.setitem(FORMATS, form, replace(FORMATS[form], read=measured))
+    with pytest.raises(ValueError, match=r"^(corpus: )?/dev/zero[:,] "):
+        translate_document("/dev/zero", io.BytesIO(), form, loud)
+    assert len(kept[0]) == 1 << 20
+
+
+def test_a_long_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, lines = io.BytesIO(), b'{"a": "x"}\n' * 200_000
+    assert len(lines) > 1 << 21
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    translate_document("-", target, "jsonl", loud, Options(to_column="b"))
+    assert target.getvalue() == b'{"a": "x", "b": "X"}\n' * 200_000
 
 
 def test_what_a_translation_says_is_said_as_it_is(tmp_path: Path) -> None:
