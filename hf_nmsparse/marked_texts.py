@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from hf_nmsparse.alignment import word_spans
 from hf_nmsparse.kernels.engine import Array
-from hf_nmsparse.markup import Marked, Plain
+from hf_nmsparse.markup import Marked, Plain, Tag
 from hf_nmsparse.paragraphs import Paragraphs
 
 __all__ = ["MarkedTexts"]
@@ -24,11 +25,11 @@ class MarkedTexts:
         plain: What is translated.
 
     Raises:
-        ValueError: In one of them a tag closes nothing, or is not closed.
+        ValueError: There are no texts of parts, or in one of them a tag closes nothing, or is not closed.
     """
 
     def __init__(self, texts: Iterable[Marked]) -> None:
-        self._texts = list(map(Plain, texts))
+        self._texts = list(map(Plain, _read(texts)))
         self.plain = [text.text for text in self._texts]
 
     def marked(
@@ -54,6 +55,19 @@ class MarkedTexts:
                     np.add.at(whole, np.ix_(row, column), looked(number))
             found.append(text.marked(target, whole))
         return found
+
+
+def _read(texts: Any) -> Iterator[Marked]:
+    """The texts, whose parts are what they should be."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"markup: expected a list of texts, got {type(texts).__name__}; put it into a list")
+    for place, text in enumerate(texts):
+        if isinstance(text, bytes) or not isinstance(text, Sequence):
+            raise ValueError(f"markup: text {place} is a {type(text).__name__}; give its parts, each a str or a Tag")
+        for number, part in enumerate(text):
+            if not isinstance(part, str | Tag):
+                raise ValueError(f"markup: text {place}, part {number} is a {type(part).__name__}; give a str or a Tag")
+        yield tuple(text)
 
 
 def _words_at(text: str, parts: Sequence[str]) -> list[list[int]]:
