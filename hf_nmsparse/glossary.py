@@ -15,6 +15,7 @@ from hf_nmsparse.placeholders import PLACEHOLDERS
 __all__ = ["Glossary", "Term", "missing"]
 
 _OTHER_FORM = "|"
+_LARGEST = 1 << 26  # characters of a file
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -81,16 +82,19 @@ class Glossary:
         """The glossary in a file: a term a line, with a tab before its translation; blank lines are nothing.
 
         Raises:
-            ValueError: There is no such file, it is no UTF-8 or has no terms, or a line is no pair or a term that was
-                there before.
+            ValueError: There is no such file, it is no UTF-8, too long or without terms, or a line is no pair or a term
+                that was there before.
         """
         path, terms = Path(file), dict[str, str]()
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            with path.open(encoding="utf-8-sig") as opened:
+                text = opened.read(_LARGEST + 1)  # /dev/zero has no end
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise ValueError(f"glossary: {path} cannot be read: {reason}") from error
-        for number, line in enumerate(lines, 1):
+        if len(text) > _LARGEST:
+            raise ValueError(f"glossary: {path} is none: it has more than {_LARGEST:,} characters")
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             if "\0" in line:

@@ -76,6 +76,11 @@ def test_files_that_are_refused(tmp_path: Path, content: bytes | None, message: 
         Glossary.read(file)
 
 
+def test_a_file_without_an_end() -> None:
+    with pytest.raises(ValueError, match=r"^glossary: /dev/zero is none: it has more than 67,108,864 characters$"):
+        Glossary.read("/dev/zero")
+
+
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
