@@ -197,7 +197,13 @@ def select_layers(model: nn.Module, config: NMSparseConfig) -> tuple[dict[str, A
     if not chosen:
         telling = [f"{name}: {reason}" for name, reason in dense.items() if reason != _NO_TARGET]
         reasons = "; ".join(telling[:3]) or f"it has no {'layer to take' if config.convolutions else 'nn.Linear'}"
-        raise ValueError(f"sparsify: no layer of the model can be {config.pattern} sparse ({reasons})")
+        convolves = any(isinstance(module, _CONVOLUTIONS) or _is_conv1d(module) for module in model.modules())
+        hint = (
+            "; NMSparseConfig(convolutions=True) takes its convolutions"
+            if convolves and not config.convolutions
+            else ""
+        )
+        raise ValueError(f"sparsify: no layer of the model can be {config.pattern} sparse ({reasons}){hint}")
     return chosen, dense
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.pytorch_utils import Conv1D
 
 from hf_nmsparse.config import DEFAULT_IGNORE, NMSparseConfig
 from hf_nmsparse.layers import NMLinear, sparse_layers
@@ -279,6 +280,10 @@ def test_a_failed_sparsify_leaves_the_model_dense() -> None:
 def test_a_model_without_a_layer_to_make_sparse_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no layer of the model can be 2:4 sparse \(it has no nn.Linear\)"):
         sparsify(nn.Sequential(nn.ReLU()), NMSparseConfig("2:4"))
+    for layer in (nn.Conv2d(8, 8, 3), Conv1D(8, 8)):
+        hint = r"it has no nn.Linear\); NMSparseConfig\(convolutions=True\) takes its convolutions$"
+        with pytest.raises(ValueError, match=hint):
+            sparsify(nn.Sequential(layer), NMSparseConfig("2:4"))
     with pytest.raises(ValueError, match=r"targets rule 'fc1' matches no linear layer of the model$"):
         sparsify(nn.Sequential(nn.ReLU()), NMSparseConfig("2:4", targets=["fc1"]))
     with pytest.raises(ValueError, match=r"can be 4:8 sparse \(0: in_features 12 is not a multiple of 8\)"):
