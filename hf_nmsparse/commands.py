@@ -483,6 +483,8 @@ def report(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """Prints which kernels this machine runs, and what translates the models that are named."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
     from hf_nmsparse.engine_spec import read
     from hf_nmsparse.kernels import engine
     from hf_nmsparse.kernels.__main__ import main as doctor
@@ -498,6 +500,10 @@ def doctor(args: argparse.Namespace) -> None:
             read(config)
         except ValueError as error:
             reason = reason or str(error).removeprefix("engine: ")
+            kind = str(config.get("model_type"))
+            if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+                row(f"{model}: nothing translates: model_type {kind!r} is no encoder-decoder")
+                continue
         row(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
 
 
@@ -621,9 +627,25 @@ def _load(source: str, tokenizer: bool = True, **settings: Any) -> tuple[Any, An
     except (PackedFormatError, OSError):
         raise
     except Exception as error:  # what is raised for damaged files is up to each reader
+        _refuse_other_kinds(source)
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
         raise ValueError(f"{source} cannot be loaded: {kind}{str(error).strip()}") from error
     return model, _load_tokenizer(source) if tokenizer else None
+
+
+def _refuse_other_kinds(source: str) -> None:
+    """Refuses a model that is no encoder-decoder, where transformers knows what it is."""
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # what is wrong with it is said of the model
+        return
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{source} is a model of {config.model_type!r}, which does not translate; name an encoder-decoder, and see "
+            "save_packed and export_dense in Python for other models"
+        )
 
 
 def _load_tokenizer(source: str) -> Any:

@@ -172,7 +172,7 @@ class TestArguments:
         known, unknown = tmp_path / "known", tmp_path / "unknown"
         tiny.marian().save_pretrained(known)
         unknown.mkdir()
-        (unknown / "config.json").write_text('{"model_type": "gpt2"}')
+        (unknown / "config.json").write_text('{"model_type": "led"}')
         steers = tmp_path / "a\x1b[2Jb"  # what a terminal would follow
         steers.mkdir()
         shutil.copy(unknown / "config.json", steers)
@@ -183,7 +183,20 @@ class TestArguments:
         engine_is_here = engine.why_not() is None
         assert lines[0].startswith(f"{known}: " + ("the engine translates" if engine_is_here else "transformers"))
         assert lines[1].startswith(f"{unknown}: transformers translates: ")
-        assert not engine_is_here or "model_type 'gpt2' is none of" in lines[1]
+        assert not engine_is_here or "model_type 'led' is none of" in lines[1]
+        (unknown / "config.json").write_text('{"model_type": "gpt2"}')
+        main(["doctor", str(unknown)])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == f"{unknown}: nothing translates: model_type 'gpt2' is no encoder-decoder"
+
+    @pytest.mark.parametrize("command", ["pack", "export", "prune"])
+    def test_a_model_that_does_not_translate(
+        self, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)).save_pretrained(tmp_path / "gpt")
+        options = ["--method", "magnitude"] if command == "prune" else []
+        argv = [command, str(tmp_path / "gpt"), str(tmp_path / "new"), *options]
+        fails(argv, "gpt is a model of 'gpt2', which does not translate; name an encoder-decoder", capsys)
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as raised:
