@@ -22,7 +22,7 @@ _YOUNG_SECONDS = 5.0  # one that dies sooner is replaced after a pause, so that 
 _PAUSE_SECONDS = 1.0
 
 
-def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Callable[[], None]) -> None:
+def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Callable[[], None]) -> int:
     """Keeps so many processes going until a signal says to stop, and waits for their ends.
 
     Args:
@@ -31,10 +31,14 @@ def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Call
         *arguments: What each is given.
         at_stop: Called before they are told to stop.
 
+    Returns:
+        The signal.
+
     Raises:
         ValueError: One could not start.
     """
     context, stop = multiprocessing.get_context("spawn"), threading.Event()
+    signals: list[int] = []
 
     def begin() -> tuple[Any, float]:
         process = context.Process(target=target, args=arguments)
@@ -42,6 +46,7 @@ def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Call
         return process, time.monotonic()
 
     def told(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         stop.set()
 
     before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -68,6 +73,7 @@ def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Call
             signal.signal(number, handler)
     if failed:
         raise ValueError("serve: a process did not start; what it said is above")
+    return signals[0]
 
 
 def end_with_the_parent() -> None:

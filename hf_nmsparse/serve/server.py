@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -88,9 +89,10 @@ def serve(served: Served, host: str, port: int, workers: int = 1) -> None:
             _tell(f"nmsparse: {address} translates {', '.join(served.models)} in {workers} processes")
             try:
                 # Where nobody listens clients are refused at once, while the processes finish what they took.
-                keep(workers, _serve_in_a_process, served, listening, at_stop=listening.close)
+                told = keep(workers, _serve_in_a_process, served, listening, at_stop=listening.close)
             finally:
                 del os.environ[FOLDER]
+        signal.raise_signal(told)  # as uvicorn does of one process, so that both end with the same status
 
 
 def _serve_in_a_process(served: Served, listening: socket.socket) -> None:

@@ -40,7 +40,8 @@ def test_they_go_on_until_they_are_told_to_stop(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     watching = stop_after(tmp_path, 2)
     stopping: list[bool] = []
-    keep(2, leave_a_mark, tmp_path, None, at_stop=lambda: stopping.append(True))
+    told = keep(2, leave_a_mark, tmp_path, None, at_stop=lambda: stopping.append(True))
+    assert told == signal.SIGTERM
     assert stopping == [True]
     watching.join()
     assert signal.getsignal(signal.SIGTERM) is before

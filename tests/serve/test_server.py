@@ -229,6 +229,15 @@ def test_a_process_that_is_killed_is_replaced(start: Start) -> None:
     assert process.end() == ""
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_status_says_by_which_signal_it_ended(start: Start, workers: str, number: int) -> None:
+    process = start("--workers", workers, "--threads", "1")
+    assert process.ask()[0] == 200
+    assert process.end(number) == ""
+    assert process.process.returncode == 128 + number
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="there is no /proc")
 def test_no_process_outlives_its_parent(start: Start) -> None:
