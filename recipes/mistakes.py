@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def in_one_line(program: str) -> Iterator[None]:
-    """Ends the process with the message of a ValueError of ours; anything else stays a traceback."""
+    """Ends the process with the message of a ValueError of ours, and at Ctrl-C; anything else stays a traceback."""
     try:
         yield
     except ValueError as error:
@@ -19,3 +19,5 @@ def in_one_line(program: str) -> Iterator[None]:
         if raised_in not in ("hf_nmsparse", "recipes"):
             raise
         sys.exit(f"{program}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
