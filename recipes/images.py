@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageClassification, HfArgumentParser, Trainer, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    Trainer,
+    set_seed,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the script is started
 from benchmarks import tables
@@ -42,6 +50,7 @@ from recipes.mistakes import in_one_line
 
 RESULTS = Path(__file__).parent / "results" / "images"
 TEST_IMAGES = 901  # of 1,797; the other half are 28 whole batches of 32
+_FILE_NAME = re.compile(r"\w[\w.-]*")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's distribution, two-sided, by the number of seeds
 
 
@@ -82,13 +91,27 @@ class Study:
         for key, kind in due.items():
             if not isinstance(record[key], kind):
                 raise ValueError(f"images: {file}: {key} is a {kind.__name__}, got {record[key]!r}")
+        for key in ("seeds", "runs"):
+            if not record[key]:
+                raise ValueError(f"images: {file}: {key} holds nothing; give one")
+        for key, value in (("enlarge", record["enlarge"]), *(("seeds", seed) for seed in record["seeds"])):
+            if not (isinstance(value, str) and value.isdecimal()) or (key == "enlarge" and int(value) < 1):
+                least = 1 if key == "enlarge" else 0
+                raise ValueError(f"images: {file}: {key} needs whole numbers of at least {least}, got {value!r}")
         for name, run in record["runs"].items():
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"images: {file}: {name!r} is no name of a run, which is a file's too")
             if not isinstance(run, dict):
                 raise ValueError(f"images: {file}: {name} holds keys and values, got {run!r}")
-            if run.get("after", name) not in record["runs"]:
-                raise ValueError(f"images: {file}: {name} starts after {run['after']!r}, which is no run")
+            if "after" in run and run["after"] not in record["runs"].keys() - {name}:
+                raise ValueError(f"images: {file}: {name} starts after {run['after']!r}, which is no other run")
         seeds = tuple(map(int, record["seeds"]))
         config = {key: _number(value) for key, value in record["config"].items()}
+        if record["model"] not in CONFIG_MAPPING:
+            raise ValueError(f"images: {file}: transformers knows no model {record['model']!r}; name one such as vit")
+        known = AutoConfig.for_model(record["model"])
+        if unknown := [key for key in config if not hasattr(known, key)]:
+            raise ValueError(f"images: {file}: config of {record['model']} has no {', '.join(unknown)}; leave it out")
         enlarge = int(record["enlarge"])
         return cls(file.stem, record["model"], config, enlarge, record["training"], seeds, record["runs"])
 
@@ -149,6 +172,10 @@ def train(study: Study, name: str, seed: int, outputs: Path) -> dict[str, Any]:
     images, held_out = digits(study.enlarge)
     trainer = ImageTrainer(model=model, args=arguments, train_dataset=images)
     trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if not log:
+        steps = trainer.state.global_step
+        raise ValueError(f"images: {name} ends after {steps} steps, before its first log; give smaller logging_steps")
     if pattern is None:
         with model_folder(folder) as place:
             model.save_pretrained(place)
@@ -157,7 +184,6 @@ def train(study: Study, name: str, seed: int, outputs: Path) -> dict[str, Any]:
         save_packed(model, folder)
     measured = AutoModelForImageClassification.from_pretrained(folder)
     kept = ("step", "loss", "sad", "flip_rate")
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "study": study.name,
         "run": name,

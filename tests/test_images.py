@@ -99,7 +99,16 @@ def test_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"runs": {"asp": {"after": "nobody"}}}, "asp starts after 'nobody', which is no run"),
+        ({"runs": {"asp": {"after": "nobody"}}}, "asp starts after 'nobody', which is no other run"),
+        ({"runs": {"asp": {"after": "asp"}}}, "asp starts after 'asp', which is no other run"),
+        ({"runs": {"../asp": {}}}, "'../asp' is no name of a run"),
+        ({"runs": {}}, "runs holds nothing; give one"),
+        ({"seeds": []}, "seeds holds nothing; give one"),
+        ({"seeds": [1, "x"]}, "seeds needs whole numbers of at least 0, got 'x'"),
+        ({"enlarge": 0}, "enlarge needs whole numbers of at least 1, got '0'"),
+        ({"enlarge": 1.5}, "enlarge needs whole numbers of at least 1, got '1.5'"),
+        ({"model": "foo"}, "transformers knows no model 'foo'"),
+        ({"config": {"hidden_sz": 8}}, "config of vit has no hidden_sz; leave it out"),
         ({"runs": {"asp": 3}}, "asp holds keys and values"),
         ({"model": ["vit"]}, "model is a str"),
         ({"more": 1}, "holds the keys model, config, enlarge, training, seeds, runs"),
@@ -110,3 +119,10 @@ def test_mistakes(changes: dict[str, Any], message: str, tmp_path: Path) -> None
         Study.read(write(tmp_path, **changes))
     with pytest.raises(SystemExit, match="images: 'nobody' is no run; the runs are dense"):
         main([str(write(tmp_path)), "--only", "nobody", "--results", str(tmp_path)])
+
+
+def test_a_run_without_a_log(tmp_path: Path) -> None:
+    training = {"max_steps": 2, "logging_steps": 3}
+    places = ["--outputs", str(tmp_path / "outputs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(SystemExit, match="dense ends after 2 steps, before its first log; give smaller logging_steps"):
+        main([str(write(tmp_path, training=training)), *places, "--only", "dense"])
