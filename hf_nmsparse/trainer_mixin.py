@@ -134,6 +134,22 @@ class SparseTrainerMixin(ResumableTrainer):
             )
         return optimizer
 
+    def check_hooked(self) -> None:
+        """Refuses to train with an optimizer that the method's rule is not hooked into: nothing would show it.
+
+        Raises:
+            ValueError: A subclass has made the optimizer without this class.
+        """
+        inner: Any = self.optimizer
+        while inner is not self._stepped and hasattr(inner, "optimizer"):  # what accelerate or others wrap around it
+            inner = inner.optimizer
+        if inner is not self._stepped:
+            raise ValueError(
+                f"{type(self).__name__}: sparse_method {self.args.sparse_method!r} is not in the optimizer, a "
+                f"{type(inner).__name__}; in a create_optimizer of your own set self.optimizer and return "
+                "super().create_optimizer(model)"
+            )
+
     def create_accelerator_and_postprocess(self) -> None:
         """Makes Trainer's accelerator; under FSDP2 the weights stay fp32 from shard to forward.
 
@@ -338,6 +354,7 @@ class _Start(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_hooked()
         sparse_step = self.trainer.sparse_step
         if sparse_step is not None:
             # A checkpoint's own count leaves out the steps that a loss scaler skipped.

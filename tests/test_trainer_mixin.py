@@ -104,3 +104,41 @@ def test_errors_name_the_class(tmp_path: Path) -> None:
         SparseWeighted(model=model())
     with pytest.raises(ValueError, match=r"^SparseWeighted: sparse_method 'dense' cannot train a model with 6 N:M"):
         SparseWeighted(model=model(), args=arguments(tmp_path, sparse_method="dense"))
+
+
+def sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+class Own(SparseTrainerMixin):
+    """One with an optimizer of its own."""
+
+    asks: bool
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        self.optimizer = sgd(self.model)
+        return super().create_optimizer(model) if self.asks else self.optimizer
+
+
+class Replaced(SparseTrainerMixin):
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        super().create_optimizer(model)
+        self.optimizer = sgd(self.model)
+        return self.optimizer
+
+
+def test_an_optimizer_without_the_rule_is_refused(tmp_path: Path) -> None:
+    def trainer(kind: Any, **settings: Any) -> Any:
+        return kind(model=model(), args=arguments(tmp_path, max_steps=1, **settings), train_dataset=images())
+
+    for kind, asks in ((Own, False), (Replaced, True)):
+        Own.asks = asks
+        message = f"{kind.__name__}: sparse_method 'sr-ste' is not in the optimizer, a SGD; in a create_optimizer"
+        with pytest.raises(ValueError, match=message):
+            trainer(kind).train()
+    Own.asks, sums = True, []
+    for decay in (0.0, 0.5):
+        trained = trainer(Own, sparse_decay=decay)
+        trained.train()
+        sums.append(sum(float(weight.detach().abs().sum()) for weight in trained.model.parameters()))
+    assert sums[1] < sums[0]
