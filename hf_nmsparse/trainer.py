@@ -73,6 +73,7 @@ class SparseTrainer(SparseTrainerMixin, Seq2SeqTrainer):
             self.data_collator = replace(self.data_collator, model=Shifts(self.data_collator.model))
         self.teacher = self._load_teacher() if self.args.distill_from is not None else None
         self._teacher_logits: Tensor | None = None
+        self._taught = False
 
     def _load_teacher(self) -> PreTrainedModel:
         assert self.args.distill_from is not None
@@ -98,6 +99,7 @@ class SparseTrainer(SparseTrainerMixin, Seq2SeqTrainer):
         loss = token_loss(outputs, labels, num_items_in_batch, self.args.label_smoothing_factor)
         if self._teacher_logits is None:
             return loss
+        self._taught = True
         share = self.args.distill_weight
         taught = distillation_loss(
             outputs, self._teacher_logits, labels, num_items_in_batch, self.args.distill_temperature
@@ -122,6 +124,16 @@ class SparseTrainer(SparseTrainerMixin, Seq2SeqTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self._teacher_logits = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's step; a subclass whose loss leaves the teacher out is refused before the weights are touched."""
+        loss = super().training_step(*args, **kwargs)
+        if self.teacher is not None and not self._taught:
+            raise ValueError(
+                f"distill_from: {type(self).__name__} computes a loss without the teacher's; in a compute_loss of your "
+                "own begin with super().compute_loss, or leave distill_from out"
+            )
+        return loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader, or one of batches by token budget."""

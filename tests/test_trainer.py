@@ -323,6 +323,23 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         train(tmp_path, distill_from=str(tmp_path))
 
 
+def test_a_loss_without_the_teacher_is_refused(tmp_path: Path) -> None:
+    class Own(SparseTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(**inputs)["loss"]
+
+    marian().save_pretrained(tmp_path / "teacher")
+    model: Any = marian()
+    sparsify(model, NMSparseConfig("2:4"))
+    arguments = SparseTrainingArguments(
+        str(tmp_path), distill_from=str(tmp_path / "teacher"), max_steps=1, use_cpu=True, disable_tqdm=True
+    )
+    rows = [{"input_ids": [5, 6, 1], "labels": [7, 8, 1]}] * 8
+    trainer = Own(model, arguments, train_dataset=rows, data_collator=collator(model))
+    with pytest.raises(ValueError, match=r"distill_from: Own computes a loss without the teacher's; in a compute_loss"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("lost", ["model.decoder.layers.1.", "model.encoder.layers.0.fc1.bias"])
 def test_what_a_checkpoint_or_a_teacher_lacks_is_refused(tmp_path: Path, lost: str) -> None:
     train(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
