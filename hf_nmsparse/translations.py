@@ -31,7 +31,7 @@ class Translation:
         masked: Whether a first translation had lost placeholders, so that this is one of the text with short ones in
             their place, and ``tokens``, ``source`` and ``attention`` belong to that; with ``keep_placeholders`` alone.
         sentences: With ``split``, the translations of the sentences of a text of several. It has their tokens and the
-            sum of their scores; alternatives and attention are theirs alone.
+            sum of their scores, and its first alternative is made of their first ones; attention is theirs alone.
     """
 
     text: str
@@ -68,12 +68,22 @@ def of_paragraphs(paragraphs: Paragraphs, found: Sequence[Translation]) -> list[
 
 
 def _paragraph(paragraphs: Paragraphs, place: int, sentences: list[Translation]) -> Translation:
-    """The translation of a text from those of its sentences."""
-    text = paragraphs.text(place, [one.text for one in sentences])
+    """The translation of a text from those of its sentences, with its alternatives."""
+    ranked = [(one, *one.alternatives) for one in sentences]
+    most = max(map(len, ranked), default=1)  # a sentence with fewer has its last in what is further behind
+
+    def joined(rank: int) -> Translation:
+        each = [those[min(rank, len(those) - 1)] for those in ranked]
+        return _joined(paragraphs.text(place, [one.text for one in each]), each)
+
+    best, *others = map(joined, range(most))
+    return replace(best, alternatives=tuple(others))
+
+
+def _joined(text: str, sentences: list[Translation]) -> Translation:
+    """A text's translation of one translation of each of its sentences."""
     if len(sentences) == 1:
-        (only,) = sentences
-        others = (replace(one, text=paragraphs.text(place, [one.text])) for one in only.alternatives)
-        return replace(only, text=text, alternatives=tuple(others))
+        return replace(sentences[0], text=text)
     scores = [one.score for one in sentences if one.score is not None]
     each = [one.token_scores for one in sentences if one.token_scores is not None]
     return Translation(

@@ -27,9 +27,10 @@ from hf_nmsparse.kernels import engine
 from hf_nmsparse.loops import loops
 from hf_nmsparse.markup import Tag
 from hf_nmsparse.masking import Masked
+from hf_nmsparse.paragraphs import Paragraphs
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.placeholders import keeps_placeholders
-from hf_nmsparse.translations import Translation
+from hf_nmsparse.translations import Translation, of_paragraphs
 from hf_nmsparse.translator import _Asked
 from tests import tiny
 from tests.test_engine_spec import CASES, sentence, tiny_model
@@ -295,6 +296,28 @@ def test_a_sentence_alone_keeps_its_alternatives(translator: Translator) -> None
     settings: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2, "max_length": 20}
     [found], [single] = (translator.translate([text], split=True, **settings) for text in (" A dog.", "A dog."))
     assert [one.text for one in found.alternatives] == [f" {one.text}" for one in single.alternatives] != []
+
+
+def test_alternatives_of_a_text_are_made_of_those_of_its_sentences(translator: Translator) -> None:
+    settings: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_length": 20, "return_scores": True}
+    [found] = translator.translate(["A dog runs.  A man."], split=True, **settings)
+    dog, man = translator.translate(["A dog runs.", "A man."], **settings)
+    assert len(found.alternatives) == 2
+    for one, first, second in zip(found.alternatives, dog.alternatives, man.alternatives, strict=True):
+        assert one.text == f"{first.text}  {second.text}"
+        assert one.tokens == (*first.tokens, *second.tokens)
+        assert one.score == (first.score or 0) + (second.score or 0)
+    assert found.sentences == (dog, man)
+
+
+def test_a_sentence_with_fewer_alternatives_has_its_last_in_what_is_further_behind() -> None:
+    def is_one(text: str, score: float, *others: Translation) -> Translation:
+        return Translation(text, (1,), score, alternatives=others)
+
+    found = [is_one("a", -1, is_one("b", -2)), is_one("x", -1, is_one("y", -2), is_one("z", -5)), is_one("q", -3)]
+    [joined] = of_paragraphs(Paragraphs(["One dog. Two men. Three."], "en"), found)
+    assert [joined.text, *(one.text for one in joined.alternatives)] == ["a x q", "b y q", "b z q"]
+    assert [joined.score, *(one.score for one in joined.alternatives)] == [-5, -7, -10]
 
 
 def test_what_is_too_long_is_cut_and_none_of_it_lost(translator: Translator) -> None:
