@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import chain, combinations, product
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels.choice import kernels_for
 from hf_nmsparse.kernels.native import nan_error
-from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.pattern import TRANSPOSABLE, TWO_ROWS, NMPattern
 
 __all__ = [
     "apply_mask",
@@ -81,9 +81,10 @@ def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern, transposable: 
         ValueError: As `magnitude_mask`, but for a NaN on a GPU.
     """
     weight = weight.contiguous()
-    kernels = None if transposable else kernels_for(weight)
+    kernels = kernels_for(weight)
     if kernels is not None:
-        changed: Tensor | int = kernels.rank(weight, mask, pattern)
+        changed: Tensor | int
+        changed = kernels.rank_transposable(weight, mask) if transposable else kernels.rank(weight, mask, pattern)
         return changed
     new = transposable_mask(weight) if transposable else magnitude_mask(weight, pattern)
     flips = count_flips(mask, new)
@@ -91,7 +92,7 @@ def update_mask(mask: Tensor, weight: Tensor, pattern: NMPattern, transposable: 
     return flips
 
 
-_BLOCKS = 2**14  # whose sums, 90 each, are there at a time
+_BLOCKS = 2**11  # that are searched at a time: the sums of all would be many times as large as the weight
 
 
 def transposable_mask(weight: Tensor) -> Tensor:
@@ -101,6 +102,12 @@ def transposable_mask(weight: Tensor) -> Tensor:
     "Accelerated Sparse Neural Training", NeurIPS 2021). Blocks of 4x4 have 90 such patterns and are independent of each
     other: the best of the 90 sums is exact, where the 2-approximation of the paper bounds what a search may lose. Of
     patterns with equal sums the one stays that keeps the lower indices in the first row where they differ.
+
+    The rule on every device: sums are those of rows, of the two upper and of the two lower ones, then of all four, each
+    rounded to fp64, which is exact for fp32 unless exponents lie far apart. Two lower rows have the largest sum that
+    goes with the upper ones, two upper rows the largest that they and such lower ones have together, and of equal ones
+    the first stays. Infinity counts as the largest number of fp32. Which weights take the native library or Triton is
+    as in `magnitude_mask`.
 
     Args:
         weight: ``[out_features, in_features]``, floating point, both multiples of 4.
@@ -113,24 +120,41 @@ def transposable_mask(weight: Tensor) -> Tensor:
     """
     if weight.dim() != 2 or weight.shape[0] % 4 or weight.shape[1] % 4:
         raise ValueError(f"mask: transposable 2:4 needs a matrix of multiples of 4, got {list(weight.shape)}")
-    rows, columns = weight.shape
-    # Sums of numbers in fp32 are exact in fp64 unless their exponents lie far apart; infinity times 0 would be NaN.
-    magnitude = weight.detach().abs().clamp(max=torch.finfo(torch.float32).max)
+    weight = weight.contiguous()
+    kernels = kernels_for(weight)
+    if kernels is not None:
+        mask = torch.zeros(-(-weight.numel() // 8), dtype=torch.uint8, device=weight.device)
+        if math.isnan(kernels.rank_transposable(weight, mask)):
+            raise nan_error(weight)
+        return mask
+    magnitude = weight.detach().abs()
     if not torch.compiler.is_compiling() and torch.isnan(magnitude.sum()):
         raise nan_error(weight)
-    blocks = magnitude.reshape(rows // 4, 4, columns // 4, 4).transpose(1, 2).reshape(-1, 16)  # a block a row
-    patterns = torch.tensor(_transposable_patterns(), dtype=torch.float64, device=weight.device)  # [90, 16]
-    best = [(part.double() @ patterns.t()).argmax(dim=1) for part in blocks.split(_BLOCKS)]
-    kept = patterns.bool()[torch.cat(best)]
-    return pack_bits(kept.reshape(rows // 4, columns // 4, 4, 4).transpose(1, 2))
+    rows, columns = weight.shape
+    blocks = magnitude.reshape(rows // 4, 4, columns // 4, 4).permute(1, 3, 0, 2).reshape(4, 4, -1)
+    best = torch.cat([_best_patterns(part) for part in blocks.split(_BLOCKS, dim=2)])
+    kept = best[:, None] >> torch.arange(16, device=weight.device) & 1  # [blocks, 16]
+    return pack_bits(kept.bool().reshape(rows // 4, columns // 4, 4, 4).transpose(1, 2))
+
+
+def _best_patterns(magnitude: Tensor) -> Tensor:
+    """Of blocks the best of `TRANSPOSABLE`: magnitudes ``[4, 4, blocks]``, rows first, to int64 ``[blocks]``."""
+    magnitude = magnitude.double().clamp(max=torch.finfo(torch.float32).max)
+    first, second = zip(*combinations(range(4), 2), strict=True)
+    rows = magnitude[:, first] + magnitude[:, second]  # [4, 6, blocks]
+    upper, lower = ((rows[i, :, None] + rows[i + 1]).flatten(0, 1) for i in (0, 2))  # [36, blocks]
+    fits, halves = torch.tensor(_lower_rows(), device=rows.device), torch.tensor(TWO_ROWS, device=rows.device)
+    rest, choice = lower[fits].max(dim=1)  # of equal ones max and argmax take the first
+    above = (upper + rest).argmax(dim=0)
+    below = fits[above, choice.gather(0, above[None]).squeeze(0)]
+    return halves[above] | halves[below] << 8
 
 
 @lru_cache(maxsize=1)
-def _transposable_patterns() -> list[list[int]]:
-    """The 4x4 patterns with two in each row and each column, row after row, those with lower indices first."""
-    pairs = [[int(i in pair) for i in range(4)] for pair in combinations(range(4), 2)]
-    blocks = product(pairs, repeat=4)
-    return [[*chain(*block)] for block in blocks if all(sum(column) == 2 for column in zip(*block, strict=True))]
+def _lower_rows() -> list[list[int]]:
+    """For each of `TWO_ROWS` the places of those that fit below it: six, among which 1, 2 or 6 come again and again."""
+    fits = [[k for k, below in enumerate(TWO_ROWS) if above | below << 8 in TRANSPOSABLE] for above in TWO_ROWS]
+    return [(places * 6)[:6] for places in fits]
 
 
 def _two_of_four(magnitude: Tensor) -> list[Tensor]:

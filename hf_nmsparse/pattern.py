@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 
-__all__ = ["MAX_M", "NMPattern"]
+__all__ = ["MAX_M", "TRANSPOSABLE", "TWO_ROWS", "NMPattern"]
 
 MAX_M = 32
 _TEXT = re.compile(r"([0-9]+):([0-9]+)")
+
+_PAIRS = (0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100)
+TWO_ROWS = tuple(above | below << 4 for above, below in product(_PAIRS, repeat=2))
+"""What two rows of four weights may keep at 2:4, four bits a row: those that keep the lower indices come first."""
+
+TRANSPOSABLE = tuple(
+    block
+    for block in (above | below << 8 for above, below in product(TWO_ROWS, repeat=2))
+    if all((block & 0x1111 << column).bit_count() == 2 for column in range(4))
+)
+"""The 90 patterns of blocks of 4x4 that are 2:4 along rows and columns, four bits a row, in the same order."""
 
 
 @dataclass(frozen=True)

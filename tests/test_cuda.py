@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cuda, native
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits, update_mask
+from hf_nmsparse.masks import (
+    apply_mask,
+    count_flips,
+    magnitude_mask,
+    pack_bits,
+    transposable_mask,
+    unpack_bits,
+    update_mask,
+)
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparse_model import sparsify
@@ -90,6 +98,36 @@ def test_soft_thresholds_are_those_of_the_plain_code(pattern: NMPattern, dtype: 
     assert soft.dtype == dtype
     assert torch.equal(soft, soft_threshold(weight.double(), mask, pattern).to(dtype))
     assert not soft.signbit()[~unpack_bits(mask, weight.shape)].any()
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+@pytest.mark.parametrize("shape", [(4, 4), (8, 12), (12, 64), (20, 68), (36, 36)])
+def test_transposable_masks_are_those_of_the_plain_code(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Blocks share bytes where a row begins in the middle of one; sums of far exponents are rounded by the rule."""
+    weight = with_ties(*shape, torch.float32)
+    weight[:, 1::3] = torch.tensor([1e30, -math.inf, 1e-45, -3e38])[torch.randint(0, 4, weight[:, 1::3].shape)]
+    weight = weight.to(dtype)
+    mask = pack_bits(torch.rand(shape) < 0.5)
+    expected = transposable_mask(weight.double())
+    flips = count_flips(mask, expected)
+    assert float(cuda.rank_transposable(weight, mask)) == float(flips)
+    assert torch.equal(mask, expected)
+    assert float(cuda.rank_transposable(weight, mask)) == 0
+
+
+@pytest.mark.usefixtures("on_gpu_kernels")
+def test_a_transposable_mask_by_hand() -> None:
+    half = torch.tensor([[9.0, -8, 1, 2], [-9, 8, 2, 1], [7, 6, -5, 4], [6, 7, 4, -5]])
+    assert transposable_mask(half).tolist() == [0b0011_0011, 0b1100_1100]
+    mask = torch.zeros(4, dtype=torch.uint8)
+    assert float(update_mask(mask, torch.ones(8, 4), TWO_OF_FOUR, transposable=True)) == 16
+    assert mask.tolist() == [0b0011_0011, 0b1100_1100] * 2
+    assert float(cuda.rank_transposable(torch.zeros(0, 4), torch.zeros(0, dtype=torch.uint8))) == 0
+    half[3, 3] = math.nan
+    with pytest.raises(ValueError, match=r"a weight of shape \[4, 4\] holds NaN, which has no rank"):
+        transposable_mask(half)
+    changed = update_mask(mask, torch.cat([torch.ones(4, 4), half]), TWO_OF_FOUR, transposable=True)
+    assert math.isnan(float(changed))
 
 
 @pytest.mark.parametrize("place", [0, 5, 4099])
@@ -185,6 +223,9 @@ SOURCES = [
     (kernels.decay_pruned, ["*fp32", "*u8", "*fp32", "fp32", "i32"], {"block": 1024}),
     (kernels.masked, ["*fp32", "*u8", "*bf16", "fp32", "i32"], {"block": 1024}),
     (kernels.soft_threshold, ["*fp32", "*u8", "*fp32", "i32"], {"m": 4, "block": 1024}),
+    (kernels.best_patterns, ["*fp32", "*i32", "*i32", "*fp64", "i32", "i32"], {"tiles": 16}),
+    (kernels.best_patterns, ["*bf16", "*i32", "*i32", "*fp64", "i32", "i32"], {"tiles": 16}),
+    (kernels.renew, ["*i32", "*u8", "*fp64", "i32", "i32"], {"block": 128}),
 ]
 for capability in (80, 90):
     for kernel, kinds, constants in SOURCES:
@@ -200,6 +241,6 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     process = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
-    names = ("rank", "rank", "decay_pruned", "masked", "soft_threshold")
+    names = ("rank", "rank", "decay_pruned", "masked", "soft_threshold", "best_patterns", "best_patterns", "renew")
     lines = [f"{name} {unit} True" for unit in (80, 90) for name in names]
     assert process.stdout.splitlines() == lines

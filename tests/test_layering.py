@@ -71,7 +71,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CSRC_BANDS = {
     "common": ("common.h",),
     "units": ("unit.h", "simd_*.h"),
-    "kernels": ("layout.h", "masks.h", "rows.h", "attend.h", "linear*.h", "pairs.h"),  # once for all units
+    # Once for all units.
+    "kernels": ("layout.h", "masks.h", "transposable.h", "rows.h", "attend.h", "linear*.h", "pairs.h"),
     "library": ("unit_*.h", "unit_*.cpp", "runtime.*"),
     "engine": ("engine/*",),
     "interface": ("nmsparse.cpp",),

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_nmsparse.kernels import cpu, library, native
-from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits
+from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, transposable_mask, unpack_bits
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.packing import pack, unpack
 from hf_nmsparse.pattern import NMPattern
@@ -122,6 +122,7 @@ def check_unit(unit: str, folder: str) -> None:
     assert (status.unit, status.reason) == (unit, "HF_NMSPARSE_UNIT asks for this unit")
     check_products()
     check_masks()
+    check_transposable_masks()
     check_what_another_unit_left(Path(folder), unit)
 
 
@@ -168,6 +169,17 @@ def check_masks() -> None:
         expected = gradient.double() + apply_mask(weight.double(), ~mask) * 0.25
         native.decay_pruned(weight, mask, gradient, 0.25)
         torch.testing.assert_close(gradient.double(), expected, rtol=2e-7, atol=1e-8)
+
+
+def check_transposable_masks() -> None:
+    for shape in ((4, 4), (8, 60), (12, 64), (20, 68), (64, 1028)):
+        weight = torch.randn(shape).round(decimals=1)  # with ties
+        weight[:, ::3] = torch.tensor([1e30, -torch.inf, 1e-45, 3e38])[torch.randint(0, 4, weight[:, ::3].shape)]
+        mask = pack_bits(torch.rand(shape) < 0.5)
+        before = mask.clone()
+        flips = native.rank_transposable(weight, mask)
+        assert torch.equal(mask, transposable_mask(weight.double()))  # only fp32 takes the library
+        assert flips == int(count_flips(mask, before))
 
 
 def check_what_another_unit_left(folder: Path, unit: str) -> None:
@@ -843,6 +855,22 @@ def test_masks_of_many_groups_on_many_threads() -> None:
     weight[-1, -1] = float("nan")
     with threads(2), pytest.raises(ValueError, match="holds NaN"):
         native.rank(weight, mask, TWO_OF_FOUR)
+
+
+def test_transposable_masks_on_many_threads() -> None:
+    weight = torch.randn(512, 1028)  # of which every other row begins in the middle of a byte
+    expected = transposable_mask(weight.double())
+    for count in (1, 2, 3):
+        mask = torch.zeros(weight.numel() // 8, dtype=torch.uint8)
+        with threads(count):
+            assert native.rank_transposable(weight, mask) == weight.numel() // 2
+            assert torch.equal(mask, expected)
+            assert native.rank_transposable(weight, mask) == 0
+    weight[-1, -1] = float("nan")
+    with threads(2), pytest.raises(ValueError, match="holds NaN"):
+        native.rank_transposable(weight, mask)
+    for empty in (torch.zeros(0, 8), torch.zeros(8, 0)):
+        assert native.rank_transposable(empty, torch.zeros(0, dtype=torch.uint8)) == 0
 
 
 def test_which_weights_the_library_ranks() -> None:

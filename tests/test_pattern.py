@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_nmsparse.pattern import MAX_M, NMPattern
+from hf_nmsparse.pattern import MAX_M, TRANSPOSABLE, TWO_ROWS, NMPattern
 
 EVERY_PATTERN = [NMPattern(n, m) for m in range(2, MAX_M + 1) for n in range(1, m)]
 
@@ -71,3 +71,17 @@ def test_groups_divide_the_row() -> None:
     assert NMPattern(2, 4).groups(12) == 3
     with pytest.raises(ValueError, match="pattern 2:4: in_features 10 is not a multiple of 4"):
         NMPattern(2, 4).groups(10)
+
+
+def test_transposable_patterns_are_all_in_order() -> None:
+    """Counted by another way: of all blocks of 4x4 those with two in each row and column, lower indices first."""
+
+    def block_of(code: int) -> list[list[int]]:
+        return [[code >> 4 * row + column & 1 for column in range(4)] for row in range(4)]
+
+    blocks = map(block_of, range(2**16))
+    wanted = [block for block in blocks if all(sum(line) == 2 for line in [*block, *zip(*block, strict=True)])]
+    wanted.sort(reverse=True)
+    assert [*map(block_of, TRANSPOSABLE)] == wanted
+    assert (len(wanted), len(TWO_ROWS)) == (90, 36)
+    assert TWO_ROWS[:3] == (0b0011_0011, 0b0101_0011, 0b1001_0011)

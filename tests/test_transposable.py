@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_nmsparse import NMSparseConfig, SparseStep, finalize, save_packed, sparsify
 from hf_nmsparse.layers import NMLinear
 from hf_nmsparse.loading import load_seq2seq
 from hf_nmsparse.masks import count_flips, transposable_mask, unpack_bits, update_mask
-from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.pattern import TRANSPOSABLE, TWO_ROWS, NMPattern
 from hf_nmsparse.srste import METHODS
 from tests.tiny import marian
 
@@ -51,6 +54,86 @@ def test_ties_and_infinity() -> None:
     assert kept(weight)[0] == [1, 0, 0, 1]
 
 
+def best_pattern(block: list[list[float]]) -> int:
+    """The definition: of the sums of all patterns, rounded to fp64 as the rule says, the largest; ties to the first.
+
+    Of lower rows whose sums differ by less than the rounding of all four the larger goes first.
+    """
+    finite = [[min(abs(number), 3.4028234663852886e38) for number in row] for row in block]
+
+    def total(row: int, code: int) -> float:
+        return sum(number for column, number in enumerate(finite[row]) if code >> 4 * row + column & 1)
+
+    def key(code: int) -> tuple[float, int, float, int]:
+        upper, lower = total(0, code) + total(1, code), total(2, code) + total(3, code)
+        place = TRANSPOSABLE.index(code)
+        return -(upper + lower), TWO_ROWS.index(code & 255), -lower, place
+
+    return min(TRANSPOSABLE, key=key)
+
+
+def rows_of(code: int) -> list[list[int]]:
+    return [[code >> 4 * row + column & 1 for column in range(4)] for row in range(4)]
+
+
+def blocks_of(weight: Tensor) -> Iterator[list[list[float]]]:
+    for row in range(0, len(weight), 4):
+        for column in range(0, weight.shape[1], 4):
+            yield weight[row : row + 4, column : column + 4].tolist()
+
+
+NUMBERS = [0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, 1e8, -3e38, 1e30, torch.inf, -torch.inf]
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """Of few numbers, so that ties and sums that are rounded meet, or of many; either sign, any multiples of 4."""
+    rows, columns = draw(st.sampled_from([(4, 4), (4, 12), (8, 8), (12, 4), (4, 72), (8, 132)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    pool = torch.tensor(draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=5)))
+    few = pool[torch.randint(0, len(pool), (rows, columns), generator=generator)]
+    many = torch.randn(rows, columns, generator=generator)
+    return torch.where(
+        torch.rand(rows, columns, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0])), many, few
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(), st.randoms(use_true_random=False))
+def test_masks_are_those_of_the_definition(weight: Tensor, random: Any) -> None:
+    """In the native library, which takes fp32 alone, and in torch; with flips and the old mask's bits renewed."""
+    before = torch.tensor([random.randrange(256) for _ in range(weight.numel() // 8)], dtype=torch.uint8)
+    for same in (weight, weight.double()):
+        mask = before.clone()
+        flips = update_mask(mask, same, PATTERN, transposable=True)
+        booleans = unpack_bits(mask, weight.shape).int()
+        assert [*blocks_of(booleans)] == [rows_of(best_pattern(block)) for block in blocks_of(weight)]
+        assert flips == count_flips(before, mask)
+        assert update_mask(mask, same, PATTERN, transposable=True) == 0
+
+
+def test_sums_are_rounded_by_the_rule() -> None:
+    """1e30 swallows the lower rows in fp64: of equal sums the upper rows are the first, the lower rows the largest."""
+    weight = torch.zeros(4, 4)
+    weight[0, 0] = 1e30
+    weight[2:] = torch.tensor([[0.0, 1, 2, 2], [0, 1, 0, 0]])
+    for same in (weight, weight.double()):
+        assert kept(same) == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    weight[1, 1:3] = 1e30
+    for same in (weight, weight.double()):  # of the two that fit below, the first has the smaller sum
+        assert kept(same) == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("place", [0, 5, 67, 4 * 68 - 1])
+def test_nan_is_refused_wherever_it_is(place: int) -> None:
+    weight = torch.ones(8, 68)
+    weight[0, 1] = torch.inf
+    weight.view(-1)[place] = torch.nan
+    for same in (weight, weight.double(), weight.bfloat16()):
+        with pytest.raises(ValueError, match=r"a weight of shape \[8, 68\] holds NaN, which has no rank"):
+            transposable_mask(same)
+
+
 def test_no_pattern_keeps_more() -> None:
     """Of 90 patterns, counted here by another way: rows of two whose columns hold two as well."""
     codes = torch.arange(2**16)
@@ -68,10 +151,10 @@ def test_no_pattern_keeps_more() -> None:
 
 def test_more_blocks_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
-    whole = transposable_mask(weight)
+    whole = transposable_mask(weight.double())
     monkeypatch.setattr("hf_nmsparse.masks._BLOCKS", 3)
-    assert torch.equal(transposable_mask(weight), whole)
     assert torch.equal(transposable_mask(weight.double()), whole)
+    assert torch.equal(transposable_mask(weight.double().t().contiguous().t()), whole)
 
 
 def test_flips() -> None:

@@ -12,7 +12,7 @@ __all__ = ["kernels_for"]
 
 
 def kernels_for(*weights: Tensor) -> ModuleType | None:
-    """The module with ``rank``, ``masked``, ``soft_threshold`` and ``decay_pruned`` for tensors like these.
+    """The module that ranks, masks, softens and decays tensors like these; `native` says what its functions do.
 
     Returns:
         `native` for fp32 on the CPU, `cuda` on GPUs, each where it is there; None where plain torch computes.

@@ -1,4 +1,4 @@
-"""Masks and decay of weights on GPUs: one launch and one pass each, where torch's operators take a dozen.
+"""Masks and decay of weights on GPUs: one pass over the weight each, where torch's operators take a dozen.
 
 The kernels are Triton's, which comes with torch's builds for GPUs. Where it is missing everything works in plain torch,
 more slowly. Nothing here waits for the GPU.
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels.native import check_mask
-from hf_nmsparse.pattern import NMPattern
+from hf_nmsparse.pattern import TRANSPOSABLE, NMPattern
 
-__all__ = ["can_rank", "decay_pruned", "masked", "rank", "soft_threshold"]
+__all__ = ["can_rank", "decay_pruned", "masked", "rank", "rank_transposable", "soft_threshold"]
 
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
+_TILES = 16  # blocks of 4x4 that a program searches
 
 
 @lru_cache(maxsize=1)
@@ -66,6 +67,36 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> Tensor:
                 weight.detach(), mask, changed, weight.numel(), pattern.n, pattern.m, _BLOCK // 8
             )
     return changed
+
+
+def rank_transposable(weight: Tensor, mask: Tensor) -> Tensor:
+    """Writes the mask of ``weight`` that is 2:4 along rows and columns over ``mask``.
+
+    Args:
+        weight: ``[out_features, in_features]`` that `can_rank` takes, both multiples of 4.
+        mask: As in `rank`.
+
+    Returns:
+        As `rank`. It takes two launches: a byte of the mask may be shared by blocks of 4x4 in different rows.
+    """
+    check_mask(weight, mask)
+    changed = torch.zeros((), dtype=torch.float64, device=weight.device)
+    if weight.numel():
+        columns, blocks = weight.shape[1], weight.numel() // 16
+        best = torch.empty(blocks, dtype=torch.int32, device=weight.device)
+        with torch.cuda.device_of(weight):
+            _kernels().best_patterns[(-(-blocks // _TILES),)](
+                weight.detach(), _patterns(weight.device), best, changed, blocks, columns // 4, _TILES
+            )
+            _kernels().renew[_blocks(weight)](best, mask, changed, mask.numel(), columns // 4, _BLOCK // 8)
+    return changed
+
+
+@lru_cache
+def _patterns(device: torch.device) -> Tensor:
+    """The 90 patterns, sixteen bits each, and then zeros up to 128."""
+    patterns = [*TRANSPOSABLE, *[0] * (128 - len(TRANSPOSABLE))]
+    return torch.tensor(patterns, dtype=torch.int32, device=device)
 
 
 def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:

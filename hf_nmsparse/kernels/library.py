@@ -23,7 +23,7 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "d
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "neon_dotprod", "neon", "scalar")
 
-_ABI = 7
+_ABI = 8
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _SIGNATURES = {
     "nms_abi": ("i", ""),
@@ -36,6 +36,7 @@ _SIGNATURES = {
     "nms_restore": ("i", "illppp"),
     "nms_multiply": ("i", "illlplpppi"),
     "nms_rank": ("l", "pplii"),
+    "nms_rank_transposable": ("l", "ppll"),
     "nms_decay": ("i", "pppfl"),
     "nms_apply": ("i", "pppfl"),
     "nms_soften": ("i", "pppli"),

@@ -30,6 +30,7 @@ __all__ = [
     "nan_error",
     "packed_bytes",
     "rank",
+    "rank_transposable",
     "repack",
     "restore",
     "soft_threshold",
@@ -193,10 +194,31 @@ def rank(weight: Tensor, mask: Tensor, pattern: NMPattern) -> int:
     """
     check_mask(weight, mask)
     groups = weight.numel() // pattern.m
-    flips = _done(_library().nms_rank(weight.data_ptr(), mask.data_ptr(), groups, pattern.n, pattern.m))
-    if flips == -2:
+    return _flips(weight, _library().nms_rank(weight.data_ptr(), mask.data_ptr(), groups, pattern.n, pattern.m))
+
+
+def rank_transposable(weight: Tensor, mask: Tensor) -> int:
+    """Writes the mask of ``weight`` that is 2:4 along rows and columns over ``mask`` in one pass.
+
+    Args:
+        weight: ``[out_features, in_features]`` that `can_rank` takes, both multiples of 4.
+        mask: As in `rank`.
+
+    Returns:
+        How many bits of ``mask`` changed.
+
+    Raises:
+        ValueError: A weight is NaN; ``mask`` is undefined then.
+    """
+    check_mask(weight, mask)
+    return _flips(weight, _library().nms_rank_transposable(weight.data_ptr(), mask.data_ptr(), *weight.shape))
+
+
+def _flips(weight: Tensor, outcome: int) -> int:
+    """How many bits of a mask changed, from what ranking ``weight`` gave."""
+    if _done(outcome) == -2:
         raise nan_error(weight)
-    return flips
+    return outcome
 
 
 def decay_pruned(weight: Tensor, mask: Tensor, gradient: Tensor, decay: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["decay_pruned", "masked", "rank", "soft_threshold"]
+__all__ = ["best_patterns", "decay_pruned", "masked", "rank", "renew", "soft_threshold"]
 
 
 @triton.jit
@@ -32,6 +32,63 @@ def rank(weight, mask, changed, count, n: tl.constexpr, m: tl.constexpr, block: 
     flips = tl.sum(tl.sum(kept ^ (before[:, None] >> bit & 1), axis=1), axis=0).to(tl.float64)
     broken = tl.sum(tl.sum((own != own).to(tl.int32), axis=1), axis=0)
     tl.atomic_add(changed, tl.where(broken > 0, float("nan"), flips))
+
+
+@triton.jit
+def best_patterns(weight, patterns, best, changed, count, across, tiles: tl.constexpr):
+    """Writes the best transposable pattern of ``tiles`` of ``count`` blocks of 4x4, ``across`` to a row.
+
+    ``patterns`` are 128, of which those that are 0 are none. The rule is that of `masks.transposable_mask`. ``changed``
+    turns NaN where a weight is.
+    """
+    tile = tl.program_id(0).to(tl.int64) * tiles + tl.arange(0, tiles)
+    there = tile < count
+    corner = (tile // across * across * 4 + tile % across) * 4
+    place = tl.arange(0, 128)[None, :]
+    pattern = tl.load(patterns + place)
+    upper = tl.zeros([tiles, 128], tl.float64)
+    lower = tl.zeros([tiles, 128], tl.float64)
+    broken = tl.zeros([tiles], tl.int32)
+    for row in tl.static_range(4):
+        total = tl.zeros([tiles, 128], tl.float64)
+        for column in tl.static_range(4):
+            own = tl.abs(tl.load(weight + corner + row * across * 4 + column, mask=there, other=0.0).to(tl.float32))
+            broken += (own != own).to(tl.int32)
+            finite = tl.where(own < 3.4028234663852886e38, own, 3.4028234663852886e38).to(tl.float64)
+            total += tl.where((pattern >> (4 * row + column) & 1) != 0, finite[:, None], 0.0)
+        if row < 2:
+            upper += total
+        else:
+            lower += total
+    sums = tl.where(pattern != 0, upper + lower, -1.0)
+    # Patterns with the same upper rows follow each other: the first of the best sums says which these are.
+    largest = sums == tl.max(sums, axis=1)[:, None]
+    first = tl.min(tl.where(largest, place, 127), axis=1)
+    above = tl.load(patterns + first) & 255
+    rest = tl.where((pattern & 255) == above[:, None], tl.where(pattern != 0, lower, -1.0), -1.0)
+    chosen = tl.min(tl.where(rest == tl.max(rest, axis=1)[:, None], place, 127), axis=1)
+    tl.store(best + tile, tl.load(patterns + chosen), mask=there)
+    tl.atomic_add(changed, tl.where(tl.sum(broken, axis=0) > 0, float("nan"), 0.0).to(tl.float64))
+
+
+@triton.jit
+def renew(best, mask, changed, count, across, block: tl.constexpr):
+    """Writes ``block`` of the ``count`` bytes of a mask from patterns of blocks, and adds how many bits are new."""
+    byte = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    there = byte < count
+    bits = tl.zeros([block], tl.int32)
+    for half in tl.static_range(2):
+        four = byte * 2 + half  # four weights of a row of a block
+        row = four // across
+        pattern = tl.load(best + row // 4 * across + four % across, mask=there, other=0)
+        bits |= (pattern >> (row % 4 * 4).to(tl.int32) & 15) << 4 * half
+    before = tl.load(mask + byte, mask=there, other=0).to(tl.int32)
+    tl.store(mask + byte, bits.to(tl.uint8), mask=there)
+    new = bits ^ before
+    flips = tl.zeros([block], tl.int32)
+    for bit in tl.static_range(8):
+        flips += new >> bit & 1
+    tl.atomic_add(changed, tl.sum(flips, axis=0).to(tl.float64))
 
 
 @triton.jit

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.kernels import cuda
 from hf_nmsparse.layers import NMLinear
-from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, unpack_bits, update_mask
+from hf_nmsparse.masks import (
+    apply_mask,
+    count_flips,
+    magnitude_mask,
+    pack_bits,
+    transposable_mask,
+    unpack_bits,
+    update_mask,
+)
 from hf_nmsparse.optimizer import SparseStep
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparse_model import sparsify
@@ -44,6 +52,22 @@ def test_masks_are_those_of_the_cpu(pattern: NMPattern, dtype: torch.dtype, rows
     mask = pack_bits(torch.rand(weight.shape) < 0.5)
     on_gpu = mask.cuda()
     assert float(update_mask(on_gpu, weight.cuda(), pattern)) == float(count_flips(mask, expected))
+    assert torch.equal(on_gpu.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+@pytest.mark.parametrize("shape", [(4, 4), (20, 68), (256, 1024)])
+def test_transposable_masks_are_those_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape)
+    weight[::3] = torch.randint(-2, 3, weight[::3].shape) * -1.0
+    weight = weight.to(dtype)
+    expected = transposable_mask(weight.double())
+    assert torch.equal(transposable_mask(weight.cuda()).cpu(), expected)
+    assert torch.equal(transposable_mask(weight.cuda().double()).cpu(), expected)  # which is plain torch
+    mask = pack_bits(torch.rand(shape) < 0.5)
+    on_gpu = mask.cuda()
+    flips = update_mask(on_gpu, weight.cuda(), TWO_OF_FOUR, transposable=True)
+    assert float(flips) == float(count_flips(mask, expected))
     assert torch.equal(on_gpu.cpu(), expected)
 
 

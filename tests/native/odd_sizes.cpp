@@ -26,6 +26,7 @@ void nms_set_parallel_for(void* function);
 int32_t nms_multiply(int32_t format, int64_t rows, int64_t out, int64_t in, const void* x, int64_t x_stride,
                      const uint8_t* packed, const void* bias, void* y, int32_t number);
 int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, int32_t n, int32_t m);
+int64_t nms_rank_transposable(const float* weight, uint8_t* mask, int64_t rows, int64_t columns);
 int32_t nms_decay(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
 int32_t nms_apply(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
 int32_t nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int32_t m);
@@ -483,6 +484,75 @@ void check_rank_of(int64_t groups, int n, int m, bool split) {
     if (split) in_parallel([&] { require(rank() == -2, "NaN is not noticed"); }, "rank was not split");
 }
 
+// The transposable mask of `weight` by trying all patterns in order, over `mask`; returns how many bits changed.
+int64_t rank_by_trying(const Array<float>& weight, const Array<uint8_t>& mask, int64_t rows, int64_t columns) {
+    constexpr int pairs[] = {3, 5, 9, 6, 10, 12};
+    int64_t flips = 0;
+    for (int64_t y = 0; y < rows; y += 4)
+        for (int64_t x = 0; x < columns; x += 4) {
+            const auto total = [&](int row, int pair) {
+                double sum = 0.0;
+                for (int c = 0; c < 4; c++)
+                    if (pair >> c & 1)
+                        sum += std::min(std::fabs(weight[(y + row) * columns + x + c]),
+                                        std::numeric_limits<float>::max());
+                return sum;
+            };
+            int best[4] = {};
+            double most = -1.0;
+            for (int a : pairs)
+                for (int b : pairs) {
+                    double below = -1.0;
+                    int lower[2] = {};
+                    for (int c : pairs)
+                        for (int d : pairs) {
+                            bool fits = true;
+                            for (int i = 0; i < 4; i++) fits &= (a >> i & 1) + (b >> i & 1) + (c >> i & 1) + (d >> i & 1) == 2;
+                            if (!fits || total(2, c) + total(3, d) <= below) continue;
+                            below = total(2, c) + total(3, d);
+                            lower[0] = c;
+                            lower[1] = d;
+                        }
+                    const double sum = total(0, a) + total(1, b) + below;
+                    if (sum <= most) continue;
+                    most = sum;
+                    best[0] = a;
+                    best[1] = b;
+                    best[2] = lower[0];
+                    best[3] = lower[1];
+                }
+            for (int row = 0; row < 4; row++)
+                for (int c = 0; c < 4; c++) {
+                    const int64_t place = (y + row) * columns + x + c;
+                    if (kept(mask, place) == (best[row] >> c & 1)) continue;
+                    mask[place / 8] = static_cast<uint8_t>(mask[place / 8] ^ 1 << (place % 8));
+                    flips++;
+                }
+        }
+    return flips;
+}
+
+void check_transposable_rank_of(int64_t rows, int64_t columns, bool split) {
+    describe("transposable rank of %lld x %lld", static_cast<long long>(rows), static_cast<long long>(columns));
+    const float few[] = {0.0f, -0.0f, 1.0f, -1.0f, 2.0f, 1e-41f, 1e30f, -infinity};
+    const bool ties = draw.coin();
+    Array<float> weight(rows * columns);
+    const Array<uint8_t> mask = random_mask(rows * columns), expected(mask.count);
+    for (int64_t i = 0; i < mask.count; i++) expected[i] = mask[i];
+    for (int64_t i = 0; i < weight.count; i++) weight[i] = ties ? few[draw.below(8)] : draw.uniform();
+    const int64_t flips = rank_by_trying(weight, expected, rows, columns);
+    const auto rank = [&] { return nms_rank_transposable(weight.data(), mask.data(), rows, columns); };
+    if (split)
+        in_parallel([&] { require(rank() == flips, "threads count other flips"); }, "rank was not split");
+    else
+        require(rank() == flips, "the count of flips is wrong");
+    require(mask.same(expected), "the mask is wrong");
+    require(rank() == 0, "a mask that stays has flips");
+    if (weight.count == 0) return;
+    weight[draw.below(weight.count)] = draw.coin() ? not_a_number : -not_a_number;
+    require(rank() == -2, "NaN is not noticed");
+}
+
 void check_decay_of(int64_t count, bool split) {
     describe("decay of %lld weights", static_cast<long long>(count));
     Array<float> weight(count), gradient(count), expected(count);
@@ -547,6 +617,9 @@ void check_masks() {
         check_rank_of(40000 / m, n, m, true);
         check_soften_of(40000 / m, m, true);
     }
+    for (int64_t rows : {0, 4, 8, 20})
+        for (int64_t columns : {0, 4, 8, 12, 60, 64, 68, 72, 132}) check_transposable_rank_of(rows, columns, false);
+    check_transposable_rank_of(thin ? 64 : 256, 260, true);
     for (int64_t count : {0, 1, 3, 7, 15, 17, 33, 100, 4095, 4096, 4097, 9000, 40001}) {
         check_decay_of(count, count > 40000);
         check_apply_of(count, count > 40000);

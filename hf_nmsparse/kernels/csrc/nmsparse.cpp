@@ -5,7 +5,7 @@
 
 using namespace nms;
 
-NMS_EXPORT int32_t nms_abi() { return 7; }
+NMS_EXPORT int32_t nms_abi() { return 8; }
 
 NMS_EXPORT void nms_set_parallel_for(void* function) { set_parallel_for(function); }
 
@@ -70,6 +70,14 @@ NMS_EXPORT int64_t nms_rank(const float* weight, uint8_t* mask, int64_t groups, 
     int64_t flips = 0;
     int32_t nan = 0;
     if (guarded([&] { unit_in_use().rank(weight, mask, groups, n, m, &flips, &nan); }) < 0) return -1;
+    return nan ? -2 : flips;
+}
+
+// As `nms_rank`, of masks that are 2:4 along rows and columns, both of which are multiples of 4.
+NMS_EXPORT int64_t nms_rank_transposable(const float* weight, uint8_t* mask, int64_t rows, int64_t columns) {
+    int64_t flips = 0;
+    int32_t nan = 0;
+    if (guarded([&] { unit_in_use().rank_transposable(weight, mask, rows, columns, &flips, &nan); }) < 0) return -1;
     return nan ? -2 : flips;
 }
 

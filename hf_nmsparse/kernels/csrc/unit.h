@@ -136,6 +136,8 @@ struct Unit {
     float (*log_sum)(const float* logits, int64_t count);
 
     void (*rank)(const float* weight, uint8_t* mask, int64_t groups, int n, int m, int64_t* flips, int32_t* nan);
+    void (*rank_transposable)(const float* weight, uint8_t* mask, int64_t rows, int64_t columns, int64_t* flips,
+                              int32_t* nan);
     void (*decay)(const float* weight, const uint8_t* mask, float* gradient, float decay, int64_t count);
     void (*apply)(const float* weight, const uint8_t* mask, float* masked, float scale, int64_t count);
     void (*soften)(const float* weight, const uint8_t* mask, float* soft, int64_t groups, int m);

@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "masks.h"
 #include "rows.h"
+#include "transposable.h"
 #include "unit.h"
 
 namespace nms {
@@ -31,6 +32,7 @@ constexpr Unit unit_of(const char* name, void (*multiply_pairs)(const Product&) 
     unit.turn = Attention<V>::turn;
     unit.narrow = RowsOf<V>::narrow;
     unit.rank = Masks<V>::rank;
+    unit.rank_transposable = Transposable<V>::rank;
     unit.decay = Masks<V>::decay;
     unit.apply = Masks<V>::apply;
     unit.soften = Masks<V>::soften;
