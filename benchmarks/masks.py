@@ -4,7 +4,8 @@
 
 It prints a table of medians and writes them to benchmarks/results/masks.json. argsort is the approach of the released
 SR-STE code, which scatters zeros to the M - N smallest magnitudes of each group. Of equal magnitudes neither argsort
-nor topk promises which one goes; `magnitude_mask` does.
+nor topk promises which one goes; `magnitude_mask` does. Of transposable masks it takes the search in torch, that of the
+library, and the library's mask along rows alone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hf_nmsparse.masks import magnitude_mask, pack_bits
+from hf_nmsparse.masks import magnitude_mask, pack_bits, transposable_mask
 from hf_nmsparse.pattern import NMPattern
 
 SHAPES = ((512, 512), (1024, 4096))
@@ -54,11 +56,27 @@ def medians(weight: Tensor, pattern: NMPattern, rounds: int) -> dict[str, float]
     for name, method in METHODS.items():  # warms up; random weights have no ties, so that all must agree
         mask = method(weight, pattern)
         assert torch.equal(mask if name == "hf_nmsparse" else pack_bits(mask.bool()), expected)
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    return timed({name: partial(method, weight, pattern) for name, method in METHODS.items()}, rounds)
+
+
+def transposable_medians(weight: Tensor, rounds: int) -> dict[str, float]:
+    """Likewise of masks that are 2:4 along columns too, and of the one that is not."""
+    double = weight.double()  # which the library does not take
+    assert torch.equal(transposable_mask(weight), transposable_mask(double))
+    calls: dict[str, Callable[[], Tensor]] = {
+        "torch": partial(transposable_mask, double),
+        "hf_nmsparse": partial(transposable_mask, weight),
+        "along rows": partial(magnitude_mask, weight, NMPattern(2, 4)),
+    }
+    return timed(calls, rounds)
+
+
+def timed(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, method in METHODS.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            method(weight, pattern)
+            call()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) * 1000 for name, values in seconds.items()}
 
@@ -99,6 +117,17 @@ def main() -> None:
                 print(f" {row['topk']:>9.3f} {ours:>9.3f} {row['argsort'] / ours:>13.1f} {row['topk'] / ours:>10.1f}")
                 milliseconds = {name: round(value, 4) for name, value in row.items()}
                 rows.append({"shape": shape, "pattern": text, "threads": threads, "median_ms": milliseconds})
+    transposable = []
+    print(f"{'shape':>10} {'threads':>8} {'torch ms':>9} {'transposable ms':>16} {'along rows ms':>14}")
+    for shape in SHAPES:
+        weight = distinct(*shape)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            row = transposable_medians(weight, options.rounds)
+            print(f"{shape[0]:>5}x{shape[1]:<4} {threads:>8} {row['torch']:>9.3f} {row['hf_nmsparse']:>16.3f}", end="")
+            print(f" {row['along rows']:>14.3f}")
+            milliseconds = {name: round(value, 4) for name, value in row.items()}
+            transposable.append({"shape": shape, "threads": threads, "median_ms": milliseconds})
 
     record = {
         "benchmark": "masks, fp32 weights, medians of interleaved calls",
@@ -110,6 +139,7 @@ def main() -> None:
         "seed": 0,
         "note": options.note,
         "rows": rows,
+        "transposable": transposable,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
