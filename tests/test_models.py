@@ -243,3 +243,39 @@ def test_a_detector_with_sparse_convolutions_learns_and_comes_back(tmp_path: Pat
         found, again = model(inputs["pixel_values"]), back(inputs["pixel_values"])
     assert torch.equal(found.logits, again.logits)
     assert torch.equal(found.pred_boxes, again.pred_boxes)
+
+
+def shifted_noise(shifts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of frames, the second of which is the first moved round, as patches of 3x3; and how each pixel moved."""
+    first = torch.randn(len(shifts), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    second = torch.stack([frame.roll(shift, dims=(1, 2)) for frame, shift in zip(first, shifts, strict=True)])
+    frames = torch.nn.functional.pad(torch.stack([first, second], dim=1).flatten(0, 1), (1, 1, 1, 1), mode="circular")
+    patches = torch.nn.functional.unfold(frames, 3).reshape(len(shifts), 2, 27, 8, 8)
+    return patches, torch.tensor(shifts).float()[:, None, None].expand(-1, 8, 8, 2)
+
+
+def test_optical_flow_is_learnt_and_comes_back(tmp_path: Path) -> None:
+    """The motions add up to nothing, so that a loss below their mean square of 0.5 has been read from the frames."""
+    torch.manual_seed(0)
+    model = perceiver()
+    assert not any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules())
+    sparsify(model, NMSparseConfig("2:4"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = SparseStep(model, optimizer, "sr-ste")
+    inputs, flow = shifted_noise([(1, 0), (-1, 0), (0, 1), (0, -1)])
+    losses = []
+    model.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (20 * model(inputs=inputs).logits - flow).square().mean()  # a unit is 20 pixels, as in DeepMind's code
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert sum(flips.sad for flips in step.take_flips().values()) > 0
+    finalize(model.eval())
+    assert report(model).violations == 0
+    save_packed(model, tmp_path)
+    back = type(model).from_pretrained(tmp_path, quantization_config=NMSparseQuantizationConfig("dense")).eval()
+    assert all(torch.equal(tensor, back.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(output_of(model, {"inputs": inputs}), output_of(back, {"inputs": inputs}))
