@@ -8,7 +8,7 @@ of its own: it loads the checkpoint, makes it 2:4, trains, packs it in int8, and
 take four steps, which is when all that a training holds is there; those marked `whole` take all of `--steps`. It takes
 about half an hour on two cores and 6 GB of disk, and writes benchmarks/results/large.json and a table beside it.
 torchao and bitsandbytes are needed for the candidates alone that are theirs; where they are not installed, these are
-left out and listed.
+left out and listed. With `--only` the rows stay that the file has of other candidates.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ WAYS = {
     "8-bit AdamW of torchao, likewise": Way("adamw_torch_8bit", settings=LEAN, needs="torchao"),
     "8-bit AdamW of bitsandbytes, likewise": Way("adamw_bnb_8bit", settings=LEAN, needs="bitsandbytes", whole=True),
     "Adafactor, likewise": Way("adafactor", settings=LEAN),
+    "8-bit AdamW of bitsandbytes, likewise, frozen embeddings": Way(
+        "adamw_bnb_8bit", embeddings=False, settings=LEAN, needs="bitsandbytes"
+    ),
     "AdamW, likewise, frozen embeddings": Way("adamw_torch_fused", embeddings=False, settings=LEAN),
     "Adafactor, likewise, bf16 masters": Way(
         "adafactor", masters=torch.bfloat16, settings={"activation_checkpointing": True}
@@ -76,6 +79,7 @@ WAYS = {
     ),
 }
 PRUNE = "nmsparse prune, SparseGPT"
+CANDIDATES = (PRUNE, *WAYS)
 
 
 def write_checkpoint(folder: Path, tiny: bool) -> None:
@@ -200,11 +204,26 @@ def in_a_process(name: str, folder: Path, steps: int, threads: int) -> dict[str,
     return measured
 
 
+def rows_of_earlier_runs(file: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What ``file`` has of each candidate.
+
+    Raises:
+        ValueError: It was measured on another machine or model than ``record`` says.
+    """
+    if not file.exists():
+        return {}
+    earlier = tables.read(file)
+    other = [name for name, value in record.items() if earlier.get(name) != value]
+    if other:
+        raise ValueError(f"--only: {file} has rows of another {', '.join(other)}; give another --output, or no --only")
+    return {row["what"]: row for row in earlier["rows"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="steps of the candidates that take them all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=(PRUNE, *WAYS), default=(PRUNE, *WAYS), metavar="CANDIDATE")
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, metavar="CANDIDATE", help="and keep the other rows")
     parser.add_argument("--note", default="", help="what the reader has to know about this run")
     parser.add_argument("--output", default=timing.RESULTS / "large.json", type=Path, help="a table goes beside")
     parser.add_argument("--tiny", action="store_true", help="a very small model: tries the script")
@@ -214,34 +233,38 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(measure(options.one[0], Path(options.one[1]), options.steps)))
         return
-    machine, rows, missing = timing.machine(), [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_checkpoint(folder, options.tiny)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        for name in options.only:
+        machine = timing.machine()
+        load = machine.pop("load")
+        record = {
+            "benchmark": "what a large model takes",
+            **machine,
+            "transformers": transformers.__version__,
+            "model": f"An M2M100 model of NLLB-600M's shape, {size // 4:,} parameters, random weights",
+            "dense_bytes": size,
+            "batch": BATCH,
+            "length": LENGTH,
+            "threads": options.threads,
+            "seed": 0,
+        }
+        measured = rows_of_earlier_runs(options.output, record) if options.only else {}
+        missing = []
+        for name in options.only or CANDIDATES:
             way = WAYS.get(name)
             if way is not None and find_spec(way.needs) is None:
                 missing.append(name)
                 continue
             steps = options.steps if way is not None and way.whole else SHORT
-            rows.append({"what": name, **in_a_process(name, folder, steps, options.threads)})
-            print(rows[-1], flush=True)
-            record = {
-                "benchmark": "what a large model takes",
-                **machine,
-                "transformers": transformers.__version__,
-                "model": f"An M2M100 model of NLLB-600M's shape, {size // 4:,} parameters, random weights",
-                "dense_bytes": size,
-                "batch": BATCH,
-                "length": LENGTH,
-                "threads": options.threads,
-                "missing": missing,
-                "seed": 0,
-                "note": options.note,
-            }
+            found = in_a_process(name, folder, steps, options.threads)
+            measured[name] = {"what": name, **found, "load": load, "note": options.note}
+            print(measured[name], flush=True)
+            rows = [measured[candidate] for candidate in CANDIDATES if candidate in measured]
+            whole = record | {"missing": [candidate for candidate in missing if candidate not in measured]}
             # After each candidate: a later one may take more memory than there is.
-            timing.write(options.output, record, rows, tables.large_of(record | {"rows": rows}))
+            timing.write(options.output, whole, rows, tables.large_of(whole | {"rows": rows}))
     print(options.output)
 
 

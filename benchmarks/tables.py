@@ -349,13 +349,18 @@ def large_of(record: dict[str, Any]) -> str:
         else:
             cells += ["", f"{row['seconds']:.0f} in all", "", ""]
         rows.append(table_row([*cells, f"{row['packed_bytes'] / 1e9:.2f}"]))
+    notes: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        notes.setdefault(row["note"], []).append(row["what"])
+    note = "; ".join(f"{', '.join(names)}: {note}" if len(notes) > 1 else note for note, names in notes.items() if note)
+    where = machine(record | {"note": note})
     left_out = f" Not installed: {', '.join(record['missing'])}." if record["missing"] else ""
     rows += [
         "",
         f"{record['model']}, {record['dense_bytes'] / 1e9:.2f} GB in fp32; 2:4 SR-STE, {record['batch']} pairs of "
         f"{record['length']} tokens a side a step, {record['threads']} thread(s). Peak: the most that the process was "
         "resident with as it loaded and trained, and then as it packed, each candidate in a process of its own; s a "
-        f"step: the median but for the first.{left_out} transformers {record['transformers']}; {machine(record)}",
+        f"step: the median but for the first.{left_out} transformers {record['transformers']}; {where}",
     ]
     return "\n".join(rows)
 

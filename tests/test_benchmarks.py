@@ -525,6 +525,24 @@ def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trained["flip_rate"] > 0
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["what", "GB at the peak", "s a step"])
 
+    # Another run, of what was missing: the other rows stay, in the order of the candidates.
+    monkeypatch.setattr(large, "find_spec", lambda name: name)
+    other = {key: trained[key] for key in trained.keys() - {"what", "load", "note"}}
+    monkeypatch.setattr(large, "in_a_process", lambda *given: other | {"steps": given[2]})
+    again = ["large", "--tiny", "--note", "later", "--output", str(file), "--only", only[1]]
+    monkeypatch.setattr(sys, "argv", again)
+    large.main()
+    record = tables.read(file)
+    assert record["missing"] == []
+    assert [row["what"] for row in record["rows"]] == only
+    assert (record["rows"][0], record["rows"][2]) == (pruned, trained)
+    assert (record["rows"][1]["steps"], record["rows"][1]["note"]) == (large.SHORT, "later")
+    text = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert text.endswith(f"{only[0]}, {only[2]}: a test; {only[1]}: later.\n")
+    monkeypatch.setattr(sys, "argv", [*again, "--threads", "7"])
+    with pytest.raises(ValueError, match=r"has rows of another threads; give another --output, or no --only"):
+        large.main()
+
 
 @pytest.mark.parametrize("file", sorted(Path(timing.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
 def test_the_recipes_may_use_the_benchmarks_and_not_the_other_way(file: Path) -> None:
