@@ -96,8 +96,8 @@ struct Transposable {
         *kept = chosen;
     }
 
-    // Writes four bits a block over those of before, the first of which is the mask's fourth bit `four`, an even number
-    // where the blocks begin with a byte; returns how many bits changed.
+    // Writes a row of blocks, four bits each, over the bits of before, from bit 4 * `four` on, which is the middle of a
+    // byte where `four` is odd; returns how many bits changed.
     static NMS_INLINE int64_t renew_fours(uint8_t* mask, int64_t four, uint64_t bits, int blocks) {
         uint64_t before = 0;
         if (four % 2 == 0 && blocks == chunk) {
