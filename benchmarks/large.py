@@ -78,8 +78,8 @@ WAYS = {
         "adafactor", embeddings=False, settings=LEAN, whole=True
     ),
 }
-PRUNE = "nmsparse prune, SparseGPT"
-CANDIDATES = (PRUNE, *WAYS)
+PRUNING = {"nmsparse prune, SparseGPT": "sparsegpt", "nmsparse prune, Wanda": "wanda"}  # to the option --method
+CANDIDATES = (*PRUNING, *WAYS)
 
 
 def write_checkpoint(folder: Path, tiny: bool) -> None:
@@ -109,7 +109,7 @@ def sentences(count: int, seed: int) -> list[str]:
     return ["".join(draws.choices(LETTERS, k=LENGTH - 3)) for _ in range(count)]
 
 
-def prune(folder: Path) -> dict[str, Any]:
+def prune(folder: Path, method: str) -> dict[str, Any]:
     """The command, with 256 pairs of sentences; seconds, and the most that the process held."""
     files = []
     for side in ("source", "target"):
@@ -118,7 +118,7 @@ def prune(folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder.parent) as target:
         arguments = ["--calibration", *map(str, files), "--src-lang", "eng_Latn", "--tgt-lang", "deu_Latn"]
-        cli.main(["prune", str(folder), f"{target}/pruned", *arguments, "--values", "int8"])
+        cli.main(["prune", str(folder), f"{target}/pruned", *arguments, "--method", method, "--values", "int8"])
         size = sum(file.stat().st_size for file in Path(target).glob("pruned/*.safetensors"))
     return {"seconds": round(time.perf_counter() - start, 1), "peak_mib": round(peak_mib()), "packed_bytes": size}
 
@@ -192,7 +192,7 @@ def train(folder: Path, way: Way, steps: int) -> dict[str, Any]:
 
 def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """What a candidate measures, in this process."""
-    return prune(folder) if name == PRUNE else train(folder, WAYS[name], steps)
+    return prune(folder, PRUNING[name]) if name in PRUNING else train(folder, WAYS[name], steps)
 
 
 def in_a_process(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:

@@ -509,7 +509,7 @@ def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(large, "find_spec", lambda name: None if name == "torchao" else name)
     only = [
-        large.PRUNE,
+        "nmsparse prune, Wanda",
         "8-bit AdamW of torchao, likewise",
         "Adafactor, bf16 autocast, checkpointing, frozen embeddings",
     ]
