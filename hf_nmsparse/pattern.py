@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -70,6 +72,16 @@ class NMPattern:
     def within_2_of_4(self) -> bool:
         """Whether such weights are 2:4 too: at most two are kept in every aligned group of four."""
         return self.n <= 2 and self.m % 4 == 0
+
+    def most_kept_in(self, width: int) -> int:
+        """The most weights that are kept in any run of ``width`` columns that begins at a multiple of it."""
+        starts = range(0, math.lcm(self.m, width), width)
+        return max(sum(self._kept_between(start, start + width)) for start in starts)
+
+    def _kept_between(self, start: int, end: int) -> Iterator[int]:
+        """The most that each group keeps of its columns from ``start`` to ``end``."""
+        for group in range(start // self.m * self.m, end, self.m):
+            yield min(self.n, min(group + self.m, end) - max(group, start))
 
     def groups(self, in_features: int) -> int:
         """Groups in a row of ``in_features`` weights.

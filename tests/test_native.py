@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from hf_nmsparse.kernels import cpu, library, native
+from hf_nmsparse.kernels import cpu, library, native, order
 from hf_nmsparse.masks import apply_mask, count_flips, magnitude_mask, pack_bits, transposable_mask, unpack_bits
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear
 from hf_nmsparse.packing import pack, unpack
@@ -35,7 +35,8 @@ from tests.processes import in_a_fresh_one
 pytestmark = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
 TWO_OF_FOUR = NMPattern(2, 4)
-BOUNDS = {"fp32": 1e-6, "bf16": 3e-3, "int8": 2.5e-2, "dense_int8": 2.5e-2, "dense_fp32": 1e-6, "dense_bf16": 3e-3}
+OF_16 = {"int8_8of16": NMPattern(8, 16), "int8_4of16": NMPattern(4, 16)}
+BOUNDS = {kind: {"fp32": 1e-6, "bf16": 3e-3, "int8": 2.5e-2}[library.numbers_of(kind)] for kind in native.FORMATS}
 """Distance to the product in fp64 with the weight before rounding, in norm, which a user may count on.
 
 With int8 on the units whose activations have seven bits it is 1.7% in the mean: a step of 6.6 standard deviations / 127
@@ -48,9 +49,19 @@ def sparse_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
     return apply_mask(weight, magnitude_mask(weight, TWO_OF_FOUR))
 
 
+def pruned(weight: Tensor, kind: str) -> Tensor:
+    """``weight``, or what of its largest numbers a kind holds that keeps some of 16 columns."""
+    if kind not in OF_16:
+        return weight
+    columns = weight.shape[1]
+    whole = torch.nn.functional.pad(weight, (0, -columns % 16))
+    return apply_mask(whole, magnitude_mask(whole, OF_16[kind]))[:, :columns].contiguous()
+
+
 def packed_weight(weight: Tensor, kind: str) -> Tensor:
-    """``weight``, in fp32, 2:4 or for a dense kind any, in the order of the library."""
-    if kind == "dense_int8":
+    """``weight``, in fp32, 2:4 or for other kinds any, `pruned`, in the order of the library."""
+    weight = pruned(weight, kind)
+    if kind in ("dense_int8", *OF_16):
         values, scale = quantize_rows(weight)
         return native.repack(kind, weight.shape[1], values, scale=scale)
     if kind.startswith("dense_"):
@@ -130,14 +141,16 @@ def check_products() -> None:
     for out_features, in_features in SIZES:
         weight, bias = sparse_weight(out_features, in_features), torch.randn(out_features)
         for kind in native.FORMATS:
-            full = torch.randn(out_features, in_features) if kind.startswith("dense_") else weight
-            packed = packed_weight(full, kind)
+            full = weight if order.takes_codes(kind) else pruned(torch.randn(out_features, in_features), kind)
+            packed, dense = packed_weight(full, kind), packed_weight(full, "dense_int8")
             for rows in ROWS:
                 for dtype in (torch.float32,) if kind.endswith("fp32") else (torch.float32, torch.bfloat16):
                     x = torch.randn(rows, in_features).to(dtype)
                     found = native.multiply(x, packed, bias, kind, out_features)
                     if dtype == torch.float32:  # an output does not depend on the rows beside it
                         assert torch.equal(found[-1], native.multiply(x[-1:], packed, bias, kind, out_features)[0])
+                    if kind in OF_16:  # sums of integers are exact, in whatever order
+                        assert torch.equal(found, native.multiply(x, dense, bias, "dense_int8", out_features))
                     error = distance(found, x.double() @ full.double().T + bias)
                     assert error < BOUNDS[kind], (kind, dtype, out_features, in_features, rows, error)
 
@@ -323,7 +336,7 @@ def largest_error(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> 
     error = (x.shape[-1] + 4) * 2.0**-24 * magnitudes + x.shape[-1] * 2.0**-126
     if bias is not None:
         error = error + 2.0**-23 * (bias.abs() + magnitudes)
-    if kind in ("int8", "dense_int8"):
+    if library.numbers_of(kind) == "int8":
         low, high = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
         step = (high - low) / 127 + 1e-36
         error = error + 0.5001 * step * weight.abs().sum(dim=1)
@@ -339,13 +352,13 @@ def test_products_of_any_shape(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(list(MAGNITUDES)))
     rows, out_features = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 100))
     in_features = 4 * data.draw(st.integers(1, 75))
-    if kind == "dense_int8":
+    if kind in ("dense_int8", *OF_16):
         in_features -= data.draw(st.integers(0, 3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-12, -7e-13, 300.0, -500.0]), max_size=5))
     weight = numbers((out_features, in_features), pool, generator)
     weight = weight * 2.0 ** data.draw(st.sampled_from((-20, 0, 20) if dtype != torch.float16 else (-3, 0)))
-    if kind != "dense_int8":
+    if order.takes_codes(kind):
         weight = apply_mask(weight, magnitude_mask(weight, TWO_OF_FOUR))
     x = numbers((rows, in_features), pool, generator)
     exponents = torch.tensor(MAGNITUDES[dtype])[torch.randint(3, (rows, 1), generator=generator)]
@@ -611,6 +624,13 @@ class TestRefusals:
         for lost in ((values.to("meta"), codes, None), (values, codes.to("meta"), None)):
             with pytest.raises(ValueError, match="repack: values, codes and scale lie on the CPU; move them there"):
                 native.repack("fp32", 16, *lost)
+        for kind, kept in (("int8_4of16", 4), ("int8_8of16", 8)):
+            full = torch.tensor([[0] * 16 + [1] * (kept + 1), [0, 1] * kept + [0] * (17 - kept)], dtype=torch.int8)
+            with pytest.raises(
+                ValueError, match=f"{kind} holds {kept} of 16 columns, got {kept + 1}; compute it dense"
+            ):
+                native.repack(kind, 17 + kept, full, scale=torch.ones(2))
+            native.repack(kind, 17 + kept, full[1:], scale=torch.ones(1))
         with pytest.raises(ValueError, match="repack: 2:4 weights have a multiple of 4 columns, got 18"):
             native.repack("fp32", 18, values, codes)
 
@@ -626,8 +646,9 @@ def test_restoring_is_exact(data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, 3e38, -1e-40, 2.0**-126]), min_size=1, max_size=5))
     weight = numbers((rows, in_features), pool, generator)
-    if kind == "dense_int8":
+    if kind in ("dense_int8", *OF_16):
         values = torch.randint(-127, 128, (rows, in_features), generator=generator, dtype=torch.int8)
+        values = pruned(values.float(), kind).to(torch.int8)
         scales = torch.rand(rows, generator=generator)
         repacked = native.repack(kind, in_features, values, scale=scales)
         back, back_scale = native.restore(repacked, kind, rows, in_features)

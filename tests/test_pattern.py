@@ -67,6 +67,20 @@ def test_numbers_that_are_not_whole_are_refused(n: Any, m: Any) -> None:
         NMPattern(n, m)
 
 
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [("1:4", 4), ("2:4", 8), ("2:8", 4), ("4:8", 8), ("1:2", 8), ("1:16", 1), ("1:32", 1), ("9:32", 9), ("17:32", 16)],
+)
+def test_the_most_that_sixteen_columns_keep(text: str, most: int) -> None:
+    assert NMPattern.parse(text).most_kept_in(16) == most
+
+
+def test_the_most_that_sixteen_columns_keep_of_groups_that_cross_their_ends() -> None:
+    assert NMPattern(2, 6).most_kept_in(16) == 8  # columns 16 to 32 have the ends of groups on both sides
+    assert NMPattern(3, 5).most_kept_in(16) == 12  # columns 32 to 48: 3 of 32 to 35, three whole groups
+    assert NMPattern(2, 3).most_kept_in(16) == 12  # columns 16 to 32: two of 16 to 18, 4 groups, two of 30 to 32
+
+
 def test_groups_divide_the_row() -> None:
     assert NMPattern(2, 4).groups(12) == 3
     with pytest.raises(ValueError, match="pattern 2:4: in_features 10 is not a multiple of 4"):

@@ -16,14 +16,30 @@ from pathlib import Path
 
 import hf_nmsparse.kernels
 
-__all__ = ["FORMATS", "UNITS", "Status", "library", "status"]
+__all__ = ["FORMATS", "UNITS", "Status", "library", "numbers_of", "status"]
 
-FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "dense_int8": 3, "dense_fp32": 4, "dense_bf16": 5}
-"""How a packed weight lies in memory, by the names of the modes of computing; the last three are dense weights'."""
+FORMATS = {
+    "fp32": 0,
+    "bf16": 1,
+    "int8": 2,
+    "dense_int8": 3,
+    "dense_fp32": 4,
+    "dense_bf16": 5,
+    "int8_8of16": 6,
+    "int8_4of16": 7,
+}
+"""How a packed weight lies in memory. The first three are of 2:4 weights, by the names of the modes of computing; then
+come those of dense weights, and of int8 weights that keep at most 8 or 4 of each 16 neighbouring columns."""
+
+
+def numbers_of(format: str) -> str:
+    """The numbers in which a format holds its values: fp32, bf16 or int8."""
+    return format.removeprefix("dense_").partition("_")[0]
+
 
 UNITS = ("avx512_bf16", "avx512", "avx2", "neon_dotprod", "neon", "scalar")
 
-_ABI = 8
+_ABI = 9
 _NAME = {"darwin": "libnmsparse.dylib", "win32": "nmsparse.dll"}.get(sys.platform, "libnmsparse.so")
 _SIGNATURES = {
     "nms_abi": ("i", ""),

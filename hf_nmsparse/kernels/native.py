@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_nmsparse.kernels.library import FORMATS, library, status
+from hf_nmsparse.kernels.library import FORMATS, library, numbers_of, status
 from hf_nmsparse.kernels.order import packed_bytes
 from hf_nmsparse.kernels.order import repack as repack_arrays
 from hf_nmsparse.number_types import VALUE_DTYPES
@@ -41,7 +41,7 @@ _MAGIC, _ORDER = b"NMSW", 1
 _UNITS_OF = {8: ("avx2", "neon", "neon_dotprod", "scalar"), 16: ("avx512", "avx512_bf16")}  # by their lanes
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
-_VALUES = {name: VALUE_DTYPES[name.removeprefix("dense_")] for name in FORMATS}
+_VALUES = {name: VALUE_DTYPES[numbers_of(name)] for name in FORMATS}
 
 
 def _done(outcome: int) -> int:
@@ -97,7 +97,7 @@ def restore(packed: Tensor, format: str, out_features: int, in_features: int) ->
     """The dense weight ``[out_features, in_features]`` in the number type of ``format``, and the scale of int8."""
     _check(packed, format, out_features, in_features)
     dense = torch.empty((out_features, in_features), dtype=_VALUES[format], device="cpu")
-    scale = torch.empty(out_features, dtype=torch.float32, device="cpu") if format in ("int8", "dense_int8") else None
+    scale = torch.empty(out_features, dtype=torch.float32, device="cpu") if numbers_of(format) == "int8" else None
     done = _library().nms_restore(
         FORMATS[format], out_features, in_features, packed.data_ptr(), dense.data_ptr(), _address(scale)
     )

@@ -9,19 +9,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_nmsparse.kernels.library import FORMATS, library
+from hf_nmsparse.kernels.library import FORMATS, library, numbers_of
+from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["NUMBERS", "packed_bytes", "repack"]
+__all__ = ["NUMBERS", "format_of", "packed_bytes", "repack", "takes_codes"]
 
 Array = NDArray[Any]
 
 NUMBERS = MappingProxyType(
-    {
-        name: np.dtype({"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[name.removeprefix("dense_")])
-        for name in FORMATS
-    }
+    {name: np.dtype({"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[numbers_of(name)]) for name in FORMATS}
 )
 """The number type of a format's values; NumPy has no bf16, so its bits stand in uint16."""
+
+
+_KEPT_OF_16 = {"int8_4of16": 4, "int8_8of16": 8}
+
+
+@lru_cache(maxsize=64)
+def format_of(pattern: NMPattern, numbers: str) -> str | None:
+    """The format that holds weights of a pattern in the fewest bytes, a key of `library.FORMATS`; None if none does.
+
+    Args:
+        pattern: The pattern.
+        numbers: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+    """
+    kept = pattern.most_kept_in(16)
+    if numbers == "int8" and kept <= 4:
+        return "int8_4of16"
+    if pattern.within_2_of_4:
+        return numbers
+    return "int8_8of16" if numbers == "int8" and kept <= 8 else None
+
+
+def takes_codes(format: str) -> bool:
+    """Whether a format is of 2:4 weights, which are repacked from kept values and their codes, not from dense ones."""
+    return not format.startswith("dense_") and format not in _KEPT_OF_16
 
 
 @lru_cache(maxsize=4096)
@@ -43,9 +65,9 @@ def repack(
     Args:
         format: A key of `library.FORMATS`.
         in_features: Columns of the dense weight.
-        values: ``[out_features, in_features / 2]`` kept values of a 2:4 weight, or ``[out_features, in_features]`` of a
-            dense one, in the number type of the format.
-        codes: The places of the values, as `packing.encode` writes them for 2:4; they must be in range.
+        values: In the number type of the format: of formats that take codes ``[out_features, in_features / 2]``, the
+            kept values of a 2:4 weight; of others ``[out_features, in_features]``, the dense weight.
+        codes: The places of the values of a 2:4 weight, as `packing.encode` writes them; they must be in range.
         scale: fp32 ``[out_features]`` for int8 formats.
         packed: Takes the bytes, as many as `packed_bytes` says; new memory if None.
 
@@ -56,11 +78,13 @@ def repack(
     Raises:
         ValueError: An array does not fit the format.
     """
-    rows, dense = values.shape[0], format.startswith("dense_")
+    rows, dense = values.shape[0], not takes_codes(format)
     if not dense and in_features % 4:
         raise ValueError(f"repack: 2:4 weights have a multiple of 4 columns, got {in_features}")
     if values.dtype != NUMBERS[format] or values.shape[1] != (in_features if dense else in_features // 2):
         raise ValueError(f"repack: values {list(values.shape)} {values.dtype} do not fit {format} of {in_features}")
+    if format in _KEPT_OF_16:
+        _check_runs(format, values)
     width = -(-in_features // 4 * 3 // 8)
     if not dense and (codes is None or codes.dtype != np.uint8 or codes.shape != (rows, width)):
         raise ValueError(f"repack: codes must be uint8 {[rows, width]}, got {None if codes is None else codes.shape}")
@@ -78,3 +102,11 @@ def repack(
     if outcome == -1:
         raise RuntimeError(f"kernels: the native library failed: {library().nms_failure().decode()}")
     return packed
+
+
+def _check_runs(format: str, values: Array) -> None:
+    """Refuses a weight of which a run of 16 columns keeps more than the format holds."""
+    starts = range(0, values.shape[1], 16)
+    most = int(np.add.reduceat(values != 0, starts, axis=1, dtype=np.uint8).max(initial=0)) if len(starts) else 0
+    if most > _KEPT_OF_16[format]:
+        raise ValueError(f"repack: {format} holds {_KEPT_OF_16[format]} of 16 columns, got {most}; compute it dense")

@@ -94,6 +94,18 @@ struct Random {
 
 Random draw;
 
+// Zeros of int8 rows all but `kept` numbers, drawn, of each run of 16.
+inline void keep_of_16(uint8_t* values, int64_t rows, int64_t in, int kept) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0, missing = kept; i < in; i++) {
+            if (i % 16 == 0) missing = kept;
+            if (draw.below(16 - i % 16) < missing)
+                missing--;
+            else
+                values[row * in + i] = 0;
+        }
+}
+
 // The arguments `[--guard] NUMBER UNIT` of a driver that goes through so many cases on one unit; returns the number, or -1
 // where this machine has not the unit, which is said.
 inline int64_t cases_to_run(int count, char** arguments) {

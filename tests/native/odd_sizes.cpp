@@ -34,11 +34,15 @@ int32_t nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_
 
 namespace {
 
-enum Format { sparse_fp32, sparse_bf16, sparse_int8, dense_int8, dense_fp32, dense_bf16 };
+enum Format { sparse_fp32, sparse_bf16, sparse_int8, dense_int8, dense_fp32, dense_bf16, int8_8of16, int8_4of16 };
 enum Number { fp32, bf16 };
-constexpr Format formats[] = {sparse_fp32, sparse_bf16, sparse_int8, dense_int8, dense_fp32, dense_bf16};
-constexpr const char* format_names[] = {"sparse fp32", "sparse bf16", "sparse int8",
-                                        "dense int8",  "dense fp32",  "dense bf16"};
+constexpr Format formats[] = {sparse_fp32, sparse_bf16, sparse_int8, dense_int8,
+                              dense_fp32,  dense_bf16,  int8_8of16,  int8_4of16};
+constexpr const char* format_names[] = {"sparse fp32", "sparse bf16", "sparse int8", "dense int8",
+                                        "dense fp32",  "dense bf16",  "int8 8 of 16", "int8 4 of 16"};
+constexpr bool is_int8(Format format) {
+    return format == sparse_int8 || format == dense_int8 || format >= int8_8of16;
+}
 constexpr float infinity = std::numeric_limits<float>::infinity(), not_a_number = NAN;
 
 bool thin = false;
@@ -99,7 +103,7 @@ struct Weight {
 };
 
 float number_of(Format format, const uint8_t* bytes) {
-    if (format == sparse_int8 || format == dense_int8) return static_cast<int8_t>(*bytes);
+    if (is_int8(format)) return static_cast<int8_t>(*bytes);
     uint32_t bits = 0;
     if (format == sparse_fp32 || format == dense_fp32)
         std::memcpy(&bits, bytes, 4);
@@ -113,7 +117,7 @@ float number_of(Format format, const uint8_t* bytes) {
 // With `extreme` every value of int8 is -128.
 Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false) {
     constexpr int places[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
-    const bool sparse = format <= sparse_int8, scaled = format == sparse_int8 || format == dense_int8;
+    const bool sparse = format <= sparse_int8, scaled = is_int8(format);
     const int64_t size = scaled ? 1 : format == sparse_fp32 || format == dense_fp32 ? 4 : 2;
     const int64_t groups = in / 4, width = sparse ? 2 * groups : in, code_bytes = (groups * 3 + 7) / 8;
     Array<uint8_t> values(out * width * size), codes(sparse ? out * code_bytes : 0);
@@ -128,6 +132,7 @@ Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false)
         if (size == 2) bits >>= 16;
         for (int64_t b = 0; b < size; b++) values[i * size + b] = static_cast<uint8_t>(bits >> (8 * b));
     }
+    if (format >= int8_8of16) keep_of_16(values.data(), out, in, format == int8_8of16 ? 8 : 4);
     std::memset(w.dense.data(), 0, static_cast<size_t>(w.dense.count));
     if (!sparse) std::memcpy(w.dense.data(), values.data(), static_cast<size_t>(w.dense.count));
     if (sparse) std::memset(codes.data(), 0, static_cast<size_t>(codes.count));
@@ -330,7 +335,7 @@ void check_strange_rows() {
                         const float got = after.get(row * w.out + column);
                         if (row % 2) {
                             require(got == bias.get(column), "the product with zeros or tiny numbers is not the bias");
-                        } else if (format == sparse_int8 || format == dense_int8) {
+                        } else if (is_int8(format)) {
                             require(std::isnan(got), "a row that is not finite gives a number");
                         }
                     }
@@ -339,7 +344,7 @@ void check_strange_rows() {
 
 // The widest int8 layers that the package takes, with sums as large as they get.
 void check_widest() {
-    for (Format format : {sparse_int8, dense_int8}) {
+    for (Format format : {sparse_int8, dense_int8, int8_8of16, int8_4of16}) {
         const int64_t in = 1 << 16;
         describe_weight(format, 3, in);
         const Weight w = make_weight(format, 3, in, true);

@@ -77,7 +77,7 @@ Number number_of(Format format) {
 // `gain`: about how much longer the product is than its input.
 RandomWeight random_weight(int32_t side, int32_t layer, int32_t slot, Format format, int64_t out, int64_t in, float gain,
                            bool biased) {
-    const int64_t width = is_sparse(format) ? in / 2 : in, code_bytes = (in / 4 * 3 + 7) / 8;
+    const int64_t width = is_2_of_4(format) ? in / 2 : in, code_bytes = (in / 4 * 3 + 7) / 8;
     const Number number = number_of(format);
     const int64_t size = bytes_of(number);
     const float most = gain * std::sqrt(3.0f / static_cast<float>(width));
@@ -87,6 +87,7 @@ RandomWeight random_weight(int32_t side, int32_t layer, int32_t slot, Format for
     Array<float> scales(number == int8 ? out : 0), unused(scales.count);
     for (int64_t i = 0; i < out * width; i++)
         put(number, number == int8 ? draw.uniform() : most * draw.uniform(), values.data() + i * size);
+    if (kept_of_16(format)) keep_of_16(values.data(), out, in, kept_of_16(format));
     std::memset(codes.data(), 0, static_cast<size_t>(codes.count));
     for (int64_t g = 0; g < out * (in / 4); g++) {
         const int64_t row = g / (in / 4), bit = g % (in / 4) * 3, code = draw.below(6);
@@ -199,9 +200,10 @@ class RandomModel {
 
     Format draw_format(int64_t in) const {
         constexpr Format float_formats[] = {dense_fp32, dense_bf16, sparse_fp32, sparse_bf16};
+        constexpr Format byte_formats[] = {dense_int8, sparse_int8, int8_8of16, int8_4of16};
         if (in % 4) return precision_ == bytes ? dense_int8 : float_formats[draw.below(2)];
         if (precision_ == floats) return float_formats[draw.below(4)];
-        return precision_ == bytes ? draw.coin() ? dense_int8 : sparse_int8 : static_cast<Format>(draw.below(formats));
+        return precision_ == bytes ? byte_formats[draw.below(4)] : static_cast<Format>(draw.below(formats));
     }
     void weight(int32_t side, int32_t layer, int32_t slot, int64_t out, int64_t in, float gain) {
         weights.push_back(random_weight(side, layer, slot, draw_format(in), out, in, gain, draw.coin()));

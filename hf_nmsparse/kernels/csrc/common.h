@@ -19,11 +19,19 @@ enum Format : int32_t {
     dense_int8 = 3,
     dense_fp32 = 4,
     dense_bf16 = 5,
-    formats = 6,
+    int8_8of16 = 6,
+    int8_4of16 = 7,
+    formats = 8,
 };
 
-static constexpr NMS_INLINE bool is_int8(Format format) { return format == sparse_int8 || format == dense_int8; }
-static constexpr NMS_INLINE bool is_sparse(Format format) { return format <= sparse_int8; }
+// The most values that a run of 16 columns keeps, of the formats that any pattern with so few of them fits; else 0.
+static constexpr NMS_INLINE int kept_of_16(Format format) {
+    return format == int8_8of16 ? 8 : format == int8_4of16 ? 4 : 0;
+}
+static constexpr NMS_INLINE bool is_int8(Format format) {
+    return format == sparse_int8 || format == dense_int8 || kept_of_16(format);
+}
+static constexpr NMS_INLINE bool is_2_of_4(Format format) { return format <= sparse_int8; }
 
 static NMS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static NMS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -8,6 +8,9 @@
 //   sparse int8, chunks of 64 columns: two vectors of places and eight of values. A dword of value vector v holds slot
 //       0 and 1 of group 2v, then of group 2v + 1. Bits 2f and 2f + 1 of byte b of place vector h are the place of byte
 //       b of value vector 4h + f.
+//   int8 of 16, chunks of 64 columns: vectors of places, then twice as many of values, 8 or 4 bytes of each lane for a run
+//       of 16 columns, the kept ones in order, zeros behind them. Bits 4f to 4f + 3 of byte b of place vector h are the
+//       place within the run of byte b of value vector 2h + f.
 //   dense int8, chunks of 16 columns: four vectors, a dword holds four neighbouring columns.
 //   dense fp32, chunks of 16 columns: for each column `lanes` values.
 //   dense bf16, chunks of 32 columns: for each pair of columns `lanes` dwords, the first in the low half.
@@ -26,14 +29,14 @@ struct Layout {
     static constexpr int64_t block_rows = lanes * 2;
 
     static NMS_INLINE int64_t chunk_columns(Format format) {
-        return format == sparse_int8 ? 64 : format == dense_int8 || format == dense_fp32 ? 16 : 32;
+        return format == sparse_int8 || kept_of_16(format) ? 64 : format == dense_int8 || format == dense_fp32 ? 16 : 32;
     }
     static NMS_INLINE int64_t value_bytes(Format format) {
-        constexpr int64_t bytes[formats] = {4, 2, 1, 1, 4, 2};
+        constexpr int64_t bytes[formats] = {4, 2, 1, 1, 4, 2, 1, 1};
         return bytes[format];
     }
     static NMS_INLINE int64_t part_bytes(Format format) {
-        constexpr int64_t vectors[formats] = {17, 9, 10, 4, 16, 16};
+        constexpr int64_t vectors[formats] = {17, 9, 10, 4, 16, 16, 12, 6};
         return vector * vectors[format];
     }
     static NMS_INLINE int64_t chunks(Format format, int64_t in) { return blocks_of(in, chunk_columns(format)); }
@@ -72,14 +75,17 @@ struct Layout {
         parallel(blocks_of(out, block_rows), many, [=](int64_t begin, int64_t end) {
             std::memset(packed + begin * bytes, 0, (end - begin) * bytes);
             for (int64_t row = begin * block_rows; row < smaller(end * block_rows, out); row++)
-                if (!is_sparse(format))
+                if (kept_of_16(format))
+                    repack_row_of_16(format, static_cast<const uint8_t*>(values) + row * in, in, row % lanes,
+                                     packed + row_at(format, row, in));
+                else if (!is_2_of_4(format))
                     repack_dense_row(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
                                      row % lanes, packed + row_at(format, row, in));
                 else
                     repack_row(format, in, values, codes, row, packed + row_at(format, row, in));
         });
         if (!is_int8(format)) return;
-        const int64_t width = format == dense_int8 ? in : in / 2;
+        const int64_t width = is_2_of_4(format) ? in / 2 : in;
         uint8_t* to = packed + scales_at(format, out, in);
         std::memset(to, 0, 8 * padded(out, block_rows));
         std::memcpy(to, scales, 4 * out);
@@ -147,6 +153,40 @@ struct Layout {
         }
     }
 
+    // Where in a part the value of a slot of a run of 16 lies, and its place: byte, and shift within it.
+    struct Spot {
+        int64_t value, place;
+        int shift;
+    };
+    static NMS_INLINE Spot spot(Format format, int64_t run, int slot, int64_t lane) {
+        const int64_t each = kept_of_16(format) / 4, v = run % 4 * each + slot / 4, byte = 4 * lane + slot % 4;
+        return {vector * (2 * each + v) + byte, vector * (v / 2) + byte, 4 * static_cast<int>(v & 1)};
+    }
+    // Of a dense row, whose runs of 16 have no more values than the format keeps.
+    static void repack_row_of_16(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
+        for (int64_t run = 0; run < blocks_of(in, 16); run++) {
+            uint8_t* chunk = parts + run / 4 * 2 * part_bytes(format);
+            int slot = 0;
+            for (int64_t i = 16 * run; i < smaller(16 * run + 16, in) && slot < kept_of_16(format); i++) {
+                if (!values[i]) continue;
+                const Spot at = spot(format, run, slot++, lane);
+                chunk[at.value] = values[i];
+                chunk[at.place] |= static_cast<uint8_t>((i & 15) << at.shift);
+            }
+        }
+    }
+    static void restore_row_of_16(Format format, int64_t in, const uint8_t* parts, int64_t lane, uint8_t* row) {
+        std::memset(row, 0, in);
+        for (int64_t run = 0; run < blocks_of(in, 16); run++) {
+            const uint8_t* chunk = parts + run / 4 * 2 * part_bytes(format);
+            for (int slot = 0; slot < kept_of_16(format); slot++) {
+                const Spot at = spot(format, run, slot, lane);
+                const int64_t column = 16 * run + (chunk[at.place] >> at.shift & 15);
+                if (chunk[at.value] && column < in) row[column] = chunk[at.value];
+            }
+        }
+    }
+
     static void repack_dense_row(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
         const int64_t size = value_bytes(format);
         for (int64_t i = 0; i < in; i++) std::memcpy(parts + dense_at(format, i, lane), values + i * size, size);
@@ -171,7 +211,8 @@ struct Layout {
 
     static void restore_row(Format format, int64_t in, const uint8_t* parts, int64_t lane, uint8_t* row) {
         const int64_t size = value_bytes(format);
-        if (!is_sparse(format)) {
+        if (kept_of_16(format)) return restore_row_of_16(format, in, parts, lane, row);
+        if (!is_2_of_4(format)) {
             for (int64_t i = 0; i < in; i++) std::memcpy(row + i * size, parts + dense_at(format, i, lane), size);
             return;
         }

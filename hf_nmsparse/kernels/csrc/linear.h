@@ -102,6 +102,8 @@ struct Linear {
             case dense_int8: return project_as<dense_int8>(p, rows, count, first_block, last_block);
             case dense_fp32: return project_as<dense_fp32>(p, rows, count, first_block, last_block);
             case dense_bf16: return project_as<dense_bf16>(p, rows, count, first_block, last_block);
+            case int8_8of16: return project_as<int8_8of16>(p, rows, count, first_block, last_block);
+            case int8_4of16: return project_as<int8_4of16>(p, rows, count, first_block, last_block);
             case formats: break;
         }
     }
@@ -214,7 +216,7 @@ struct Linear {
         const bool in_place = p.number == fp32 && width == p.in;
         const int64_t most = smaller(batch, p.rows);
         const int64_t x_bytes = in_place ? 0 : 4 * most * width, bias_bytes = 4 * padded(p.out, 16);
-        const int64_t turned_bytes = most < enough || !is_sparse(format) ? 0 : 4 * padded(most, many) * width;
+        const int64_t turned_bytes = most < enough || !is_2_of_4(format) ? 0 : 4 * padded(most, many) * width;
         uint8_t* memory = scratch(bias_bytes + x_bytes + turned_bytes);
         if (!memory) return;
         const Output o = output(p, reinterpret_cast<float*>(memory));
@@ -228,7 +230,7 @@ struct Linear {
                 x = {copy, width};
             }
             int64_t turned_rows = 0;
-            if constexpr (is_sparse(format)) {  // whole tiles, and one that the rest nearly fills
+            if constexpr (is_2_of_4(format)) {  // whole tiles, and one that the rest nearly fills
                 const int64_t tiled = rows / many * many;
                 turned_rows = rows - tiled >= enough ? rows : tiled;
                 if (turned_rows) many_rows<format>(p, x, turned, o, first, turned_rows);
@@ -276,6 +278,8 @@ struct Linear {
             case dense_int8: return multiply_int8<dense_int8>(p);
             case dense_fp32: return multiply_float<dense_fp32>(p);
             case dense_bf16: return multiply_float<dense_bf16>(p);
+            case int8_8of16: return multiply_int8<int8_8of16>(p);
+            case int8_4of16: return multiply_int8<int8_4of16>(p);
             case formats: break;
         }
     }

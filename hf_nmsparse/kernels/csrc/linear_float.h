@@ -49,7 +49,7 @@ struct LinearFloat {
             const uint8_t* chunk = w + k * R * bytes;
             const float* xk = x + columns * k;
             for (int64_t i = 0; i < ahead.lines; i++, ahead.at += 64) V::fetch(ahead.at);
-            if constexpr (is_sparse(format))
+            if constexpr (is_2_of_4(format))
                 sparse_chunk<format, B>(chunk, xk, x_stride, sum);
             else
                 dense_chunk<format, B>(chunk, xk, x_stride, sum);

@@ -98,6 +98,27 @@ struct LinearInt8 {
                         }
                     }
                 }
+            } else if constexpr (kept_of_16(format) > 0) {
+                constexpr int each = kept_of_16(format) / 4;  // vectors of values of a run
+                const I nibble = V::set_int(0x0f0f0f0f);
+                NMS_UNROLL for (int h = 0; h < 2 * each; h++) {
+                    I fields[R];
+                    NMS_UNROLL for (int r = 0; r < R; r++) fields[r] = V::load_int(chunk + r * bytes + h * L::vector);
+                    NMS_UNROLL for (int f = 0; f < 2; f++) {
+                        I place[R], value[R];
+                        NMS_UNROLL for (int r = 0; r < R; r++) {
+                            place[r] = V::both(f ? V::shift_right(fields[r], 4) : fields[r], nibble);
+                            value[r] = V::load_int(chunk + r * bytes + (2 * each + 2 * h + f) * L::vector);
+                        }
+                        NMS_UNROLL for (int b = 0; b < B; b++) {
+                            const I sixteen = V::repeat16(xk + b * x_stride + (2 * h + f) / each * 16);
+                            NMS_UNROLL for (int r = 0; r < R; r++) {
+                                I& into = sum[r][b][split == 2 ? f : 0];
+                                into = V::dot(into, V::pick_bytes(sixteen, place[r]), value[r]);
+                            }
+                        }
+                    }
+                }
             } else {
                 NMS_UNROLL for (int v = 0; v < 4; v++) {
                     I value[R];

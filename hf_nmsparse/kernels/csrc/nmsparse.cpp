@@ -5,7 +5,7 @@
 
 using namespace nms;
 
-NMS_EXPORT int32_t nms_abi() { return 8; }
+NMS_EXPORT int32_t nms_abi() { return 9; }
 
 NMS_EXPORT void nms_set_parallel_for(void* function) { set_parallel_for(function); }
 
