@@ -67,7 +67,7 @@ def set_compute(model: PreTrainedModel, compute: str, head: str | None = None) -
 
 
 def computing_packed(
-    layers: Mapping[str, nn.Module], compute: str, pattern: NMPattern, device_map: Any
+    layers: Mapping[str, nn.Module], compute: str, pattern: NMPattern, device_map: Any, int8: bool = False
 ) -> Collection[str]:
     """The names of the layers that compute packed; with ``"auto"`` those that are faster so where they will lie.
 
@@ -76,6 +76,7 @@ def computing_packed(
         compute: As `NMSparseQuantizationConfig` takes it.
         pattern: The pattern.
         device_map: As ``from_pretrained`` takes it.
+        int8: Whether the layers will hold values of int8, whatever they hold now.
     """
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | PackedLinear)}
     if compute != "auto":
@@ -86,22 +87,30 @@ def computing_packed(
     else:
         devices = {torch.device("meta" if place == "disk" else place) for place in places}
     if {device.type for device in devices} == {"cpu"}:
-        widths = [int(layer.in_features) for layer in layers.values()]  # type: ignore[arg-type]
-        return layers.keys() if widths and _kernels_run(pattern, max(widths)) else ()
+        return layers.keys() if _kernels_run(layers.values(), pattern, int8) else ()
     if len(devices) > 1:
         return ()
     [device] = devices
     return [name for name, layer in layers.items() if _faster_on_gpu(layer, pattern, device)]
 
 
-def _kernels_run(pattern: NMPattern, in_features: int) -> bool:
-    """Whether the native kernels compute layers of this pattern, up to this many inputs, faster than dense ones do."""
-    if not cpu.fits(pattern, in_features):
+def _kernels_run(layers: Collection[Any], pattern: NMPattern, int8: bool) -> bool:
+    """Whether the native kernels compute all of some layers faster than dense ones do."""
+    held = [(layer.in_features, "int8" if int8 else _numbers(layer)) for layer in layers]
+    if not held or not all(cpu.fits(pattern, *each) for each in held):
         return False
     status = library.status()
     if status.library is None and not status.chosen:
         warnings.warn(f"hf_nmsparse: packed layers compute dense and slower, because {status.reason}", stacklevel=2)
     return status.unit not in (None, "scalar")
+
+
+def _numbers(layer: Any) -> str:
+    """The numbers in which the kernels keep the values of a layer as they are; "fp32" where none compute in its own."""
+    if isinstance(layer, KernelLinear):
+        return layer.format
+    dtype = layer.weight.dtype
+    return {torch.int8: "int8", torch.bfloat16: "bf16"}.get(dtype, "fp32")
 
 
 def _faster_on_gpu(layer: Any, pattern: NMPattern, device: torch.device) -> bool:

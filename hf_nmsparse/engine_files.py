@@ -21,7 +21,8 @@ import numpy as np
 from hf_nmsparse.engine_spec import Spec, TableSource, WeightSource, read
 from hf_nmsparse.engine_weights import as_2_of_4, bf16_bits, dense_rows, from_bf16, quantize_rows
 from hf_nmsparse.kernels.engine import Array, Engine, Packed, Table, WeightSlot
-from hf_nmsparse.kernels.order import NUMBERS, packed_bytes, repack
+from hf_nmsparse.kernels.library import numbers_of
+from hf_nmsparse.kernels.order import NUMBERS, format_of, packed_bytes, repack, takes_codes
 from hf_nmsparse.packed_files import CODES, SCALE, ModelLayer, check_layer, check_numbers, read_folder, read_object
 from hf_nmsparse.packed_format import PackedFormatError, StoredTensor
 from hf_nmsparse.pattern import NMPattern
@@ -232,20 +233,25 @@ def _numbers(tensor: StoredTensor) -> Array:
 def _format(files: _Files, spec: Spec, source: WeightSource, compute: str) -> str:
     """How a product is computed, a key of `library.FORMATS`."""
     name, record = files.module(source), files.record
-    sparse = files.packed(name) and record is not None and record.pattern.within_2_of_4
+    pattern = record.pattern if record is not None and files.packed(name) else None
     if compute != "auto":
-        return compute if sparse else f"dense_{compute}"
+        return _kernel(pattern, compute) or f"dense_{compute}"
     if record is None:
         return "dense_fp32"
     numbers = files.holds(name)
-    if numbers == "int8" and not sparse:
+    if numbers == "int8" and _kernel(pattern, numbers) is None:
         # As for models of torch: nothing computes in int8 but layers with a kernel, and then the head.
         numbers = "bf16" if spec.config.bf16_activations else "fp32"
     if source.slot == WeightSlot.HEAD and any(
-        _format(files, spec, other, compute) == "int8" for other in spec.weights if other is not source
+        numbers_of(_format(files, spec, other, compute)) == "int8" for other in spec.weights if other is not source
     ):
         numbers = "int8"
-    return numbers if sparse else f"dense_{numbers}"
+    return _kernel(pattern, numbers) or f"dense_{numbers}"
+
+
+def _kernel(pattern: NMPattern | None, numbers: str) -> str | None:
+    """The format of a sparse weight; None for a dense one, and where there is no kernel for the pattern."""
+    return None if pattern is None else format_of(pattern, numbers)
 
 
 class _Product:
@@ -280,7 +286,7 @@ class _Product:
 
     def _arrays(self) -> tuple[Array, Array | None, Array | None]:
         """Values, codes and scales in the numbers of the format."""
-        name, numbers = self._module, self.format.removeprefix("dense_")
+        name, numbers = self._module, numbers_of(self.format)
         scale = None
         if self._files.holds(name) == numbers:  # as they are
             values = _numbers(self._files.tensors[f"{name}.weight"])
@@ -297,7 +303,7 @@ class _Product:
             return values, None, scale
         codes = self._files.tensors[name + CODES].bits()
         pattern = self._files.record.pattern  # type: ignore[union-attr]
-        if not self.format.startswith("dense_"):
+        if takes_codes(self.format):
             if pattern == _TWO_OF_FOUR:
                 return values, codes, scale
             return *as_2_of_4(dense_rows(values, codes, pattern)), scale

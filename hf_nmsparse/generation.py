@@ -276,7 +276,7 @@ def _stock(model: PreTrainedModel) -> Any:
 def _packed(module: Any, source: WeightSource, named: Mapping[str, Tensor]) -> Packed:
     """The weight of a layer in the order of the kernels, and its bias in fp32."""
     if isinstance(module, KernelLinear):
-        form, data = module.format, module.kernel_weight
+        form, data = module.kernel_format, module.kernel_weight
     elif isinstance(module, Int8Head):
         form, data = "dense_int8", rounded(module.weight)
     else:

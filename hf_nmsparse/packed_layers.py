@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nmsparse.kernels import cpu, native, rounded, semi_structured
+from hf_nmsparse.kernels.order import format_of, takes_codes
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.packed_format import check_weight, packed_shapes
 from hf_nmsparse.packing import pack, stored, unpack
@@ -135,8 +136,9 @@ class KernelLinear(nn.Linear):
         kernel_weight: The weight, flat bytes.
         bias: ``[out_features]`` or None.
         pattern: The N:M pattern.
-        format: ``"fp32"``, ``"bf16"`` or ``"int8"``: how values lie in memory. With int8, inputs are rounded to eight
-            bits as they come, each row with its own range.
+        format: ``"fp32"``, ``"bf16"`` or ``"int8"``: the numbers in which it computes. With int8, inputs are rounded to
+            eight bits as they come, each row with its own range.
+        kernel_format: How the weight lies in memory, a key of `native.FORMATS`.
         dtype: Number type of inputs and outputs.
     """
 
@@ -150,18 +152,20 @@ class KernelLinear(nn.Linear):
                 the native library is not used.
         """
         super(nn.Linear, self).__init__()  # which would make a dense weight
-        self._check(packed)
+        self._check(packed, format)
         self.in_features, self.out_features, self.pattern = packed.in_features, packed.out_features, packed.pattern
         self.dtype, self.format = packed.dtype, format
+        self.kernel_format = format_of(packed.pattern, format) or format
         self.bias = packed.bias  # type: ignore[assignment]
         self.register_buffer("kernel_weight", self._repacked(packed.packed_tensors()), persistent=False)
         self.train(packed.training)
 
-    def _check(self, packed: PackedLinear) -> None:
+    def _check(self, packed: PackedLinear, format: str) -> None:
         cpu.preferred_format(packed.dtype)  # refuses what no kernel computes in
-        if not cpu.fits(packed.pattern, packed.in_features):
+        if not cpu.fits(packed.pattern, packed.in_features, format):
             raise ValueError(
-                f"kernels: no kernel for {packed.pattern} with {packed.in_features} inputs; choose compute='dense'"
+                f"kernels: no {format} kernel for {packed.pattern} with {packed.in_features} inputs; choose "
+                "compute='dense'"
             )
         if packed.weight.device.type != "cpu":
             raise ValueError(
@@ -171,20 +175,23 @@ class KernelLinear(nn.Linear):
     def _repacked(self, tensors: dict[str, Tensor]) -> Tensor:
         """The weight of the file's tensors in the order of the kernels."""
         values, codes, scale = tensors["weight"], tensors["weight_indices"], tensors.get("weight_scale")
-        if self.pattern != NMPattern(2, 4):
-            both = pack(unpack(values, codes, self.pattern), NMPattern(2, 4))
-            values, codes = both["weight"], both["weight_indices"]
         if self.format == "int8":
             if scale is None:
                 values, scale = quantize_rows(values)
         else:
             values = (values if scale is None else values * scale[:, None]).to(VALUE_DTYPES[self.format])
             scale = None
-        return native.repack(self.format, self.in_features, values, codes, scale)
+        if not takes_codes(self.kernel_format):
+            dense = unpack(values, codes, self.pattern)
+            return native.repack(self.kernel_format, self.in_features, dense, scale=scale)
+        if self.pattern != NMPattern(2, 4):
+            both = pack(unpack(values, codes, self.pattern), NMPattern(2, 4))
+            values, codes = both["weight"], both["weight_indices"]
+        return native.repack(self.kernel_format, self.in_features, values, codes, scale)
 
     def _restored(self) -> tuple[Tensor, Tensor | None]:
         """The dense weight, and the scales of int8."""
-        return native.restore(self.kernel_weight, self.format, self.out_features, self.in_features)
+        return native.restore(self.kernel_weight, self.kernel_format, self.out_features, self.in_features)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The weight as the file holds it, by the last part of the keys."""
@@ -234,7 +241,7 @@ class KernelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[..., in_features]``; returns ``[..., out_features]``."""
-        return cpu.linear(input, self.kernel_weight, self.bias, self.format, self.out_features)
+        return cpu.linear(input, self.kernel_weight, self.bias, self.kernel_format, self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLinear:
         super()._apply(fn, recurse)
@@ -354,7 +361,7 @@ class SemiStructuredLinear(KernelLinear):
         """
         super().__init__(packed, "semi_structured")
 
-    def _check(self, packed: PackedLinear) -> None:
+    def _check(self, packed: PackedLinear, format: str) -> None:
         shape = packed.out_features, packed.in_features
         reason = semi_structured.why_not(packed.pattern, *shape, packed.dtype, packed.weight.device)
         if reason is not None:

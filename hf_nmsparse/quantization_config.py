@@ -39,9 +39,10 @@ class NMSparseQuantizationConfig(SparsityRecord, QuantizationConfigMixin):
             well. ``"semi_structured"`` runs on the sparse tensor cores of an NVIDIA GPU, in fp16 or bf16.
             ``"dense"`` unpacks each weight into a plain ``nn.Linear`` that carries its ``pattern``. ``"reference"``
             keeps it packed and unpacks it in every product. ``"auto"`` takes the fastest kernels that keep the file's
-            precision, and ``"dense"`` where there are none: for patterns that are not part of 2:4, without the native
-            library, on other devices. On one GPU it measures the shapes of the layers, and those that sparse tensor
-            cores multiply faster for every number of rows compute there. Convolutions compute dense in any case.
+            precision, and ``"dense"`` where there are none: for patterns that are not part of 2:4 (with int8 values
+            on CPUs: that keep more than 8 of 16 neighbouring columns), without the native library, on other devices.
+            On one GPU it measures the shapes of the layers, and those that sparse tensor cores multiply faster for
+            every number of rows compute there. Convolutions compute dense in any case.
         head: How the output projection computes: ``"dense"``, or ``"int8"``, which keeps an int8 copy of its weight
             for the product. None takes ``"int8"`` where the sparse layers compute in int8. Not written either.
         pattern: The N:M pattern of the sparse layers.

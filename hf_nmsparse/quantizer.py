@@ -121,8 +121,8 @@ class NMSparseQuantizer(HfQuantizer):
         if not layers:
             raise PackedFormatError(f"{Path(checkpoint_files[0]).name}: no key with {CODES} fits a layer of the model")
         modules = {name: model.get_submodule(name) for name in layers.values()}
-        packed = computing_packed(modules, config.compute, config.pattern, kwargs.get("device_map"))
         int8 = config.values == "int8"
+        packed = computing_packed(modules, config.compute, config.pattern, kwargs.get("device_map"), int8)
         leaves = ("weight", "weight_indices", *(["weight_scale"] if int8 else []))
         for prefix, name in layers.items():
             layer = modules[name]

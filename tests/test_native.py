@@ -803,12 +803,16 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
 
 
 def test_which_patterns_the_kernels_compute() -> None:
-    fitting = {f"{n}:{m}" for m in range(2, 33) for n in range(1, m) if cpu.fits(NMPattern(n, m), 2 * m)}
-    assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
-    assert not cpu.fits(TWO_OF_FOUR, 2 * 65536)
-    chosen = {
-        kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if not kind.startswith("dense_")
-    }
+    patterns = [NMPattern(n, m) for m in range(2, 33) for n in range(1, m)]
+    for numbers in ("fp32", "bf16"):
+        fitting = {str(pattern) for pattern in patterns if cpu.fits(pattern, 2 * pattern.m, numbers)}
+        assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
+    for kind, pattern in {"int8": TWO_OF_FOUR, **OF_16}.items():
+        assert order.format_of(pattern, "int8") == kind
+        assert cpu.fits(pattern, 65536, "int8")
+        assert not cpu.fits(pattern, 2 * 65536, "int8")
+    assert order.format_of(NMPattern(9, 16), "int8") is None
+    chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if order.takes_codes(kind)}
     assert chosen == {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
     assert cpu.preferred_format(torch.float16) == "fp32"
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nmsparse.kernels import library
+from hf_nmsparse.kernels import library, native
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import apply_mask, magnitude_mask
@@ -184,13 +184,17 @@ class TestInt8Values:
 # Distance to the product with the weight of the file, in norm; the layers are too small for the norm to vary little.
 KERNEL_BOUNDS = {"fp32": 1e-6, "bf16": 4e-3, "int8": 3e-2}
 FITTING = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 16), NMPattern(2, 32)]
+FITTING_INT8 = [*FITTING, NMPattern(4, 8), NMPattern(1, 2), NMPattern(2, 6), NMPattern(3, 16)]
 needs_library = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
 
 @needs_library
 class TestKernelLinear:
-    @pytest.mark.parametrize("pattern", FITTING, ids=str)
-    @pytest.mark.parametrize("format", KERNEL_BOUNDS)
+    @pytest.mark.parametrize(
+        ("pattern", "format"),
+        [(p, numbers) for numbers in ("fp32", "bf16") for p in FITTING] + [(p, "int8") for p in FITTING_INT8],
+        ids=str,
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_it_computes_nearly_what_the_dense_layer_does(
         self, pattern: NMPattern, format: str, dtype: torch.dtype
@@ -227,7 +231,7 @@ class TestKernelLinear:
                 assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8))  # -0.0 is not 0.0
         assert torch.equal(layer.dense_weight(), linear.weight)
 
-    @pytest.mark.parametrize("pattern", FITTING, ids=str)
+    @pytest.mark.parametrize("pattern", FITTING_INT8, ids=str)
     def test_int8_values_come_back(self, pattern: NMPattern) -> None:
         linear = sparse_linear(pattern)
         packed = int8_packed(linear, pattern)
@@ -240,15 +244,25 @@ class TestKernelLinear:
         assert torch.equal(found["weight_indices"], canonical["weight_indices"])
         assert torch.equal(found["weight_scale"], tensors["weight_scale"])
         assert torch.equal(layer.dense_weight(), packed.dense_weight())
-        assert torch.equal(KernelLinear(packed, "fp32").dense_weight(), packed.dense_weight())
+        if pattern in FITTING:
+            assert torch.equal(KernelLinear(packed, "fp32").dense_weight(), packed.dense_weight())
         back = layer.to_packed()
         assert torch.equal(back.dense_weight(), packed.dense_weight())
         assert not back.weight.requires_grad
 
+    @pytest.mark.parametrize("pattern", FITTING_INT8, ids=str)
+    def test_int8_products_are_those_of_the_dense_kernel(self, pattern: NMPattern) -> None:
+        linear = sparse_linear(pattern)
+        layer, x = KernelLinear(int8_packed(linear, pattern), "int8"), inputs(linear)
+        dense, scale = native.restore(layer.kernel_weight, layer.kernel_format, 6, linear.in_features)
+        packed = native.repack("dense_int8", linear.in_features, dense, scale=scale)
+        assert torch.equal(layer(x), native.multiply(x, packed, linear.bias, "dense_int8", 6))
+
     def test_what_it_cannot_compute(self) -> None:
-        for pattern in (NMPattern(3, 5), NMPattern(4, 8), NMPattern(1, 2)):
-            with pytest.raises(ValueError, match=f"no kernel for {pattern} with .* inputs; choose compute='dense'"):
-                KernelLinear(PackedLinear.from_linear(sparse_linear(pattern), pattern), "fp32")
+        for pattern, numbers in ((NMPattern(3, 5), "int8"), (NMPattern(4, 8), "fp32"), (NMPattern(1, 2), "bf16")):
+            message = f"no {numbers} kernel for {pattern} with .* inputs; choose compute='dense'"
+            with pytest.raises(ValueError, match=message):
+                KernelLinear(PackedLinear.from_linear(sparse_linear(pattern), pattern), numbers)
         packed = PackedLinear.from_linear(sparse_linear(NMPattern(2, 4)), NMPattern(2, 4))
         with pytest.raises(ValueError, match="the weight lies on meta, not on the CPU; choose compute='dense'"):
             KernelLinear(packed.to("meta"), "fp32")

@@ -109,13 +109,14 @@ def test_dense_models_of_every_family(case: str, tmp_path: Path) -> None:
             assert [is_filled(one.tokens, tokens) for one, tokens in zip(both, expected, strict=True)] == beams * [True]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:4"])
 @pytest.mark.parametrize("values", [None, "int8"])
 def test_packed_files_compute_in_the_numbers_that_they_hold(pattern: str, values: str | None, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(saved(random(tiny.marian()), tmp_path, pattern, values=values))
     translator, model = Translator(tmp_path, threads=2), AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    form = "dense_fp32" if pattern == "4:8" else values or "fp32"
-    head = "dense_int8" if form == "int8" else "dense_fp32"
+    forms = {"2:4": ("fp32", "int8"), "1:4": ("fp32", "int8_4of16"), "4:8": ("dense_fp32", "int8_8of16")}
+    form = forms.get(pattern, ("dense_fp32", "dense_fp32"))[values == "int8"]
+    head = "dense_int8" if "int8" in form else "dense_fp32"
     assert translator.formats == ({form: 33} if form == head else {form: 32, head: 1})
     for beams in (1, 4):
         settings: dict[str, Any] = {"num_beams": beams, "max_length": 30}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels import native
+from hf_nmsparse.kernels.order import format_of
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.pattern import NMPattern
 
@@ -90,9 +91,9 @@ def needs_dispatch(x: Tensor) -> bool:
     )
 
 
-def fits(pattern: NMPattern, in_features: int) -> bool:
-    """Whether the kernels compute such weights: they are 2:4 and not too wide."""
-    return pattern.within_2_of_4 and in_features <= WIDEST_INT8
+def fits(pattern: NMPattern, in_features: int, numbers: str) -> bool:
+    """Whether the kernels compute such weights in these numbers: they have a format, and are not too wide."""
+    return format_of(pattern, numbers) is not None and in_features <= WIDEST_INT8
 
 
 # There is no format for fp16: its values are kept as they are in fp32.
