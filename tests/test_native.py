@@ -35,7 +35,12 @@ from tests.processes import in_a_fresh_one
 pytestmark = pytest.mark.skipif(library.status().library is None, reason=library.status().reason)
 
 TWO_OF_FOUR = NMPattern(2, 4)
-OF_16 = {"int8_8of16": NMPattern(8, 16), "int8_4of16": NMPattern(4, 16)}
+HELD = {
+    "int8_8of16": NMPattern(8, 16),
+    "int8_4of16": NMPattern(4, 16),
+    "fp32_1of4": NMPattern(1, 4),
+    "bf16_1of4": NMPattern(1, 4),
+}
 BOUNDS = {kind: {"fp32": 1e-6, "bf16": 3e-3, "int8": 2.5e-2}[library.numbers_of(kind)] for kind in native.FORMATS}
 """Distance to the product in fp64 with the weight before rounding, in norm, which a user may count on.
 
@@ -50,21 +55,21 @@ def sparse_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
 
 
 def pruned(weight: Tensor, kind: str) -> Tensor:
-    """``weight``, or what of its largest numbers a kind holds that keeps some of 16 columns."""
-    if kind not in OF_16:
+    """``weight``, or what of its largest numbers a kind holds that keeps some of 16 or 4 columns."""
+    if kind not in HELD:
         return weight
     columns = weight.shape[1]
     whole = torch.nn.functional.pad(weight, (0, -columns % 16))
-    return apply_mask(whole, magnitude_mask(whole, OF_16[kind]))[:, :columns].contiguous()
+    return apply_mask(whole, magnitude_mask(whole, HELD[kind]))[:, :columns].contiguous()
 
 
 def packed_weight(weight: Tensor, kind: str) -> Tensor:
     """``weight``, in fp32, 2:4 or for other kinds any, `pruned`, in the order of the library."""
     weight = pruned(weight, kind)
-    if kind in ("dense_int8", *OF_16):
-        values, scale = quantize_rows(weight)
-        return native.repack(kind, weight.shape[1], values, scale=scale)
-    if kind.startswith("dense_"):
+    if not order.takes_codes(kind):
+        if library.numbers_of(kind) == "int8":
+            values, scale = quantize_rows(weight)
+            return native.repack(kind, weight.shape[1], values, scale=scale)
         return native.repack(kind, weight.shape[1], weight.to(native._VALUES[kind]))
     both = pack(weight, TWO_OF_FOUR)
     if kind == "int8":
@@ -144,12 +149,12 @@ def check_products() -> None:
             full = weight if order.takes_codes(kind) else pruned(torch.randn(out_features, in_features), kind)
             packed, dense = packed_weight(full, kind), packed_weight(full, "dense_int8")
             for rows in ROWS:
-                for dtype in (torch.float32,) if kind.endswith("fp32") else (torch.float32, torch.bfloat16):
+                for dtype in (torch.float32,) if "fp32" in kind else (torch.float32, torch.bfloat16):
                     x = torch.randn(rows, in_features).to(dtype)
                     found = native.multiply(x, packed, bias, kind, out_features)
                     if dtype == torch.float32:  # an output does not depend on the rows beside it
                         assert torch.equal(found[-1], native.multiply(x[-1:], packed, bias, kind, out_features)[0])
-                    if kind in OF_16:  # sums of integers are exact, in whatever order
+                    if kind in ("int8_8of16", "int8_4of16"):  # sums of integers are exact, in whatever order
                         assert torch.equal(found, native.multiply(x, dense, bias, "dense_int8", out_features))
                     error = distance(found, x.double() @ full.double().T + bias)
                     assert error < BOUNDS[kind], (kind, dtype, out_features, in_features, rows, error)
@@ -352,7 +357,7 @@ def test_products_of_any_shape(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(list(MAGNITUDES)))
     rows, out_features = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 100))
     in_features = 4 * data.draw(st.integers(1, 75))
-    if kind in ("dense_int8", *OF_16):
+    if kind == "dense_int8" or kind in HELD:
         in_features -= data.draw(st.integers(0, 3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-12, -7e-13, 300.0, -500.0]), max_size=5))
@@ -646,7 +651,7 @@ def test_restoring_is_exact(data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     pool = data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, 3e38, -1e-40, 2.0**-126]), min_size=1, max_size=5))
     weight = numbers((rows, in_features), pool, generator)
-    if kind in ("dense_int8", *OF_16):
+    if library.numbers_of(kind) == "int8" and not order.takes_codes(kind):
         values = torch.randint(-127, 128, (rows, in_features), generator=generator, dtype=torch.int8)
         values = pruned(values.float(), kind).to(torch.int8)
         scales = torch.rand(rows, generator=generator)
@@ -658,8 +663,8 @@ def test_restoring_is_exact(data: st.DataObject) -> None:
         return
     dtype = native._VALUES[kind]
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}[dtype]
-    if kind.startswith("dense_"):
-        values = weight.to(dtype)
+    if not order.takes_codes(kind):
+        values = pruned(weight, kind).to(dtype)
         back, _ = native.restore(native.repack(kind, in_features, values), kind, rows, in_features)
         assert torch.equal(back.view(bits), values.view(bits))
         return
@@ -807,10 +812,11 @@ def test_which_patterns_the_kernels_compute() -> None:
     for numbers in ("fp32", "bf16"):
         fitting = {str(pattern) for pattern in patterns if cpu.fits(pattern, 2 * pattern.m, numbers)}
         assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
-    for kind, pattern in {"int8": TWO_OF_FOUR, **OF_16}.items():
-        assert order.format_of(pattern, "int8") == kind
-        assert cpu.fits(pattern, 65536, "int8")
-        assert not cpu.fits(pattern, 2 * 65536, "int8")
+    for kind, pattern in {"fp32": TWO_OF_FOUR, "bf16": TWO_OF_FOUR, "int8": TWO_OF_FOUR, **HELD}.items():
+        numbers = library.numbers_of(kind)
+        assert order.format_of(pattern, numbers) == kind
+        assert cpu.fits(pattern, 65536, numbers)
+        assert not cpu.fits(pattern, 2 * 65536, numbers)
     assert order.format_of(NMPattern(9, 16), "int8") is None
     chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if order.takes_codes(kind)}
     assert chosen == {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}

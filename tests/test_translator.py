@@ -114,7 +114,7 @@ def test_dense_models_of_every_family(case: str, tmp_path: Path) -> None:
 def test_packed_files_compute_in_the_numbers_that_they_hold(pattern: str, values: str | None, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(saved(random(tiny.marian()), tmp_path, pattern, values=values))
     translator, model = Translator(tmp_path, threads=2), AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    forms = {"2:4": ("fp32", "int8"), "1:4": ("fp32", "int8_4of16"), "4:8": ("dense_fp32", "int8_8of16")}
+    forms = {"2:4": ("fp32", "int8"), "1:4": ("fp32_1of4", "int8_4of16"), "4:8": ("dense_fp32", "int8_8of16")}
     form = forms.get(pattern, ("dense_fp32", "dense_fp32"))[values == "int8"]
     head = "dense_int8" if "int8" in form else "dense_fp32"
     assert translator.formats == ({form: 33} if form == head else {form: 32, head: 1})

@@ -27,9 +27,11 @@ FORMATS = {
     "dense_bf16": 5,
     "int8_8of16": 6,
     "int8_4of16": 7,
+    "fp32_1of4": 8,
+    "bf16_1of4": 9,
 }
 """How a packed weight lies in memory. The first three are of 2:4 weights, by the names of the modes of computing; then
-come those of dense weights, and of int8 weights that keep at most 8 or 4 of each 16 neighbouring columns."""
+come those of dense weights, and those of weights that keep at most so many of each 16 or 4 neighbouring columns."""
 
 
 def numbers_of(format: str) -> str:

@@ -21,8 +21,8 @@ NUMBERS = MappingProxyType(
 )
 """The number type of a format's values; NumPy has no bf16, so its bits stand in uint16."""
 
-
-_KEPT_OF_16 = {"int8_4of16": 4, "int8_8of16": 8}
+_HELD = {"int8_4of16": (4, 16), "int8_8of16": (8, 16), "fp32_1of4": (1, 4), "bf16_1of4": (1, 4)}
+"""How many values of how many neighbouring columns the sparse formats hold that are repacked from dense weights."""
 
 
 @lru_cache(maxsize=64)
@@ -33,17 +33,16 @@ def format_of(pattern: NMPattern, numbers: str) -> str | None:
         pattern: The pattern.
         numbers: ``"fp32"``, ``"bf16"`` or ``"int8"``.
     """
-    kept = pattern.most_kept_in(16)
-    if numbers == "int8" and kept <= 4:
-        return "int8_4of16"
-    if pattern.within_2_of_4:
-        return numbers
-    return "int8_8of16" if numbers == "int8" and kept <= 8 else None
+    densities = {numbers: 2 / 4} if pattern.within_2_of_4 else {}  # first: as dense as 8 of 16, and fewer bytes
+    for name, (kept, run) in _HELD.items():
+        if numbers_of(name) == numbers and pattern.most_kept_in(run) <= kept:
+            densities[name] = kept / run
+    return min(densities, key=lambda name: densities[name], default=None)
 
 
 def takes_codes(format: str) -> bool:
     """Whether a format is of 2:4 weights, which are repacked from kept values and their codes, not from dense ones."""
-    return not format.startswith("dense_") and format not in _KEPT_OF_16
+    return not format.startswith("dense_") and format not in _HELD
 
 
 @lru_cache(maxsize=4096)
@@ -83,7 +82,7 @@ def repack(
         raise ValueError(f"repack: 2:4 weights have a multiple of 4 columns, got {in_features}")
     if values.dtype != NUMBERS[format] or values.shape[1] != (in_features if dense else in_features // 2):
         raise ValueError(f"repack: values {list(values.shape)} {values.dtype} do not fit {format} of {in_features}")
-    if format in _KEPT_OF_16:
+    if format in _HELD:
         _check_runs(format, values)
     width = -(-in_features // 4 * 3 // 8)
     if not dense and (codes is None or codes.dtype != np.uint8 or codes.shape != (rows, width)):
@@ -105,8 +104,10 @@ def repack(
 
 
 def _check_runs(format: str, values: Array) -> None:
-    """Refuses a weight of which a run of 16 columns keeps more than the format holds."""
-    starts = range(0, values.shape[1], 16)
-    most = int(np.add.reduceat(values != 0, starts, axis=1, dtype=np.uint8).max(initial=0)) if len(starts) else 0
-    if most > _KEPT_OF_16[format]:
-        raise ValueError(f"repack: {format} holds {_KEPT_OF_16[format]} of 16 columns, got {most}; compute it dense")
+    """Refuses a weight of which a run of columns keeps more than the format holds; -0.0 is kept."""
+    kept, run = _HELD[format]
+    starts = range(0, values.shape[1], run)
+    some = values.view(f"u{values.itemsize}") != 0
+    most = int(np.add.reduceat(some, starts, axis=1, dtype=np.uint8).max(initial=0)) if len(starts) else 0
+    if most > kept:
+        raise ValueError(f"repack: {format} holds {kept} of {run} columns, got {most}; compute it dense")

@@ -94,15 +94,15 @@ struct Random {
 
 Random draw;
 
-// Zeros of int8 rows all but `kept` numbers, drawn, of each run of 16.
-inline void keep_of_16(uint8_t* values, int64_t rows, int64_t in, int kept) {
+// Makes zeros of all numbers of rows, `size` bytes each, but of `kept` of each run of so many, drawn.
+inline void keep(uint8_t* values, int64_t size, int64_t rows, int64_t in, int kept, int run) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0, missing = kept; i < in; i++) {
-            if (i % 16 == 0) missing = kept;
-            if (draw.below(16 - i % 16) < missing)
+            if (i % run == 0) missing = kept;
+            if (draw.below(run - i % run) < missing)
                 missing--;
             else
-                values[row * in + i] = 0;
+                std::memset(values + (row * in + i) * size, 0, static_cast<size_t>(size));
         }
 }
 

@@ -34,14 +34,29 @@ int32_t nms_soften(const float* weight, const uint8_t* mask, float* soft, int64_
 
 namespace {
 
-enum Format { sparse_fp32, sparse_bf16, sparse_int8, dense_int8, dense_fp32, dense_bf16, int8_8of16, int8_4of16 };
+enum Format {
+    sparse_fp32,
+    sparse_bf16,
+    sparse_int8,
+    dense_int8,
+    dense_fp32,
+    dense_bf16,
+    int8_8of16,
+    int8_4of16,
+    fp32_1of4,
+    bf16_1of4
+};
 enum Number { fp32, bf16 };
 constexpr Format formats[] = {sparse_fp32, sparse_bf16, sparse_int8, dense_int8,
-                              dense_fp32,  dense_bf16,  int8_8of16,  int8_4of16};
+                              dense_fp32,  dense_bf16,  int8_8of16,  int8_4of16, fp32_1of4,  bf16_1of4};
 constexpr const char* format_names[] = {"sparse fp32", "sparse bf16", "sparse int8", "dense int8",
-                                        "dense fp32",  "dense bf16",  "int8 8 of 16", "int8 4 of 16"};
+                                        "dense fp32",  "dense bf16",  "int8 8 of 16", "int8 4 of 16",
+                                        "fp32 1 of 4", "bf16 1 of 4"};
 constexpr bool is_int8(Format format) {
-    return format == sparse_int8 || format == dense_int8 || format >= int8_8of16;
+    return format == sparse_int8 || format == dense_int8 || format == int8_8of16 || format == int8_4of16;
+}
+constexpr bool is_fp32(Format format) {
+    return format == sparse_fp32 || format == dense_fp32 || format == fp32_1of4;
 }
 constexpr float infinity = std::numeric_limits<float>::infinity(), not_a_number = NAN;
 
@@ -105,7 +120,7 @@ struct Weight {
 float number_of(Format format, const uint8_t* bytes) {
     if (is_int8(format)) return static_cast<int8_t>(*bytes);
     uint32_t bits = 0;
-    if (format == sparse_fp32 || format == dense_fp32)
+    if (is_fp32(format))
         std::memcpy(&bits, bytes, 4);
     else
         bits = static_cast<uint32_t>(bytes[0] | bytes[1] << 8) << 16;
@@ -118,7 +133,7 @@ float number_of(Format format, const uint8_t* bytes) {
 Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false) {
     constexpr int places[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
     const bool sparse = format <= sparse_int8, scaled = is_int8(format);
-    const int64_t size = scaled ? 1 : format == sparse_fp32 || format == dense_fp32 ? 4 : 2;
+    const int64_t size = scaled ? 1 : is_fp32(format) ? 4 : 2;
     const int64_t groups = in / 4, width = sparse ? 2 * groups : in, code_bytes = (groups * 3 + 7) / 8;
     Array<uint8_t> values(out * width * size), codes(sparse ? out * code_bytes : 0);
     Weight w{format, out, in, Array<uint8_t>(nms_packed_bytes(format, out, in)), Array<uint8_t>(out * in * size),
@@ -132,7 +147,9 @@ Weight make_weight(Format format, int64_t out, int64_t in, bool extreme = false)
         if (size == 2) bits >>= 16;
         for (int64_t b = 0; b < size; b++) values[i * size + b] = static_cast<uint8_t>(bits >> (8 * b));
     }
-    if (format >= int8_8of16) keep_of_16(values.data(), out, in, format == int8_8of16 ? 8 : 4);
+    if (format == int8_8of16) keep(values.data(), size, out, in, 8, 16);
+    if (format == int8_4of16) keep(values.data(), size, out, in, 4, 16);
+    if (format == fp32_1of4 || format == bf16_1of4) keep(values.data(), size, out, in, 1, 4);
     std::memset(w.dense.data(), 0, static_cast<size_t>(w.dense.count));
     if (!sparse) std::memcpy(w.dense.data(), values.data(), static_cast<size_t>(w.dense.count));
     if (sparse) std::memset(codes.data(), 0, static_cast<size_t>(codes.count));
@@ -224,7 +241,7 @@ Numbers multiply(const Weight& w, const Input& x, const Numbers* bias) {
 double tolerance(const Weight& w, const Input& x, int64_t column, double most, double range, double expected) {
     const double unit = 0x1p-24;
     double off;
-    if (w.format == sparse_fp32 || w.format == sparse_bf16) {
+    if (w.format == sparse_fp32 || w.format == sparse_bf16 || w.format == fp32_1of4 || w.format == bf16_1of4) {
         off = static_cast<double>(w.in / 2 + 3) * unit * (most * w.sum[column] + std::fabs(expected));
     } else {
         off = 16 * unit * (range * w.sum[column] + std::fabs(expected));

@@ -71,7 +71,8 @@ double put(Number number, float value, uint8_t* to) {
 }
 
 Number number_of(Format format) {
-    return is_int8(format) ? int8 : format == sparse_fp32 || format == dense_fp32 ? fp32 : bf16;
+    if (is_int8(format)) return int8;
+    return format == sparse_fp32 || format == dense_fp32 || format == fp32_1of4 ? fp32 : bf16;
 }
 
 // `gain`: about how much longer the product is than its input.
@@ -87,7 +88,8 @@ RandomWeight random_weight(int32_t side, int32_t layer, int32_t slot, Format for
     Array<float> scales(number == int8 ? out : 0), unused(scales.count);
     for (int64_t i = 0; i < out * width; i++)
         put(number, number == int8 ? draw.uniform() : most * draw.uniform(), values.data() + i * size);
-    if (kept_of_16(format)) keep_of_16(values.data(), out, in, kept_of_16(format));
+    if (kept_of_16(format)) keep(values.data(), size, out, in, kept_of_16(format), 16);
+    if (kept_of_4(format) == 1) keep(values.data(), size, out, in, 1, 4);
     std::memset(codes.data(), 0, static_cast<size_t>(codes.count));
     for (int64_t g = 0; g < out * (in / 4); g++) {
         const int64_t row = g / (in / 4), bit = g % (in / 4) * 3, code = draw.below(6);
@@ -199,10 +201,10 @@ class RandomModel {
     const Precision precision_;
 
     Format draw_format(int64_t in) const {
-        constexpr Format float_formats[] = {dense_fp32, dense_bf16, sparse_fp32, sparse_bf16};
+        constexpr Format float_formats[] = {dense_fp32, dense_bf16, sparse_fp32, sparse_bf16, fp32_1of4, bf16_1of4};
         constexpr Format byte_formats[] = {dense_int8, sparse_int8, int8_8of16, int8_4of16};
         if (in % 4) return precision_ == bytes ? dense_int8 : float_formats[draw.below(2)];
-        if (precision_ == floats) return float_formats[draw.below(4)];
+        if (precision_ == floats) return float_formats[draw.below(6)];
         return precision_ == bytes ? byte_formats[draw.below(4)] : static_cast<Format>(draw.below(formats));
     }
     void weight(int32_t side, int32_t layer, int32_t slot, int64_t out, int64_t in, float gain) {

@@ -21,12 +21,18 @@ enum Format : int32_t {
     dense_bf16 = 5,
     int8_8of16 = 6,
     int8_4of16 = 7,
-    formats = 8,
+    fp32_1of4 = 8,
+    bf16_1of4 = 9,
+    formats = 10,
 };
 
-// The most values that a run of 16 columns keeps, of the formats that any pattern with so few of them fits; else 0.
+// The most values that a run of 16 columns keeps, or one of 4, of the formats that any pattern with so few of them fits;
+// else 0.
 static constexpr NMS_INLINE int kept_of_16(Format format) {
     return format == int8_8of16 ? 8 : format == int8_4of16 ? 4 : 0;
+}
+static constexpr NMS_INLINE int kept_of_4(Format format) {
+    return format <= sparse_int8 ? 2 : format == fp32_1of4 || format == bf16_1of4 ? 1 : 0;
 }
 static constexpr NMS_INLINE bool is_int8(Format format) {
     return format == sparse_int8 || format == dense_int8 || kept_of_16(format);

@@ -5,6 +5,7 @@
 //   sparse fp32, chunks of 32 columns: `lanes` dwords of places, 2 bits each, group by group, slot by slot; then for
 //       each of 8 groups and 2 slots `lanes` values.
 //   sparse bf16: the same places; then for each group `lanes` dwords, slot 0 in the low half.
+//   fp32 and bf16 of 4: as the sparse ones with one slot a group; two neighbouring groups share the dwords of bf16.
 //   sparse int8, chunks of 64 columns: two vectors of places and eight of values. A dword of value vector v holds slot
 //       0 and 1 of group 2v, then of group 2v + 1. Bits 2f and 2f + 1 of byte b of place vector h are the place of byte
 //       b of value vector 4h + f.
@@ -32,11 +33,11 @@ struct Layout {
         return format == sparse_int8 || kept_of_16(format) ? 64 : format == dense_int8 || format == dense_fp32 ? 16 : 32;
     }
     static NMS_INLINE int64_t value_bytes(Format format) {
-        constexpr int64_t bytes[formats] = {4, 2, 1, 1, 4, 2, 1, 1};
+        constexpr int64_t bytes[formats] = {4, 2, 1, 1, 4, 2, 1, 1, 4, 2};
         return bytes[format];
     }
     static NMS_INLINE int64_t part_bytes(Format format) {
-        constexpr int64_t vectors[formats] = {17, 9, 10, 4, 16, 16, 12, 6};
+        constexpr int64_t vectors[formats] = {17, 9, 10, 4, 16, 16, 12, 6, 9, 5};
         return vector * vectors[format];
     }
     static NMS_INLINE int64_t chunks(Format format, int64_t in) { return blocks_of(in, chunk_columns(format)); }
@@ -60,10 +61,10 @@ struct Layout {
         return row / block_rows * block_bytes(format, in) + row / lanes % 2 * part_bytes(format);
     }
 
-    // Where in a part the value of a slot lies, and, for int8, its place: byte, and shift within it.
-    static NMS_INLINE int64_t float_value_at(Format format, int64_t group, int slot, int64_t lane) {
-        return format == sparse_fp32 ? vector * (1 + 2 * group + slot) + 4 * lane
-                                     : vector * (1 + group) + 4 * lane + 2 * slot;
+    // Where in a part the value of a slot lies: of floats, whose slots are counted through the part, and of int8.
+    static NMS_INLINE int64_t float_value_at(Format format, int64_t slot, int64_t lane) {
+        return value_bytes(format) == 4 ? vector * (1 + slot) + 4 * lane
+                                        : vector * (1 + slot / 2) + 4 * lane + 2 * (slot & 1);
     }
     static NMS_INLINE int64_t int8_byte(int64_t group, int slot, int64_t lane) {
         return 4 * lane + 2 * (group & 1) + slot;
@@ -78,6 +79,9 @@ struct Layout {
                 if (kept_of_16(format))
                     repack_row_of_16(format, static_cast<const uint8_t*>(values) + row * in, in, row % lanes,
                                      packed + row_at(format, row, in));
+                else if (kept_of_4(format) == 1)
+                    repack_row_of_4(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
+                                    row % lanes, packed + row_at(format, row, in));
                 else if (!is_2_of_4(format))
                     repack_dense_row(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
                                      row % lanes, packed + row_at(format, row, in));
@@ -142,15 +146,27 @@ struct Layout {
                     chunk[vector * (v / 4) + byte] |= static_cast<uint8_t>(place(code, slot) << (2 * (v & 3)));
                     continue;
                 }
-                uint32_t places;
-                std::memcpy(&places, chunk + 4 * lane, 4);
-                places |= place(code, slot) << (4 * group + 2 * slot);
-                std::memcpy(chunk + 4 * lane, &places, 4);
-                const int64_t size = value_bytes(format);
-                std::memcpy(chunk + float_value_at(format, group, slot, lane),
-                            static_cast<const uint8_t*>(values) + (from + slot) * size, size);
+                put_float(format, static_cast<const uint8_t*>(values) + (from + slot) * value_bytes(format),
+                          place(code, slot), 2 * group + slot, lane, chunk);
             }
         }
+    }
+    static NMS_INLINE void put_float(Format format, const uint8_t* value, uint32_t place, int64_t slot, int64_t lane,
+                                     uint8_t* chunk) {
+        uint32_t places;
+        std::memcpy(&places, chunk + 4 * lane, 4);
+        places |= place << (2 * slot);
+        std::memcpy(chunk + 4 * lane, &places, 4);
+        std::memcpy(chunk + float_value_at(format, slot, lane), value, value_bytes(format));
+    }
+    // Of a dense row, whose groups of four have no more than one value.
+    static void repack_row_of_4(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
+        constexpr uint8_t nothing[4] = {};
+        const int64_t size = value_bytes(format), columns = chunk_columns(format);
+        for (int64_t i = 0; i < in; i++)
+            if (std::memcmp(values + i * size, nothing, size))  // -0.0 is kept
+                put_float(format, values + i * size, i & 3, i % columns / 4, lane,
+                          parts + i / columns * 2 * part_bytes(format));
     }
 
     // Where in a part the value of a slot of a run of 16 lies, and its place: byte, and shift within it.
@@ -212,16 +228,17 @@ struct Layout {
     static void restore_row(Format format, int64_t in, const uint8_t* parts, int64_t lane, uint8_t* row) {
         const int64_t size = value_bytes(format);
         if (kept_of_16(format)) return restore_row_of_16(format, in, parts, lane, row);
-        if (!is_2_of_4(format)) {
+        const int kept = kept_of_4(format);
+        if (!kept) {
             for (int64_t i = 0; i < in; i++) std::memcpy(row + i * size, parts + dense_at(format, i, lane), size);
             return;
         }
         const int64_t columns = chunk_columns(format) / 4;
         std::memset(row, 0, in * size);
-        for (int64_t g = 0; g < in / 4; g++) {
+        for (int64_t g = 0; g < blocks_of(in, 4); g++) {
             const uint8_t* chunk = parts + g / columns * 2 * part_bytes(format);
             const int64_t group = g % columns;
-            for (int slot = 0; slot < 2; slot++) {
+            for (int slot = 0; slot < kept; slot++) {
                 if (format == sparse_int8) {
                     const int64_t byte = int8_byte(group, slot, lane), v = group / 2;
                     const int64_t at = chunk[vector * (v / 4) + byte] >> (2 * (v & 3)) & 3;
@@ -230,8 +247,9 @@ struct Layout {
                 }
                 uint32_t places;
                 std::memcpy(&places, chunk + 4 * lane, 4);
-                const int64_t at = places >> (4 * group + 2 * slot) & 3;
-                std::memcpy(row + (4 * g + at) * size, chunk + float_value_at(format, group, slot, lane), size);
+                const int64_t index = kept * group + slot, at = places >> (2 * index) & 3;
+                if (4 * g + at < in)
+                    std::memcpy(row + (4 * g + at) * size, chunk + float_value_at(format, index, lane), size);
             }
         }
     }

@@ -104,6 +104,8 @@ struct Linear {
             case dense_bf16: return project_as<dense_bf16>(p, rows, count, first_block, last_block);
             case int8_8of16: return project_as<int8_8of16>(p, rows, count, first_block, last_block);
             case int8_4of16: return project_as<int8_4of16>(p, rows, count, first_block, last_block);
+            case fp32_1of4: return project_as<fp32_1of4>(p, rows, count, first_block, last_block);
+            case bf16_1of4: return project_as<bf16_1of4>(p, rows, count, first_block, last_block);
             case formats: break;
         }
     }
@@ -216,7 +218,7 @@ struct Linear {
         const bool in_place = p.number == fp32 && width == p.in;
         const int64_t most = smaller(batch, p.rows);
         const int64_t x_bytes = in_place ? 0 : 4 * most * width, bias_bytes = 4 * padded(p.out, 16);
-        const int64_t turned_bytes = most < enough || !is_2_of_4(format) ? 0 : 4 * padded(most, many) * width;
+        const int64_t turned_bytes = most < enough || !kept_of_4(format) ? 0 : 4 * padded(most, many) * width;
         uint8_t* memory = scratch(bias_bytes + x_bytes + turned_bytes);
         if (!memory) return;
         const Output o = output(p, reinterpret_cast<float*>(memory));
@@ -230,7 +232,7 @@ struct Linear {
                 x = {copy, width};
             }
             int64_t turned_rows = 0;
-            if constexpr (is_2_of_4(format)) {  // whole tiles, and one that the rest nearly fills
+            if constexpr (kept_of_4(format) > 0) {  // whole tiles, and one that the rest nearly fills
                 const int64_t tiled = rows / many * many;
                 turned_rows = rows - tiled >= enough ? rows : tiled;
                 if (turned_rows) many_rows<format>(p, x, turned, o, first, turned_rows);
@@ -280,6 +282,8 @@ struct Linear {
             case dense_bf16: return multiply_float<dense_bf16>(p);
             case int8_8of16: return multiply_int8<int8_8of16>(p);
             case int8_4of16: return multiply_int8<int8_4of16>(p);
+            case fp32_1of4: return multiply_float<fp32_1of4>(p);
+            case bf16_1of4: return multiply_float<bf16_1of4>(p);
             case formats: break;
         }
     }

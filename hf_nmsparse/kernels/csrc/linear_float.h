@@ -25,15 +25,14 @@ struct LinearFloat {
     static constexpr int64_t lanes = V::lanes;
     static constexpr int R = 2;  // vectors of rows of a block
 
+    // The values of two slots, those of a group or of two.
     template <Format format>
-    static NMS_INLINE void load_pair(const uint8_t* chunk, int group, F& first, F& second) {
-        if constexpr (format == sparse_fp32) {
-            first = V::load(reinterpret_cast<const float*>(chunk + L::vector * (1 + 2 * group)));
-            second = V::load(reinterpret_cast<const float*>(chunk + L::vector * (2 + 2 * group)));
+    static NMS_INLINE void load_pair(const uint8_t* chunk, int pair, F& first, F& second) {
+        if constexpr (format == sparse_fp32 || format == fp32_1of4) {
+            first = V::load(reinterpret_cast<const float*>(chunk + L::vector * (1 + 2 * pair)));
+            second = V::load(reinterpret_cast<const float*>(chunk + L::vector * (2 + 2 * pair)));
         } else {
-            const I pair = V::load_int(chunk + L::vector * (1 + group));
-            first = V::as_float(V::shift_left(pair, 16));
-            second = V::as_float(V::both(pair, V::set_int(static_cast<int32_t>(0xffff0000))));
+            split_pair(V::load_int(chunk + L::vector * (1 + pair)), first, second);
         }
     }
 
@@ -49,7 +48,7 @@ struct LinearFloat {
             const uint8_t* chunk = w + k * R * bytes;
             const float* xk = x + columns * k;
             for (int64_t i = 0; i < ahead.lines; i++, ahead.at += 64) V::fetch(ahead.at);
-            if constexpr (is_2_of_4(format))
+            if constexpr (kept_of_4(format) > 0)
                 sparse_chunk<format, B>(chunk, xk, x_stride, sum);
             else
                 dense_chunk<format, B>(chunk, xk, x_stride, sum);
@@ -60,20 +59,22 @@ struct LinearFloat {
 
     template <Format format, int B>
     static NMS_INLINE void sparse_chunk(const uint8_t* chunk, const float* xk, int64_t x_stride, F (&sum)[R][B]) {
+        constexpr int kept = kept_of_4(format);
         const int64_t bytes = L::part_bytes(format);
         I places[R];
         NMS_UNROLL for (int r = 0; r < R; r++) places[r] = V::load_int(chunk + r * bytes);
-        NMS_UNROLL for (int group = 0; group < 8; group++) {
+        NMS_UNROLL for (int pair = 0; pair < 4 * kept; pair++) {
             F value[R][2];
             NMS_UNROLL for (int r = 0; r < R; r++)
-                load_pair<format>(chunk + r * bytes, group, value[r][0], value[r][1]);
-            NMS_UNROLL for (int slot = 0; slot < 2; slot++) {
+                load_pair<format>(chunk + r * bytes, pair, value[r][0], value[r][1]);
+            NMS_UNROLL for (int i = 0; i < 2; i++) {
+                const int group = kept == 2 ? pair : 2 * pair + i;
                 I place[R];
-                NMS_UNROLL for (int r = 0; r < R; r++) place[r] = V::shift_right(places[r], 4 * group + 2 * slot);
+                NMS_UNROLL for (int r = 0; r < R; r++) place[r] = V::shift_right(places[r], 4 * pair + 2 * i);
                 NMS_UNROLL for (int b = 0; b < B; b++) {
                     const F four = V::repeat4(xk + b * x_stride + 4 * group);
                     NMS_UNROLL for (int r = 0; r < R; r++)
-                        sum[r][b] = V::fma(V::pick4(four, place[r]), value[r][slot], sum[r][b]);
+                        sum[r][b] = V::fma(V::pick4(four, place[r]), value[r][i], sum[r][b]);
                 }
             }
         }
@@ -110,14 +111,14 @@ struct LinearFloat {
     static constexpr int64_t many = 64;         // rows of x that are turned over together
     static constexpr int64_t weight_rows = 32;  // of a work item
 
-    // Sums of `rows` weight rows over one chunk. x is [32][many].
-    template <int rows>
+    // Sums of `rows` weight rows over one chunk of so many slots. x is [32][many].
+    template <int slots, int rows>
     static NMS_INLINE void many_rows_step(const float* x, const float* values, const int32_t* offsets, float* sums) {
         constexpr int N = many / lanes;
         F sum[rows][N];
         NMS_UNROLL for (int r = 0; r < rows; r++)
             NMS_UNROLL for (int i = 0; i < N; i++) sum[r][i] = V::load(sums + (r * N + i) * lanes);
-        NMS_UNROLL for (int s = 0; s < 16; s++) {
+        NMS_UNROLL for (int s = 0; s < slots; s++) {
             NMS_UNROLL for (int r = 0; r < rows; r++) {
                 const float* at = x + offsets[s * lanes + r];
                 const F value = V::set(values[s * lanes + r]);
@@ -134,37 +135,37 @@ struct LinearFloat {
     static NMS_NOINLINE void many_rows(const uint8_t* packed, int64_t out, int64_t in, const float* turned, int64_t first,
                                        float* result) {
         constexpr int64_t vectors = weight_rows / lanes;
-        constexpr int at_once = lanes == 16 ? 2 : 1;
+        constexpr int at_once = lanes == 16 ? 2 : 1, kept = kept_of_4(format), slots = 8 * kept;
         const int64_t chunks = L::chunks(format, in);
         const int64_t last = smaller(first + vectors, blocks_of(out, lanes));
         alignas(64) float sums[weight_rows * many];
-        alignas(64) int32_t offsets[16 * lanes];
-        alignas(64) float values[16 * lanes];
+        alignas(64) int32_t offsets[slots * lanes];
+        alignas(64) float values[slots * lanes];
         std::memset(sums, 0, sizeof sums);
         for (int64_t k = 0; k < chunks; k++) {
             const float* x = turned + k * 32 * many;
             for (int64_t v = first; v < last; v++) {
                 const uint8_t* chunk = packed + L::row_at(format, v * lanes, in) + k * R * L::part_bytes(format);
                 const I places = V::load_int(chunk);
-                NMS_UNROLL for (int s = 0; s < 16; s++) {
+                NMS_UNROLL for (int s = 0; s < slots; s++) {
                     I at = V::both(V::shift_right(places, 2 * s), V::set_int(3));
-                    at = V::sum(at, V::set_int(4 * (s / 2)));
+                    at = V::sum(at, V::set_int(4 * (s / kept)));
                     V::store_int(offsets + s * lanes, V::shift_left(at, 6));  // a column is a tile of 64
                 }
                 const float* from = values;
-                if constexpr (format == sparse_fp32) {
+                if constexpr (format == sparse_fp32 || format == fp32_1of4) {
                     from = reinterpret_cast<const float*>(chunk + L::vector);
                 } else {
-                    NMS_UNROLL for (int group = 0; group < 8; group++) {
+                    NMS_UNROLL for (int pair = 0; pair < slots / 2; pair++) {
                         F first, second;
-                        load_pair<format>(chunk, group, first, second);
-                        V::store(values + 2 * group * lanes, first);
-                        V::store(values + (2 * group + 1) * lanes, second);
+                        load_pair<format>(chunk, pair, first, second);
+                        V::store(values + 2 * pair * lanes, first);
+                        V::store(values + (2 * pair + 1) * lanes, second);
                     }
                 }
                 float* into = sums + (v - first) * lanes * many;
                 for (int64_t r = 0; r < lanes; r += at_once)
-                    many_rows_step<at_once>(x, from + r, offsets + r, into + r * many);
+                    many_rows_step<slots, at_once>(x, from + r, offsets + r, into + r * many);
             }
         }
         for (int64_t r = 0; r < weight_rows; r += 8)

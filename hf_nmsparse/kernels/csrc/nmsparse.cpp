@@ -58,8 +58,8 @@ NMS_EXPORT int32_t nms_multiply(int32_t format, int64_t rows, int64_t out, int64
     const Product product{rows, out, in, x, x_stride, packed + sizeof(Header), bias, y, static_cast<Number>(number)};
     const Unit& unit = unit_in_use();
     return guarded([&] {
-        if (unit.multiply_pairs && known == sparse_bf16 && number == bf16)
-            unit.multiply_pairs(product);
+        if (unit.multiply_pairs && (known == sparse_bf16 || known == bf16_1of4) && number == bf16)
+            unit.multiply_pairs(known, product);
         else
             unit.multiply(known, product);
     });

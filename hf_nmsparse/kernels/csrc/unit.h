@@ -121,7 +121,8 @@ struct Unit {
     void (*gather)(Format format, int64_t out, int64_t in, const uint8_t* packed, const int32_t* rows, int64_t count,
                    uint8_t* gathered);
     void (*multiply)(Format format, const Product& product);
-    void (*multiply_pairs)(const Product& product);  // sparse bf16 times bf16; null where `multiply` does it
+    // `multiply` of bf16 by sparse bf16 of a kind; null where it does that too.
+    void (*multiply_pairs)(Format format, const Product& product);
 
     void (*quantise)(const Rows& rows, int64_t begin, int64_t end, int64_t width);
     void (*project)(const Projection& projection, const Rows& rows, int64_t count, int64_t first_block, int64_t last_block);
@@ -148,7 +149,7 @@ extern const Unit scalar_unit;
 extern const Unit avx2_unit;
 extern const Unit avx512_unit;
 extern const Unit avx512_bf16_unit;
-void multiply_pairs_avx512(const Product& product);
+void multiply_pairs_avx512(Format format, const Product& product);
 #elif defined(__aarch64__)
 extern const Unit neon_unit;
 extern const Unit neon_dotprod_unit;

@@ -6,12 +6,12 @@ namespace nms {
 namespace {
 
 struct Avx512Bf16 : Avx512 {
-    // For each pair of places of two bits the bytes of the two numbers, counted from `base`.
-    static NMS_INLINE Int pair_places(int base) {
+    // For each pair of places of two bits the bytes of the two numbers, each counted from the bytes of its group.
+    static NMS_INLINE Int pair_places(uint32_t first_group, uint32_t second_group) {
         alignas(64) uint32_t table[16];
         for (uint32_t pair = 0; pair < 16; pair++) {
-            const uint32_t first = 2 * (pair & 3), second = 2 * (pair >> 2);
-            table[pair] = (first | (first + 1) << 8 | second << 16 | (second + 1) << 24) + base * 0x01010101u;
+            const uint32_t first = first_group + 2 * (pair & 3), second = second_group + 2 * (pair >> 2);
+            table[pair] = first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
         }
         return load_int(table);
     }
@@ -23,6 +23,6 @@ struct Avx512Bf16 : Avx512 {
 
 }  // namespace
 
-void multiply_pairs_avx512(const Product& product) { Pairs<Avx512Bf16>::multiply(product); }
+void multiply_pairs_avx512(Format format, const Product& product) { Pairs<Avx512Bf16>::multiply(format, product); }
 
 }  // namespace nms

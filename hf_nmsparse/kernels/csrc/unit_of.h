@@ -11,7 +11,7 @@
 namespace nms {
 
 template <class V>
-constexpr Unit unit_of(const char* name, void (*multiply_pairs)(const Product&) = nullptr) {
+constexpr Unit unit_of(const char* name, void (*multiply_pairs)(Format, const Product&) = nullptr) {
     Unit unit{};
     unit.name = name;
     unit.lanes = V::lanes;
