@@ -149,7 +149,12 @@ def turn(product: Callable[[Tensor, Any], Tensor], x: Tensor, weights: Iterator[
 
 
 def measure(
-    found: Mapping[str, Candidate], weights: Mapping[str, list[Any]], x: Tensor, rounds: int, seconds: float
+    found: Mapping[str, Candidate],
+    weights: Mapping[str, list[Any]],
+    x: Tensor,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median microseconds a call; a candidate's turns take ``seconds`` together, if its calls are not too long."""
     turns, counts = {}, {}
@@ -164,7 +169,7 @@ def measure(
         turns[name] = partial(calls, counts[name])
     return {
         name: round(statistics.median(taken) / counts[name] * 1e6, 3)
-        for name, taken in timing.in_turns(turns, rounds).items()
+        for name, taken in timing.in_turns(turns, rounds, clock).items()
     }
 
 

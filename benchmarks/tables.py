@@ -26,6 +26,14 @@ CANDIDATES = {
     "2:4 int8": "2:4 int8",
 }
 
+# Of the patterns, what is set beside what: each candidate beside the product that has its numbers and no sparsity.
+PATTERNS = {
+    "dense int8": ("2:4 int8", "1:4 int8", "4:8 int8"),
+    "dense bf16": ("2:4 bf16", "1:4 bf16"),
+    "dense bf16, x bf16": ("2:4 bf16, x bf16", "1:4 bf16, x bf16"),
+    "dense fp32": ("2:4 fp32", "1:4 fp32"),
+}
+
 # Of the whole models, those that README.md shows, as it calls them.
 SUMMARY = {
     "dense fp32, transformers' loop": "transformers fp32",
@@ -111,6 +119,49 @@ def kernels_notes(record: dict[str, Any]) -> str:
         f'`compute="auto"`, which takes {", ".join(formats)}, is slower than dense in {slower} of {len(choices)} cases '
         f"and has at worst {worst:.0%} of the speed of the fastest mode that keeps the precision. {machine(record)}"
     )
+
+
+def patterns_table() -> str:
+    """Layers of each pattern with cold weights, once for each vector unit that was measured."""
+    parts = []
+    for file in sorted(MEASURED.glob("patterns_*.json")):
+        record = read(file)
+        shown = [row for row in record["rows"] if row["place"] == "cold" and row["shape"] in SHAPES]
+        parts.append(patterns_of(record, [row for row in shown if row["rows"] != 8]))
+    return "\n\n".join(parts)
+
+
+def patterns_of(record: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> str:
+    """Rows of a measurement of patterns, all if None, and what holds of all."""
+    names = [name for group in PATTERNS.values() for name in group]
+    lines = table_head(["in x out", "rows", "weights", "dense int8 µs", *names])
+    for row in record["rows"] if rows is None else rows:
+        times = row["median_us"]
+        cells = [f"{times[dense] / times[name]:.2f}" for dense, group in PATTERNS.items() for name in group]
+        lines.append(table_row([shape_of(row), row["rows"], row["place"], f"{times['dense int8']:,.1f}", *cells]))
+    compared = {
+        "1:4 int8": ("dense int8", "2:4 int8", "torch fp32", "torch bf16"),
+        "4:8 int8": ("dense int8", "torch fp32", "torch bf16"),
+        "1:4 bf16": ("dense bf16", "2:4 bf16"),
+        "1:4 bf16, x bf16": ("2:4 bf16, x bf16", "torch bf16"),
+        "1:4 fp32": ("dense fp32", "2:4 fp32", "torch fp32"),
+    }
+    said = [
+        f"{name}: {', '.join(f'{ratios(record, other, name)} times as fast as {other}' for other in others)}"
+        for name, others in compared.items()
+    ]
+    notes = (
+        "Speed-up over the package's dense product in the same numbers, one thread, CPU time, medians of "
+        f"{record['rounds']} interleaved turns; cold weights go round {record['cold_bytes'] / 2**20:,.0f} MiB of "
+        f"copies. Over all shapes, rows and places measured, least, mean and most: {'; '.join(said)}. {machine(record)}"
+    )
+    return "\n".join([*lines, "", notes])
+
+
+def ratios(record: dict[str, Any], other: str, name: str) -> str:
+    """How much faster a candidate is than another in a measurement: least, geometric mean and most."""
+    found = [row["median_us"][other] / row["median_us"][name] for row in record["rows"]]
+    return f"{min(found):.2f}, {geometric_mean(found):.2f} and {max(found):.2f}"
 
 
 def shape_of(row: dict[str, Any]) -> str:
@@ -567,12 +618,14 @@ OF = {
 """Tables that show one file of a benchmark, which has the table's name."""
 
 FILES = {name: f"{name}.json" for name in (*OF, "masks", "quality")}
-FILES |= {"kernels": "kernels_*.json", "generate": "generate*.json", "summary": "generate.json"}
+FILES |= {"kernels": "kernels_*.json", "patterns": "patterns_*.json"}
+FILES |= {"generate": "generate*.json", "summary": "generate.json"}
 MAKERS: dict[str, Callable[[], str]] = {
     "summary": lambda: summary_of(read(MEASURED / "generate.json")),
     "masks": masks_table,
     "generate": generate_table,
     "kernels": kernels_table,
+    "patterns": patterns_table,
     "quality": quality_table,
     **{name: partial(measured_table, name) for name in OF},
 }

@@ -45,13 +45,15 @@ def turns(candidates: Iterable[str], rounds: int) -> Iterator[str]:
         yield from names
 
 
-def in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each turn of each candidate, in the order of `turns`."""
+def in_turns(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each turn of each candidate by a clock, in the order of `turns`."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for name in turns(candidates, rounds):
-        start = time.perf_counter()
+        start = clock()
         candidates[name]()
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(clock() - start)
     return seconds
 
 

@@ -25,6 +25,7 @@ from benchmarks import (
     memory,
     methods,
     paragraphs,
+    patterns,
     placeholders,
     real_text,
     scaling,
@@ -83,7 +84,28 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "64x64" not in shown
 
 
+def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "patterns_unit.json"
+    record = run(patterns, monkeypatch, file, "--quick", "--budget-ms", "0.1", "--cache-mb", "0.5")
+    shown = {
+        "torch fp32",
+        "torch bf16",
+        *tables.PATTERNS,
+        *(name for group in tables.PATTERNS.values() for name in group),
+    }
+    assert len(record["rows"]) == 8
+    assert all(row["median_us"].keys() == shown for row in record["rows"])
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["in x out", "1:4 int8", "4:8 int8"])
+
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    short = tables.patterns_table()
+    assert_table(short, ["in x out", "1:4 bf16"])
+    assert short.count("| 512x2048 | ") == 2
+    assert "512x512" not in short
+
+
 def test_what_is_shown_is_in_the_grid() -> None:
+    assert {tuple(shape) for shape in tables.SHAPES} <= {*patterns.SHAPES}
     shapes = {(layer.in_features, layer.out_features) for layer in kernels.LAYERS}
     assert set(kernels.QUICK) <= shapes
     assert {tuple(shape) for shape in tables.SHAPES} <= shapes
