@@ -221,11 +221,13 @@ void check_search(const RandomModel& model, void* engine, const Rules& rules, co
             }
         // Repetition penalties act on scores, but not on those of `score`.
         if (rules.config.sample || rules.config.repetition_penalty != 1.0f) continue;
+        // Attention sums in another order there, and what is rounded behind it may fall on the other side of a half.
+        const double near = model.has_reference() ? 1e-4 : 0.2;
         const std::vector<float> again = score(engine, 1, {sources[s]}, {found[0].tokens})[0];
         for (size_t p = prompts[s].size(); p < again.size(); p++) {
             const Tokens past(found[0].tokens.begin(), found[0].tokens.begin() + static_cast<int64_t>(p));
             if (forced(rules.config, past) < 0)
-                require_near(double{found[0].token_scores[p]}, double{again[p]}, 1e-4, "score() says otherwise than the search");
+                require_near(double{found[0].token_scores[p]}, double{again[p]}, near, "score() says otherwise than the search");
         }
     }
 }
