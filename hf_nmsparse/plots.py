@@ -27,6 +27,7 @@ __all__ = ["FORMATS", "LoggedRun", "has_matplotlib", "inline_plots", "plot_runs"
 
 FORMATS = ("png", "svg")
 _SEED = re.compile(r"-s[0-9]+$")  # how the name of a study's run ends
+_OPTIONS = {"permute": "permuted", "transposable": "transposable"}  # what a run is said to be with an option
 _INK = "#010203"  # stands in an inline plot for the colour of the text around it
 
 
@@ -63,7 +64,7 @@ class LoggedRun:
             if key.startswith("sparse_"):
                 words.append(f"{key.removeprefix('sparse_').replace('_', ' ')} {value:g}")
         words += [f"from {run.options['start']}"] if "start" in run.options else []
-        words += ["permuted"] if "permute" in run.options else []
+        words += [word for option, word in _OPTIONS.items() if option in run.options]
         if "distill_from" in run.options:
             words.append(f"distilled {run.options['distill_weight']:g}")
             if run.options["distill_temperature"] != 1:

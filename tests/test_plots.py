@@ -48,6 +48,7 @@ def runs(tmp_path: Path) -> list[LoggedRun]:
             ("ste-s1", 34.5, {"method": "ste", "pattern": "2:4", "targets": ["fc1", "fc2"]}),
             ("kd-s1", 35.5, {"method": "ste", "pattern": "2:4", "options": TAUGHT}),
             ("again-s1", 37.0, {"method": "dense", "base_model": "dense-s1"}),
+            ("both-s1", 33.0, {"method": "ste", "pattern": "2:4", "options": {"transposable": True, "permute": True}}),
             ("taught-s1", 38.0, {"method": "dense", "options": {**TAUGHT, "distill_temperature": 1.0}}),
         )
     ]
@@ -64,9 +65,10 @@ def test_the_words_for_a_run(runs: list[LoggedRun]) -> None:
         "2:4, ste, fc1+fc2",
         "2:4, ste, dense head 0.1, distilled 0.5, T 2",
         "dense, after dense",
+        "2:4, ste, permuted, transposable",
         "dense, dense head 0.1, distilled 0.5",
     ]
-    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0.5, 0, 0]
+    assert [run.sparsity for run in runs] == [0, 0.5, 0.5, 0.5, 0.75, 0.5, 0.5, 0.5, 0, 0.5, 0]
 
 
 def test_means_are_over_the_seeds_that_all_have(runs: list[LoggedRun]) -> None:
