@@ -483,8 +483,6 @@ def report(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """Prints which kernels this machine runs, and what translates the models that are named."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-
     from hf_nmsparse.engine_spec import read
     from hf_nmsparse.kernels import engine
     from hf_nmsparse.kernels.__main__ import main as doctor
@@ -501,7 +499,7 @@ def doctor(args: argparse.Namespace) -> None:
         except ValueError as error:
             reason = reason or str(error).removeprefix("engine: ")
             kind = str(config.get("model_type"))
-            if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            if _is_of_another_kind(kind):
                 row(f"{model}: nothing translates: model_type {kind!r} is no encoder-decoder")
                 continue
         row(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
@@ -631,6 +629,13 @@ def _load(source: str, tokenizer: bool = True, **settings: Any) -> tuple[Any, An
         kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
         raise ValueError(f"{source} cannot be loaded: {kind}{str(error).strip()}") from error
     return model, _load_tokenizer(source) if tokenizer else None
+
+
+def _is_of_another_kind(model_type: str) -> bool:
+    """Whether transformers knows a type of model, and not as an encoder-decoder."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 
 def _refuse_other_kinds(source: str) -> None:

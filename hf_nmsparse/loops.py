@@ -16,6 +16,7 @@ NO_REPEAT_NGRAM_SIZE = 3
 _LONGEST_PERIOD = 12
 _MOST_REPEATS = 4  # of several tokens
 _MOST_REPEATS_OF_ONE = 8
+_FEWEST_AGAIN = min(_MOST_REPEATS_OF_ONE - 1, 2 * (_MOST_REPEATS - 1))  # tokens of a loop that were there before
 _OF_THE_SOURCE = 3  # repeats of anything in the source, which the translation may have too
 _RATIO, _MARGIN = 4, 24  # a translation is at most so many times its source, and so many tokens, long
 
@@ -29,12 +30,13 @@ def loops(tokens: Sequence[int], source: Sequence[int]) -> bool:
     """
     if len(tokens) > _RATIO * len(source) + _MARGIN:
         return True
-    periods = range(1, _LONGEST_PERIOD + 1)
-    if any(_repeats(source, period) >= _OF_THE_SOURCE for period in periods):
+    if len(tokens) - len(set(tokens)) < _FEWEST_AGAIN:
         return False
-    return any(
+    periods = range(1, _LONGEST_PERIOD + 1)
+    repeats = any(
         _repeats(tokens, period) >= (_MOST_REPEATS_OF_ONE if period == 1 else _MOST_REPEATS) for period in periods
     )
+    return repeats and all(_repeats(source, period) < _OF_THE_SOURCE for period in periods)
 
 
 def forbids_loops(no_repeat_ngram_size: int | None) -> bool:

@@ -1084,7 +1084,7 @@ class TestTranslate:
         shutil.copytree(models / "dense", tmp_path / "m")
         (tmp_path / "in").write_text("A man\n", encoding="utf-8")
         for changes, message in (
-            ({"model_type": "gpt2"}, "Unrecognized configuration class"),
+            ({"model_type": "gpt2"}, "is a model of 'gpt2', which does not translate"),
             ({"model_type": "abacus"}, "model type `abacus`"),
             ({"dtype": "nonsense"}, "nonsense"),
             ({"d_model": "x"}, "Field 'd_model' expected int"),
