@@ -21,6 +21,7 @@ nothing to multiply, so that its times are those of the calls.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 import time
@@ -138,9 +139,14 @@ def check(found: Mapping[str, Candidate], x: Tensor) -> None:
     fp32 = found["torch fp32"]
     expected = fp32.product(x, fp32.weight)
     for name, candidate in found.items():
-        y = candidate.product(x.to(candidate.dtype), candidate.weight).float()
-        error = float((y - expected).norm() / expected.norm())
-        assert error < 0.05, (name, error)
+        check_one(name, candidate, x, expected)
+
+
+def check_one(name: str, candidate: Candidate, x: Tensor, expected: Tensor) -> None:
+    """A candidate computes a product, as far as eight bits allow."""
+    y = candidate.product(x.to(candidate.dtype), candidate.weight).float()
+    error = float((y - expected).norm() / expected.norm())
+    assert error < 0.05, (name, error)
 
 
 def turn(product: Callable[[Tensor, Any], Tensor], x: Tensor, weights: Iterator[Any], count: int) -> None:
@@ -200,18 +206,38 @@ def chosen(medians: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    parser = timing.arguments(__doc__, rounds=9)
-    parser.add_argument("--quick", action="store_true", help="three shapes, 1 and 16 rows")
-    parser.add_argument("--budget-ms", type=float, default=90, help="time of a candidate in a row of the table")
+def arguments(doc: str | None, quick: str, budget_ms: float) -> argparse.ArgumentParser:
+    """Those of a benchmark of layers."""
+    parser = timing.arguments(doc, rounds=9)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--budget-ms", type=float, default=budget_ms, help="time of a candidate in a row of the table")
     parser.add_argument("--cache-mb", type=float, help="size of the last cache, where the system does not say it")
-    options = parser.parse_args()
-    machine = timing.machine()  # before this run is its load
-    cache = max(timing.caches().values(), default=0) if options.cache_mb is None else int(options.cache_mb * 2**20)
+    return parser
+
+
+def bytes_of_cold_weights(program: str, cache_mb: float | None) -> int:
+    """How many bytes cold weights go round.
+
+    Raises:
+        SystemExit: Nothing says how large the last cache is, or there are no kernels.
+    """
+    cache = max(timing.caches().values(), default=0) if cache_mb is None else int(cache_mb * 2**20)
     if cache == 0:
-        raise SystemExit("kernels: the size of the last cache is unknown; give --cache-mb")
+        raise SystemExit(f"{program}: the size of the last cache is unknown; give --cache-mb")
     if library.status().unit is None:
-        raise SystemExit(f"kernels: {library.status().reason}")
+        raise SystemExit(f"{program}: {library.status().reason}")
+    return BYTES_OF_CACHES * cache
+
+
+def show(what: str, medians: Mapping[str, float]) -> None:
+    print(f"{what}:", end="")
+    print(*(f" {name} {medians[name]:.1f}" for name in medians), sep=",", end=" us\n", flush=True)
+
+
+def main() -> None:
+    options = arguments(__doc__, "three shapes, 1 and 16 rows", budget_ms=90).parse_args()
+    machine = timing.machine()  # before this run is its load
+    cold = bytes_of_cold_weights("kernels", options.cache_mb)
 
     torch.manual_seed(0)
     rows = []
@@ -222,7 +248,7 @@ def main() -> None:
                 continue
             found = candidates(layer)
             check(found, torch.randn(16, layer.in_features))
-            exceeding = 0 if layer.model == "control" else BYTES_OF_CACHES * cache
+            exceeding = 0 if layer.model == "control" else cold
             copies = {name: candidate.copies(exceeding) for name, candidate in found.items()}
             places = ("cold", "hot") if exceeding else ("hot",)
             for place, count, threads in itertools.product(places, ROWS, options.threads):
@@ -234,14 +260,13 @@ def main() -> None:
                     medians = measure(found, weights, x, options.rounds, options.budget_ms / 1000)
                 row = {"model": layer.model, "shape": shape, "rows": count, "threads": threads, "place": place}
                 rows.append(row | {"median_us": medians} | ({"auto": chosen(medians)} if layer.sparse else {}))
-                print(f"{shape[0]}x{shape[1]} {count} rows, {threads} threads, {place}:", end="")
-                print(*(f" {name} {medians[name]:.1f}" for name in medians), sep=",", end=" us\n", flush=True)
+                show(f"{shape[0]}x{shape[1]} {count} rows, {threads} threads, {place}", medians)
 
     record = {
         "benchmark": "one linear layer, weights 2:4 sparse, medians of interleaved turns",
         **machine,
         "int8_engine": engine,
-        "cold_bytes": BYTES_OF_CACHES * cache,
+        "cold_bytes": cold,
         "rounds": options.rounds,
         "seed": 0,
         "note": options.note,

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import tables, timing
-from benchmarks.kernels import BYTES_OF_CACHES, Candidate, measure
+from benchmarks import kernels, tables, timing
+from benchmarks.kernels import Candidate
 from hf_nmsparse.kernels import cpu, library, native
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.masks import apply_mask, magnitude_mask
@@ -44,10 +44,8 @@ def candidates(in_features: int, out_features: int) -> dict[str, Candidate]:
 
     def add(name: str, product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, full: Tensor) -> None:
         dtype = torch.bfloat16 if name.endswith("x bf16") or name == "torch bf16" else torch.float32
-        expected = F.linear(x, full, bias)
-        error = float((product(x.to(dtype), weight).float() - expected).norm() / expected.norm())
-        assert error < 0.05, (name, error)
         found[name] = Candidate(product, weight, weight.nbytes, weight.clone, dtype)
+        kernels.check_one(name, found[name], x, F.linear(x, full, bias))
 
     def add_kernels(name: str, weight: Tensor, format: str, full: Tensor) -> None:
         add(name, lambda x, weight: cpu.linear(x, weight, bias, format, out_features), weight, full)
@@ -74,39 +72,32 @@ def candidates(in_features: int, out_features: int) -> dict[str, Candidate]:
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, rounds=9)
-    parser.add_argument("--quick", action="store_true", help="the first two shapes, 1 and 16 rows")
-    parser.add_argument("--budget-ms", type=float, default=50, help="time of a candidate in a row of the table")
-    parser.add_argument("--cache-mb", type=float, help="size of the last cache, where the system does not say it")
+    parser = kernels.arguments(__doc__, "the first two shapes, 1 and 16 rows", budget_ms=50)
     parser.set_defaults(threads=[1])
     options = parser.parse_args()
     if options.threads != [1]:
         raise SystemExit("patterns: the clock is CPU time, so it runs on one thread; leave out --threads")
     machine = timing.machine()  # before this run is its load
-    cache = max(timing.caches().values(), default=0) if options.cache_mb is None else int(options.cache_mb * 2**20)
-    if cache == 0:
-        raise SystemExit("patterns: the size of the last cache is unknown; give --cache-mb")
-    if library.status().unit is None:
-        raise SystemExit(f"patterns: {library.status().reason}")
+    cold = kernels.bytes_of_cold_weights("patterns", options.cache_mb)
 
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), timing.torch_threads(1):
         for shape in SHAPES[:2] if options.quick else SHAPES:
             found = candidates(*shape)
-            copies = {name: candidate.copies(BYTES_OF_CACHES * cache) for name, candidate in found.items()}
+            copies = {name: candidate.copies(cold) for name, candidate in found.items()}
             for place, count in itertools.product(("cold", "hot"), (1, 16) if options.quick else ROWS):
                 weights = copies if place == "cold" else {name: copies[name][:1] for name in copies}
                 x = torch.randn(count, shape[0])
-                medians = measure(found, weights, x, options.rounds, options.budget_ms / 1000, time.process_time)
+                budget = options.budget_ms / 1000
+                medians = kernels.measure(found, weights, x, options.rounds, budget, time.process_time)
                 rows.append({"shape": shape, "rows": count, "place": place, "median_us": medians})
-                print(f"{shape[0]}x{shape[1]} {count} rows, {place}:", end="")
-                print(*(f" {name} {medians[name]:.1f}" for name in medians), sep=",", end=" us\n", flush=True)
+                kernels.show(f"{shape[0]}x{shape[1]} {count} rows, {place}", medians)
 
     record = {
         "benchmark": "one linear layer by its pattern, medians of interleaved turns",
         **machine,
-        "cold_bytes": BYTES_OF_CACHES * cache,
+        "cold_bytes": cold,
         "rounds": options.rounds,
         "seed": 0,
         "note": options.note,
