@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import timing
 from hf_nmsparse.masks import magnitude_mask, pack_bits, transposable_mask
 from hf_nmsparse.pattern import NMPattern
 
@@ -72,20 +72,8 @@ def transposable_medians(weight: Tensor, rounds: int) -> dict[str, float]:
 
 
 def timed(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) * 1000 for name, values in seconds.items()}
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    """Median milliseconds of each."""
+    return {name: statistics.median(taken) * 1000 for name, taken in timing.in_turns(calls, rounds).items()}
 
 
 def distinct(rows: int, columns: int) -> Tensor:
@@ -131,7 +119,7 @@ def main() -> None:
 
     record = {
         "benchmark": "masks, fp32 weights, medians of interleaved calls",
-        "cpu": cpu_model(),
+        "cpu": timing.cpu_model(),
         "cores": torch.multiprocessing.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -47,20 +47,22 @@ SUMMARY = {
 def masks_table() -> str:
     """How long a mask takes, for the large weight of the benchmark."""
     record = read(MEASURED / "masks.json")
-    rows = ["| mask of a 1024x4096 fp32 weight | threads | argsort ms | topk ms | ours ms | argsort / ours |"]
-    rows.append("|---|---|---|---|---|---|")
-    for row in record["rows"]:
-        if row["shape"] == [1024, 4096]:
-            argsort, topk, ours = (row["median_ms"][name] for name in ("argsort", "topk", "hf_nmsparse"))
-            times = f"{argsort:.1f} | {topk:.1f} | {ours:.2f} | {argsort / ours:.0f}"
-            rows.append(f"| {row['pattern']} | {row['threads']} | {times} |")
-    rows += ["", "| transposable 2:4 mask of it | threads | torch ms | ours ms | torch / ours | 2:4 along rows ms |"]
-    rows.append("|---|---|---|---|---|---|")
-    for row in record["transposable"]:
-        if row["shape"] == [1024, 4096]:
-            torch, ours, rows_alone = (row["median_ms"][name] for name in ("torch", "hf_nmsparse", "along rows"))
-            times = f"{torch:.0f} | {ours:.2f} | {torch / ours:.0f} | {rows_alone:.2f}"
-            rows.append(f"| the best of 90 a block | {row['threads']} | {times} |")
+
+    def of_the_large(part: str) -> list[dict[str, Any]]:
+        return [row for row in record[part] if row["shape"] == [1024, 4096]]
+
+    head = ["mask of a 1024x4096 fp32 weight", "threads", "argsort ms", "topk ms", "ours ms", "argsort / ours"]
+    rows = table_head(head)
+    for row in of_the_large("rows"):
+        argsort, topk, ours = (row["median_ms"][name] for name in ("argsort", "topk", "hf_nmsparse"))
+        cells = [f"{argsort:.1f}", f"{topk:.1f}", f"{ours:.2f}", f"{argsort / ours:.0f}"]
+        rows.append(table_row([row["pattern"], row["threads"], *cells]))
+    head = ["transposable 2:4 mask of it", "threads", "torch ms", "ours ms", "torch / ours", "2:4 along rows ms"]
+    rows += ["", *table_head(head)]
+    for row in of_the_large("transposable"):
+        torch, ours, along = (row["median_ms"][name] for name in ("torch", "hf_nmsparse", "along rows"))
+        cells = [f"{torch:.0f}", f"{ours:.2f}", f"{torch / ours:.0f}", f"{along:.2f}"]
+        rows.append(table_row(["the best of 90 a block", row["threads"], *cells]))
     where = f"{record['cpu']}, {record['cores']} cores, torch {record['torch']}"
     rows += ["", f"Medians of {record['rounds']} interleaved calls, {where}; {record['note']}."]
     return "\n".join(rows)

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import MarianConfig, MarianMTModel
 
-from benchmarks.masks import cpu_model
 from hf_nmsparse.kernels import library
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,6 +104,13 @@ def caches() -> dict[str, int]:
         if kind != "Instruction":
             sizes[f"L{level}"] = int(size.removesuffix("K")) * 1024
     return sizes
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def machine() -> dict[str, Any]:
