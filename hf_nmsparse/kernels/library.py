@@ -33,12 +33,6 @@ FORMATS = {
 """How a packed weight lies in memory. The first three are of 2:4 weights, by the names of the modes of computing; then
 come those of dense weights, and those of weights that keep at most so many of each 16 or 4 neighbouring columns."""
 
-
-def numbers_of(format: str) -> str:
-    """The numbers in which a format holds its values: fp32, bf16 or int8."""
-    return format.removeprefix("dense_").partition("_")[0]
-
-
 UNITS = ("avx512_bf16", "avx512", "avx2", "neon_dotprod", "neon", "scalar")
 
 _ABI = 9
@@ -75,6 +69,11 @@ _TYPES = {
     "f": ctypes.c_float,
     None: None,
 }
+
+
+def numbers_of(format: str) -> str:
+    """The numbers in which a format holds its values: fp32, bf16 or int8."""
+    return format.removeprefix("dense_").partition("_")[0]
 
 
 @dataclass(frozen=True)

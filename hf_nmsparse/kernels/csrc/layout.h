@@ -75,18 +75,14 @@ struct Layout {
         const int64_t bytes = block_bytes(format, in), many = larger(1, 65536 / larger(1, block_rows * in));
         parallel(blocks_of(out, block_rows), many, [=](int64_t begin, int64_t end) {
             std::memset(packed + begin * bytes, 0, (end - begin) * bytes);
-            for (int64_t row = begin * block_rows; row < smaller(end * block_rows, out); row++)
-                if (kept_of_16(format))
-                    repack_row_of_16(format, static_cast<const uint8_t*>(values) + row * in, in, row % lanes,
-                                     packed + row_at(format, row, in));
-                else if (kept_of_4(format) == 1)
-                    repack_row_of_4(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
-                                    row % lanes, packed + row_at(format, row, in));
-                else if (!is_2_of_4(format))
-                    repack_dense_row(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
-                                     row % lanes, packed + row_at(format, row, in));
+            for (int64_t row = begin * block_rows; row < smaller(end * block_rows, out); row++) {
+                uint8_t* parts = packed + row_at(format, row, in);
+                if (is_2_of_4(format))
+                    repack_row(format, in, values, codes, row, parts);
                 else
-                    repack_row(format, in, values, codes, row, packed + row_at(format, row, in));
+                    repack_whole_row(format, static_cast<const uint8_t*>(values) + row * in * value_bytes(format), in,
+                                     row % lanes, parts);
+            }
         });
         if (!is_int8(format)) return;
         const int64_t width = is_2_of_4(format) ? in / 2 : in;
@@ -159,7 +155,13 @@ struct Layout {
         std::memcpy(chunk + 4 * lane, &places, 4);
         std::memcpy(chunk + float_value_at(format, slot, lane), value, value_bytes(format));
     }
-    // Of a dense row, whose groups of four have no more than one value.
+    // Of all columns of a row, with zeros where nothing is kept.
+    static void repack_whole_row(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
+        if (kept_of_16(format)) return repack_row_of_16(format, values, in, lane, parts);
+        if (kept_of_4(format)) return repack_row_of_4(format, values, in, lane, parts);
+        repack_dense_row(format, values, in, lane, parts);
+    }
+    // Groups of four have no more than one value.
     static void repack_row_of_4(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
         constexpr uint8_t nothing[4] = {};
         const int64_t size = value_bytes(format), columns = chunk_columns(format);
@@ -178,7 +180,7 @@ struct Layout {
         const int64_t each = kept_of_16(format) / 4, v = run % 4 * each + slot / 4, byte = 4 * lane + slot % 4;
         return {vector * (2 * each + v) + byte, vector * (v / 2) + byte, 4 * static_cast<int>(v & 1)};
     }
-    // Of a dense row, whose runs of 16 have no more values than the format keeps.
+    // Runs of 16 have no more values than the format keeps.
     static void repack_row_of_16(Format format, const uint8_t* values, int64_t in, int64_t lane, uint8_t* parts) {
         for (int64_t run = 0; run < blocks_of(in, 16); run++) {
             uint8_t* chunk = parts + run / 4 * 2 * part_bytes(format);
