@@ -465,6 +465,13 @@ Array<uint8_t> random_mask(int64_t count) {
 
 bool kept(const Array<uint8_t>& mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
 
+// Sets whether a weight is kept; returns how many bits changed.
+int64_t keep(const Array<uint8_t>& mask, int64_t i, bool is_kept) {
+    if (kept(mask, i) == is_kept) return 0;
+    mask[i / 8] = static_cast<uint8_t>(mask[i / 8] ^ 1 << (i % 8));
+    return 1;
+}
+
 // The mask of `weight` by sorting, over `mask`; returns how many bits changed.
 int64_t rank_by_sorting(const Array<float>& weight, const Array<uint8_t>& mask, int64_t groups, int n, int m) {
     int64_t flips = 0;
@@ -474,36 +481,40 @@ int64_t rank_by_sorting(const Array<float>& weight, const Array<uint8_t>& mask, 
         std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
             return std::fabs(weight[g * m + a]) > std::fabs(weight[g * m + b]);
         });
-        for (int i = 0; i < m; i++) {
-            const int64_t place = g * m + order[static_cast<size_t>(i)];
-            if (kept(mask, place) == (i < n)) continue;
-            mask[place / 8] = static_cast<uint8_t>(mask[place / 8] ^ 1 << (place % 8));
-            flips++;
-        }
+        for (int i = 0; i < m; i++) flips += keep(mask, g * m + order[static_cast<size_t>(i)], i < n);
     }
     return flips;
 }
 
-void check_rank_of(int64_t groups, int n, int m, bool split) {
-    describe("rank %d:%d, %lld groups", n, m, static_cast<long long>(groups));
-    const float few[] = {0.0f, -0.0f, 1.0f, -1.0f, 2.0f, -2.0f, 1e-41f, infinity};
+// Whether `rank(weight, mask)` of the library does what `slowly(weight, mask)` does, and notices NaN. Weights are `few`
+// numbers again and again, so that there are ties, or any.
+template <class Slowly, class Rank>
+void check_ranking(int64_t count, const float (&few)[8], bool split, const Slowly& slowly, const Rank& rank_over) {
     const bool ties = draw.coin();
-    Array<float> weight(groups * m);
-    const Array<uint8_t> mask = random_mask(groups * m), expected(mask.count);
+    Array<float> weight(count);
+    const Array<uint8_t> mask = random_mask(count), expected(mask.count);
     for (int64_t i = 0; i < mask.count; i++) expected[i] = mask[i];
-    for (int64_t i = 0; i < weight.count; i++) weight[i] = ties ? few[draw.below(8)] : draw.uniform();
-    const int64_t flips = rank_by_sorting(weight, expected, groups, n, m);
-    const auto rank = [&] { return nms_rank(weight.data(), mask.data(), groups, n, m); };
+    for (int64_t i = 0; i < count; i++) weight[i] = ties ? few[draw.below(8)] : draw.uniform();
+    const int64_t flips = slowly(weight, expected);
+    const auto rank = [&] { return rank_over(weight.data(), mask.data()); };
     if (split)
         in_parallel([&] { require(rank() == flips, "threads count other flips"); }, "rank was not split");
     else
         require(rank() == flips, "the count of flips is wrong");
     require(mask.same(expected), "the mask is wrong");
     require(rank() == 0, "a mask that stays has flips");
-    if (groups == 0) return;
-    weight[draw.below(weight.count)] = draw.coin() ? not_a_number : -not_a_number;
+    if (count == 0) return;
+    weight[draw.below(count)] = draw.coin() ? not_a_number : -not_a_number;
     require(rank() == -2, "NaN is not noticed");
     if (split) in_parallel([&] { require(rank() == -2, "NaN is not noticed"); }, "rank was not split");
+}
+
+void check_rank_of(int64_t groups, int n, int m, bool split) {
+    describe("rank %d:%d, %lld groups", n, m, static_cast<long long>(groups));
+    check_ranking(
+        groups * m, {0.0f, -0.0f, 1.0f, -1.0f, 2.0f, -2.0f, 1e-41f, infinity}, split,
+        [&](const auto& weight, const auto& mask) { return rank_by_sorting(weight, mask, groups, n, m); },
+        [&](const float* weight, uint8_t* mask) { return nms_rank(weight, mask, groups, n, m); });
 }
 
 // The transposable mask of `weight` by trying all patterns in order, over `mask`; returns how many bits changed.
@@ -544,35 +555,17 @@ int64_t rank_by_trying(const Array<float>& weight, const Array<uint8_t>& mask, i
                     best[3] = lower[1];
                 }
             for (int row = 0; row < 4; row++)
-                for (int c = 0; c < 4; c++) {
-                    const int64_t place = (y + row) * columns + x + c;
-                    if (kept(mask, place) == (best[row] >> c & 1)) continue;
-                    mask[place / 8] = static_cast<uint8_t>(mask[place / 8] ^ 1 << (place % 8));
-                    flips++;
-                }
+                for (int c = 0; c < 4; c++) flips += keep(mask, (y + row) * columns + x + c, best[row] >> c & 1);
         }
     return flips;
 }
 
 void check_transposable_rank_of(int64_t rows, int64_t columns, bool split) {
     describe("transposable rank of %lld x %lld", static_cast<long long>(rows), static_cast<long long>(columns));
-    const float few[] = {0.0f, -0.0f, 1.0f, -1.0f, 2.0f, 1e-41f, 1e30f, -infinity};
-    const bool ties = draw.coin();
-    Array<float> weight(rows * columns);
-    const Array<uint8_t> mask = random_mask(rows * columns), expected(mask.count);
-    for (int64_t i = 0; i < mask.count; i++) expected[i] = mask[i];
-    for (int64_t i = 0; i < weight.count; i++) weight[i] = ties ? few[draw.below(8)] : draw.uniform();
-    const int64_t flips = rank_by_trying(weight, expected, rows, columns);
-    const auto rank = [&] { return nms_rank_transposable(weight.data(), mask.data(), rows, columns); };
-    if (split)
-        in_parallel([&] { require(rank() == flips, "threads count other flips"); }, "rank was not split");
-    else
-        require(rank() == flips, "the count of flips is wrong");
-    require(mask.same(expected), "the mask is wrong");
-    require(rank() == 0, "a mask that stays has flips");
-    if (weight.count == 0) return;
-    weight[draw.below(weight.count)] = draw.coin() ? not_a_number : -not_a_number;
-    require(rank() == -2, "NaN is not noticed");
+    check_ranking(
+        rows * columns, {0.0f, -0.0f, 1.0f, -1.0f, 2.0f, 1e-41f, 1e30f, -infinity}, split,
+        [&](const auto& weight, const auto& mask) { return rank_by_trying(weight, mask, rows, columns); },
+        [&](const float* weight, uint8_t* mask) { return nms_rank_transposable(weight, mask, rows, columns); });
 }
 
 void check_decay_of(int64_t count, bool split) {
