@@ -261,8 +261,8 @@ class TorchTranslator:
     def _keep_placeholders(self, texts: Sequence[str], found: list[list[Candidate]], search: Search) -> None:
         """Translates again what has lost placeholders, with short ones in their place."""
         masked = masked_where_lost(texts, [best.text for best, *_ in found])
-        for place, text in enumerate(texts):
-            found[place] = [one for one in found[place] if keeps_placeholders(text, one.text)]
+        for place, (best, *others) in enumerate(found):
+            found[place] = [best, *(one for one in others if keeps_placeholders(texts[place], one.text))]
         again = self._translated([mask.text for mask in masked.values()], search)
         for (place, mask), candidates in zip(masked.items(), again, strict=True):
             found[place] = [Candidate(mask.restored(one.text), one.tokens, one.score) for one in candidates]

@@ -640,15 +640,15 @@ def _is_of_another_kind(model_type: str) -> bool:
 
 def _refuse_other_kinds(source: str) -> None:
     """Refuses a model that is no encoder-decoder, where transformers knows what it is."""
-    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     except Exception:  # what is wrong with it is said of the model
         return
-    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+    if _is_of_another_kind(kind):
         raise ValueError(
-            f"{source} is a model of {config.model_type!r}, which does not translate; name an encoder-decoder, and see "
+            f"{source} is a model of {kind!r}, which does not translate; name an encoder-decoder, and see "
             "save_packed and export_dense in Python for other models"
         )
 
