@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from hf_nmsparse.kernels.engine import Array
-from hf_nmsparse.placeholders import PLACEHOLDERS
+from hf_nmsparse.placeholders import replaced
 
 __all__ = ["Span", "attended", "token_shares", "word_spans"]
 
@@ -33,7 +33,7 @@ def word_spans(text: str) -> list[Span]:
 
     Placeholders are words.
     """
-    kinds = PLACEHOLDERS.sub(lambda match: "\0" + "\1" * (len(match.group()) - 1), text)
+    kinds = replaced(text, lambda placeholder: "\0" + "\1" * (len(placeholder) - 1))
     return [match.span() for match in _WORDS.finditer("".join(map(_kind, kinds)))]
 
 

@@ -10,7 +10,7 @@ from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 from hf_nmsparse.alignment import Span
-from hf_nmsparse.placeholders import PLACEHOLDERS
+from hf_nmsparse.placeholders import replaced
 
 __all__ = ["Glossary", "Term", "missing"]
 
@@ -115,7 +115,7 @@ class Glossary:
     def terms(self, text: str) -> list[Term]:
         """The terms of a text, in their order; none of them overlap, and none is in a placeholder or an address."""
         # What is for a program is no term, as in "{name}".
-        shown = PLACEHOLDERS.sub(lambda match: "\0" * len(match.group()), text)
+        shown = replaced(text, lambda placeholder: "\0" * len(placeholder))
         words, found, place = _words(shown), list[Term](), 0
         while place < len(words):
             entry = self._at(words, place)

@@ -13,7 +13,14 @@ import numpy as np
 
 from hf_nmsparse.alignment import Span, word_spans
 from hf_nmsparse.kernels.engine import Array
-from hf_nmsparse.placeholders import ONE_PLACEHOLDER, PLACEHOLDERS, is_unnamed, keeps_placeholders, placeholders
+from hf_nmsparse.placeholders import (
+    ONE_PLACEHOLDER,
+    PLACEHOLDERS,
+    is_unnamed,
+    keeps_placeholders,
+    placeholders,
+    replaced,
+)
 
 __all__ = ["Masked", "masked_where_lost"]
 
@@ -75,7 +82,7 @@ class Masked:
                 found[index] = place, place
         names = self._names(found)
         # A bracket that the model has left open would take placeholders behind it for its own.
-        brackets = "".join(mark for mark in "{}" if mark not in PLACEHOLDERS.sub("", self.text))
+        brackets = "".join(mark for mark in "{}" if mark not in replaced(self.text, lambda _: ""))
         text = _filled(translation, names, surplus, brackets)
         # And what stands beside a placeholder may make it another.
         whole = Counter(placeholders(text)) == Counter(self.placeholders)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import lru_cache
 from math import inf
 from typing import TypeVar
 
 import sentencex
 
-from hf_nmsparse.placeholders import PLACEHOLDERS
+from hf_nmsparse.placeholders import replaced
 
 __all__ = ["Count", "Paragraphs", "is_wide", "language_code", "named_language"]
 
@@ -45,6 +46,7 @@ tha=th tur=tr ukr=uk urd=ur vie=vi zho=zh
 _TWO_LETTERS = dict(pair.split("=") for pair in _TABLE.split())
 
 
+@lru_cache
 def language_code(language: str | None) -> str:
     """The ISO 639-1 code of a language as models name it: "de" of "de", "de_DE", "deu_Latn" and "__de__"; else "en"."""
     code = re.split("[_-]", (language or "").strip("_<>2").lower())[0]
@@ -152,7 +154,7 @@ def _sentences(line: str, language: str) -> Generator[str]:
     """A line as its sentences, each with the white space behind it."""
     start = 0
     # No sentence ends in a placeholder or an address. And it panics at some spaces of several bytes, as in "A\u3000.".
-    shown = _SPACE.sub(" ", PLACEHOLDERS.sub(lambda match: "X" * len(match.group()), line))
+    shown = _SPACE.sub(" ", replaced(line, lambda placeholder: "X" * len(placeholder)))
     for sentence in sentencex.segment(language, shown):
         yield line[start : start + len(sentence)]
         start += len(sentence)

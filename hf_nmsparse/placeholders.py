@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["ONE_PLACEHOLDER", "PLACEHOLDERS", "is_unnamed", "keeps_placeholders", "placeholders"]
+__all__ = ["ONE_PLACEHOLDER", "PLACEHOLDERS", "is_unnamed", "keeps_placeholders", "placeholders", "replaced"]
 
 ONE_PLACEHOLDER = re.compile(
     r"""
@@ -27,12 +27,26 @@ ONE_PLACEHOLDER = re.compile(
 PLACEHOLDERS = re.compile(f"(?:{ONE_PLACEHOLDER.pattern})+", re.VERBOSE)
 """One, or several without anything between, which stay together."""
 
+# One of these is in each placeholder. Most texts have none, which shows a hundred times as fast as a search for the
+# placeholders themselves does.
+_SIGNS = re.compile("[{%<&@]|://")
+
 _UNNAMED = re.compile(r"\{\}|%(?![(]|\d+\$).*", re.DOTALL)
 
 
 def placeholders(text: str) -> list[str]:
     """Those of a text, in their order."""
-    return PLACEHOLDERS.findall(text)
+    return PLACEHOLDERS.findall(text) if _SIGNS.search(text) else []
+
+
+def replaced(text: str, by: Callable[[str], str]) -> str:
+    """A text with something else in the place of each placeholder.
+
+    Args:
+        text: The text.
+        by: Says what, of a placeholder.
+    """
+    return PLACEHOLDERS.sub(lambda match: by(match.group()), text) if _SIGNS.search(text) else text
 
 
 def keeps_placeholders(source: str, target: str) -> bool:

@@ -102,7 +102,10 @@ class _FileTokenizer:
         eos_token_id: That of its end, or None.
         pad_token_id: That of padding, or None.
         source_lang: The language of sources, as OPUS-MT says it, or None.
+        is_thread_safe: Whether several threads may use it at once.
     """
+
+    is_thread_safe = True
 
     def __init__(self, settings: Mapping[str, Any], special: Mapping[str, int]) -> None:
         self.model_max_length = settings.get("model_max_length") or _ANY_LENGTH
@@ -179,7 +182,7 @@ class _FastTokenizer(_FileTokenizer):
         return self.unk_token_id if index is None else index
 
     def _encode(self, texts: list[str], whole: bool, target: bool) -> list[list[int]]:
-        return [encoded.ids for encoded in self._backend.encode_batch(texts, add_special_tokens=whole)]
+        return [encoded.ids for encoded in self._backend.encode_batch_fast(texts, add_special_tokens=whole)]
 
     def decode(self, ids: Iterable[int], **_: Any) -> str:
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)

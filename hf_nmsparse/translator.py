@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -121,7 +122,7 @@ class Translator:
             ),
             generate=lambda: None,
         )
-        self._lock = Lock()
+        self._loading, self._one_at_a_time = Lock(), Lock()
         self._tokenizer: Any = None
 
     @property
@@ -131,10 +132,16 @@ class Translator:
         Raises:
             ValueError: There is none that loads.
         """
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = load_tokenizer(self._folder, self._model.config.model_type)
-            return self._tokenizer
+        if self._tokenizer is None:
+            with self._loading:
+                if self._tokenizer is None:
+                    self._tokenizer = load_tokenizer(self._folder, self._model.config.model_type)
+        return self._tokenizer
+
+    @property
+    def _tokenizer_alone(self) -> AbstractContextManager[Any]:
+        """Where one thread after the other uses the tokenizer, if it does not bear several at once."""
+        return nullcontext() if getattr(self.tokenizer, "is_thread_safe", False) else self._one_at_a_time
 
     @property
     def longest_source(self) -> float:
@@ -428,7 +435,7 @@ class Translator:
         if target:
             rows = iter(self._encoded_targets(whole, direction, self._search(_Asked(direction.settings)), inf))
         else:
-            with self._lock:
+            with self._tokenizer_alone:
                 rows = iter(encode(tokenizer, [direction.prompt + text for text in whole], inf, direction.frame))
         return [len(next(rows)) if text.strip() else 0 for text in given]
 
@@ -555,7 +562,7 @@ class Translator:
     def _inside_words(self) -> list[int]:
         """The tokens that go on with a word."""
         tokenizer, size = self.tokenizer, self._spec.config.target_vocabulary
-        with self._lock:
+        with self._tokenizer_alone:
             (word,) = encode(tokenizer, ["a"], inf, ([], []))
         texts = (self._text_of([*word, token]) for token in range(size))
         return [token for token, text in enumerate(texts) if text[:1] == "a" and text[1:2].isalnum()]
@@ -563,7 +570,7 @@ class Translator:
     def _term_tokens(self, start: Sequence[int], form: str, target: bool) -> list[int]:
         """The tokens of a term in a translation behind some others."""
         tokenizer = self.tokenizer
-        with self._lock:
+        with self._tokenizer_alone:
             plain, spaced = encode(tokenizer, [form, f" {form}"], inf, ([], []), target)
         check_tokens([plain, spaced], self._spec.config.target_vocabulary)
         # Tokenizers of bytes want the space, and others add one of their own.
@@ -664,14 +671,14 @@ class Translator:
 
     def _encoded(self, texts: list[str], direction: Direction) -> list[list[int]]:
         tokenizer, limit = self.tokenizer, self.longest_source
-        with self._lock:
+        with self._tokenizer_alone:
             rows = encode(tokenizer, [direction.prompt + text for text in texts], limit, direction.frame)
         check_tokens(rows, self._spec.config.encoder.vocabulary)
         return rows
 
     def _encoded_targets(self, texts: list[str], direction: Direction, search: Search, limit: float) -> list[list[int]]:
         tokenizer, forced = self.tokenizer, search.config.forced_bos
-        with self._lock:
+        with self._tokenizer_alone:
             return encode_targets(tokenizer, texts, limit, direction, forced if forced >= 0 else None)
 
     def _search(self, asked: _Asked, prompt_length: int = 1) -> Search:
@@ -729,7 +736,7 @@ class Translator:
 
     def _text_of(self, tokens: Sequence[int]) -> str:
         tokenizer = self.tokenizer
-        with self._lock:
+        with self._tokenizer_alone:
             text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 

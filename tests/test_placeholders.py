@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_nmsparse.placeholders import keeps_placeholders, placeholders
+from hf_nmsparse.placeholders import PLACEHOLDERS, keeps_placeholders, placeholders, replaced
+
+# Texts with placeholders in them, or what is nearly some.
+signs = "{ } % s 1$ < > / & ; # @ :// http . - a {0} <b> %s &nbsp; a@b.de http://a.de/b".split()
+texts = st.one_of(st.text(), st.lists(st.sampled_from([*signs, " "]), max_size=12).map("".join))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,13 @@ def test_what_is_one(text: str, found: list[str]) -> None:
 )
 def test_when_they_are_kept(source: str, target: str, kept: bool) -> None:
     assert keeps_placeholders(source, target) is kept
+
+
+@given(texts)
+def test_a_text_that_shows_none_has_none(text: str) -> None:
+    found = [match.group() for match in PLACEHOLDERS.finditer(text)]
+    assert placeholders(text) == found
+    assert replaced(text, lambda placeholder: f"[{placeholder}]") == PLACEHOLDERS.sub(r"[\g<0>]", text)
 
 
 def test_hostile_texts_take_no_time() -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +30,8 @@ from hf_nmsparse.translator import Translator
 __all__ = ["Model", "Models", "Route", "load_models"]
 
 T = TypeVar("T")
+
+_BRIEF = 1000  # characters that are cut and counted in less time than it takes to have a thread do it
 
 _NAME = re.compile(r"(?:([\w-]+):([\w-]+)=)?(.+)", re.DOTALL)
 
@@ -102,7 +104,7 @@ class Route:
             ClientDisconnect: The client went away.
         """
         limits.check(texts)
-        paragraphs = await self._checked(partial(self._counted, list(texts)), settings)
+        paragraphs = await self._checked(texts, partial(self._counted, list(texts)), settings)
         return of_paragraphs(paragraphs, await self._sentences(request, paragraphs, limits, settings))
 
     async def translate_html(
@@ -128,7 +130,7 @@ class Route:
             texts = MarkedTexts(found.texts)
             return found, texts, self._counted(texts.plain, settings)
 
-        found, texts, paragraphs = await self._checked(read, settings)
+        found, texts, paragraphs = await self._checked(pages, read, settings)
         sentences = await self._sentences(request, paragraphs, limits, settings)
 
         def filled() -> list[str]:
@@ -155,7 +157,7 @@ class Route:
             RequestError: As `translate` does; while the pieces come, that it takes too long.
         """
         limits.check([text])
-        paragraphs = await self._checked(partial(self._counted, [text]), settings)
+        paragraphs = await self._checked([text], partial(self._counted, [text]), settings)
         if self._at_work.streams >= self._at_work.threads + limits.waiting:
             raise RequestError(429, f"{self._at_work.streams} texts stream or wait already; come again")
         return self._pieces(paragraphs, limits.seconds, settings)
@@ -196,19 +198,20 @@ class Route:
             closed.set()
             future.cancel()
 
-    async def _checked(self, read: Callable[[dict[str, Any]], T], settings: dict[str, Any]) -> T:
-        """What a thread reads of a request; all is refused here that `translate` would refuse."""
+    async def _checked(self, texts: Sequence[str], read: Callable[[dict[str, Any]], T], settings: dict[str, Any]) -> T:
+        """What is read of a request, by a thread where that takes long; what `translate` would refuse is refused."""
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._at_work.checking, read, settings)
+            if sum(map(len, texts)) <= _BRIEF:
+                return read(settings)
+            return await asyncio.get_running_loop().run_in_executor(self._at_work.checking, read, settings)
         except RequestError:
             raise
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return found
 
     def _counted(self, texts: list[str], settings: dict[str, Any]) -> Paragraphs:
         """The texts as sentences, counted."""
-        self._translator.translate([], **self._languages, **settings)  # which checks all but the texts
+        self._at_work.check(tuple(sorted((self._languages | settings).items())))
         return self._translator.paragraphs(texts, **self._languages, split=language_code(self._source))
 
 
@@ -217,6 +220,7 @@ class _AtWork:
 
     def __init__(self, model: Model, threads: int, max_tokens: int, most_waiting: int, observer: Observer) -> None:
         self.batcher = Batcher(model.translator, threads, max_tokens, most_waiting, observer)
+        self.check = lru_cache(partial(_check, model.translator))  # requests ask for the same again and again
         self.checking = ThreadPoolExecutor(1, "nmsparse-check")
         self.streaming = ThreadPoolExecutor(threads, "nmsparse-streams")
         self.threads, self.streams = threads, 0
@@ -225,6 +229,11 @@ class _AtWork:
         self.batcher.close()
         self.checking.shutdown()
         self.streaming.shutdown()
+
+
+def _check(translator: Translates, settings: Settings) -> None:
+    """Refuses settings that `translate` would refuse."""
+    translator.translate([], **dict(settings))
 
 
 class Models:
