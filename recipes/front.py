@@ -7,6 +7,8 @@ outputs/STUDY/RUN. Each model is rounded to int8, and translates the whole test 
 fresh processes that take turns: on the engine, and a dense one on CTranslate2 too where that is installed. Runs that
 differ in their seed alone are one point. The points go to recipes/results/front.json, with a table beside it and two
 pictures in recipes/results/plots; `python recipes/results_table.py --write` puts them into recipes/README.md.
+``--add`` keeps the points that are there. What is then added from another machine has its place among the bytes, and
+its speed stands in the table alone, marked.
 
 The packed format has no dense layers in int8. So the bytes of a dense model are those of a file of the same layout
 without codes: int8 and a scale for each row of linear layers and token embeddings, fp32 for the rest. CTranslate2's
@@ -240,7 +242,7 @@ def points_of(runs: Sequence[Finished], measured: Sequence[Mapping[str, Any]]) -
         point |= {key: mean(key, 1) for key in ("tokens_per_second", "peak_mib", "ctranslate2_tokens_per_second")}
         point |= {"ctranslate2_bytes": mean("ctranslate2_bytes"), "ctranslate2_bleu": mean("ctranslate2_bleu", 2)}
         points.append(point)
-    return sorted(points, key=lambda point: (point["pattern"] or "", point["bytes"], point["run"]))
+    return in_order(points)
 
 
 def table_of(record: Mapping[str, Any]) -> str:
@@ -256,7 +258,8 @@ def table_of(record: Mapping[str, Any]) -> str:
             low, high = point["extremes"][key]
             cells.append(f"{point[key]:.2f}" + (f" ({low:.2f} to {high:.2f})" if len(point["seeds"]) > 1 else ""))
         for key in ("tokens_per_second", "ctranslate2_tokens_per_second", "ctranslate2_bytes"):
-            cells.append("" if point[key] is None else f"{point[key]:,.0f}")
+            mark = "*" if "second" in key and "machine" in point else ""
+            cells.append("" if point[key] is None else f"{point[key]:,.0f}{mark}")
         lines.append(tables.table_row(cells))
     lines += [
         "",
@@ -267,7 +270,45 @@ def table_of(record: Mapping[str, Any]) -> str:
         f"Marian's positions too. BLEU: `{record['signature']}`; chrF: `{record['chrf_signature']}`. transformers "
         f"{record['transformers']}, {record['ctranslate2'] or 'no CTranslate2'}; {tables.machine(dict(record))}",
     ]
+    for machine in dict.fromkeys(point["machine"] for point in record["rows"] if "machine" in point):
+        lines += ["", f"* On another machine, whose speeds do not compare with those above: {machine}"]
     return "\n".join(lines)
+
+
+SAME = ("text", "sentences", "beams", "threads", "rounds", "signature", "chrf_signature", "transformers", "ctranslate2")
+"""What records have in common whose points stand in one table."""
+
+
+def added(
+    file: Path, record: Mapping[str, Any], points: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A record with its points, and some points more.
+
+    Args:
+        file: The record, as it was written.
+        record: What is now known of the machine and the measurement.
+        points: What was measured; they replace those of the same runs.
+
+    Raises:
+        ValueError: There is no record, or it was measured otherwise.
+    """
+    if not file.exists():
+        raise ValueError(f"front: there is no {file} to add to; leave --add out")
+    before = tables.read(file)
+    for key in SAME:
+        if before[key] != record[key]:
+            raise ValueError(f"front: {file} was measured with {key} {before[key]}, now it is {record[key]}")
+    machine = tables.machine(dict(record))
+    if machine != tables.machine(before):
+        points = [point | {"machine": machine} for point in points]
+    new = {(point["study"], point["run"]) for point in points}
+    kept = [point for point in before.pop("rows") if (point["study"], point["run"]) not in new]
+    return before, in_order([*kept, *points])
+
+
+def in_order(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Dense models first, from small to large."""
+    return sorted(points, key=lambda point: (point["pattern"] or "", point["bytes"], point["run"]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each candidate; medians are over these")
+    parser.add_argument("--add", action="store_true", help="keep the other points, whatever machine they are from")
     parser.add_argument("--note", default="", help="what the reader has to know about the machine")
     options = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
@@ -311,6 +353,12 @@ def main(argv: list[str] | None = None) -> int:
     }
     points = points_of(runs, measured)
     output = options.results / "front.json"
+    if options.add:
+        try:
+            record, points = added(output, record, points)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     timing.write(output, record, points, table_of(record | {"rows": points}))
     print(output, *plot_front(points, options.results / "plots"), sep="\n")
     return 0

@@ -126,6 +126,28 @@ def test_dense_models_are_rounded_as_their_file_would_be(tmp_path: Path) -> None
     assert 0 < size - numbers - rest < 20_000  # what names the tensors
 
 
+def test_points_are_added(tmp_path: Path) -> None:
+    def point(run: str, size: int, **more: Any) -> dict[str, Any]:
+        facts = {"study": "s", "run": run, "pattern": None, "bytes": size, "bleu": 1.0}
+        return facts | more
+
+    machine = {"cpu": "c", "cores": 1, "unit": None, "torch": "t", "torch_unit": "u", "note": ""}
+    record = machine | dict.fromkeys(front.SAME, "as before")
+    file = tmp_path / "front.json"
+    with pytest.raises(ValueError, match=r"there is no .*front.json to add to; leave --add out"):
+        front.added(file, record, [])
+    file.write_text(json.dumps(record | {"rows": [point("old", 2), point("again", 3)]}))
+    here = [point("again", 3, bleu=2.0), point("new", 1)]
+    assert front.added(file, record, here) == (record, [point("new", 1), point("old", 2), point("again", 3, bleu=2.0)])
+    elsewhere = record | {"cpu": "d"}
+    written, points = front.added(file, elsewhere, here)
+    assert written == record
+    other = {"machine": "d, 1 cores, kernels on None, torch t on u."}
+    assert points == [point("new", 1, **other), point("old", 2), point("again", 3, bleu=2.0, **other)]
+    with pytest.raises(ValueError, match="was measured with rounds as before, now it is 5"):
+        front.added(file, record | {"rounds": 5}, here)
+
+
 def test_points_are_means_over_the_seeds() -> None:
     def finished(name: str, seed: int) -> front.Finished:
         facts: dict[str, Any] = {"corpus": "c", "split": "test", "model": "m", "steps": 1, "dense_bytes": 1}
@@ -166,6 +188,10 @@ def test_points_are_means_over_the_seeds() -> None:
     table = front.table_of({**facts, **machine, "rows": [small, large]})
     assert "| b | 2:4 | sr-ste, from sparsegpt | large | dense | 6+2 | 8 | 16 | 1,000 | 800 | 1 | 20.00 |" in table
     assert "| 2 | 30.50 (30.00 to 31.00) | 50.00 (50.00 to 50.00) | 105 |  |  |" in table
+    table = front.table_of({**facts, **machine, "rows": [small | {"machine": "d."}, large]})
+    assert " | 90* |  |  |" in table
+    assert " | 105 |  |  |" in table
+    assert table.endswith("\n\n* On another machine, whose speeds do not compare with those above: d.")
 
 
 @pytest.mark.parametrize(
