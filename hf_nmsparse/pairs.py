@@ -153,7 +153,7 @@ def read_columns(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]
 
 
 def column_of(row: Any, column: str, where: str) -> str:
-    """The text that a row holds in one language; blank where that is none or holds half a character.
+    """The text that a row holds in one language; blank where that is none or holds a NUL or half a character.
 
     Raises:
         ValueError: The row has no such language, or something there that is no text.
@@ -215,8 +215,8 @@ def same_length(files: tuple[Path, ...]) -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a sentence: a string of more than spaces, and of whole characters."""
-    if not isinstance(value, str) or not value.strip():
+    """Whether it is a sentence: a string of more than spaces, of whole characters, and without a NUL."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         return False
     try:
         value.encode()

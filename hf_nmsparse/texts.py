@@ -63,6 +63,8 @@ def _text(text: Any, index: int, where: str) -> str:
         raise ValueError(
             f"{where}: sentence {index} holds half a character, {text[error.start]!r}; decode it as what it is"
         ) from None
+    if "\0" in text:  # an unknown word to most tokenizers
+        raise ValueError(f"{where}: sentence {index} holds a NUL, which no text does; take it out")
     return str(text)
 
 

@@ -318,7 +318,7 @@ class Translator:
         asked = _Asked(settings, seed=seed)
         if not isinstance(text, str):
             raise ValueError(f"stream: takes one text, got {type(text).__name__}; translate takes several")
-        task = self._task([text], src_lang, tgt_lang, asked)
+        task = self._task(list(read_texts([text], "stream")), src_lang, tgt_lang, asked)
         if task.search.config.returned > 1:
             raise ValueError("stream: gives one translation; leave num_return_sequences out")
         tokenizer = self.tokenizer

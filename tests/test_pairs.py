@@ -290,6 +290,7 @@ ROWS = b'{"en": "a", "de": "b"}\n'
         ({"train.jsonl": ROWS + b'{"en": "a"}'}, "line 2: no language 'de'; it has en"),
         ({"train.jsonl": ROWS + b'"a"'}, "line 2: holds str, not one text a language"),
         ({"train.jsonl": ROWS + b'{"en": "\\ud83d", "de": "b"}'}, "line 2: no 'en' text, got '\\\\ud83d'"),
+        ({"train.jsonl": ROWS + b'{"en": "a\\u0000", "de": "b"}'}, "line 2: no 'en' text, got 'a\\\\x00'"),
         ({"train.jsonl": ROWS + b'{"en": "a", "de": ' + b"[" * 100_000}, "train.jsonl, line 2: .*recursion"),
         (
             {"train.json": b'[{"en": "a", "de": "b"}, {"en": "a", "de": null}]'},

@@ -92,6 +92,7 @@ class TestReadTexts:
             (["a", b"b"], "sentence 1 is no text but bytes"),
             ([["a"]], "sentence 0 is no text but list"),
             (["a", "b\ud800"], r"sentence 1 holds half a character, '\ud800'"),
+            (["a", "b\0"], "sentence 1 holds a NUL, which no text does; take it out"),
         ],
     )
     def test_what_holds_no_texts(self, texts: Any, message: str) -> None:

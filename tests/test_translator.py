@@ -677,6 +677,8 @@ class TestWhatIsRefused:
     def test_texts(self, translator: Translator) -> None:
         with pytest.raises(ValueError, match="stream: takes one text, got list; translate takes several"):
             translator.stream(["Der Garten"])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="stream: sentence 0 holds a NUL, which no text does; take it out"):
+            translator.stream("Der\0 Garten")
         with pytest.raises(ValueError, match="stream: gives one translation; leave num_return_sequences out"):
             translator.stream("Der Garten", num_beams=2, num_return_sequences=2)
         with pytest.raises(ValueError, match="num_beams"):  # before anything is asked of it

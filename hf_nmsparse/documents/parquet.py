@@ -27,8 +27,12 @@ def translate_parquet(source: Path, target: IO[bytes], translate: Translate, opt
         if column not in texts:
             raise DocumentError(f"column {column!r} holds {schema.field(column).type}, not text")
         wider = schema.append(pa.field(options.to_column, pa.large_string()))
-        writer = None
+        writer, first = None, 0
         for batch, values in _batches(reader, names.index(column)):
+            nul = next((place for place, value in enumerate(values, first) if "\0" in (value or "")), None)
+            if nul is not None:
+                raise DocumentError(f"row {nul}: {column!r} holds a NUL; mend or drop the row")
+            first += len(values)
             new = pa.array(translated_texts(values, translate), pa.large_string())
             if writer is None:
                 writer = pq.ParquetWriter(target, wider, compression=_compression(reader))

@@ -90,6 +90,8 @@ def _text(row: Row, column: str, options: Options) -> str | None:
         (text or "").encode()
     except UnicodeEncodeError:  # JSON can name half a character
         raise DocumentError(f"line {row.line}: {column!r} holds half a character; mend or drop the row") from None
+    if "\0" in (text or ""):  # and this one
+        raise DocumentError(f"line {row.line}: {column!r} holds a NUL; mend or drop the row")
     return text
 
 

@@ -52,6 +52,7 @@ def test_what_a_translation_holds() -> None:
         ('{"a": "x"}\n{"b": "x"}', Options(), "line 2 has no column 'a'; it has b"),
         ('{"a": "x"}\n\n{"a": 2}', Options(), "line 3: 'a' holds int, not text"),
         ('{"a": "\\ud800"}', Options(), "line 1: 'a' holds half a character; mend or drop the row"),
+        ('{"a": "x"}\n{"a": "x\\u0000"}', Options(), "line 2: 'a' holds a NUL; mend or drop the row"),
         ('{"a": "x", "translation": 1}', Options(), "has a column 'translation' already; give another name"),
         ('{"a": "x"}\n{"a": "x", "t": 1}', Options(to_column="t"), "line 2 has a column 't' already"),
         ('{"a": "x"}\n{"a": "x"', Options(), "line 2 is no JSON: "),

@@ -21,7 +21,7 @@ def written(table: pa.Table, **settings: Any) -> bytes:
 def test_columns() -> None:
     table = pa.table(
         {
-            "text": pa.array(["one", None, "", "Ä\0"]),
+            "text": pa.array(["one", None, "", "Ä"]),
             "n": pa.array([1, 2, 3, None], pa.int8()),
             "list": pa.array([["x"], [], None, ["y"]]),
         }
@@ -31,7 +31,7 @@ def test_columns() -> None:
     read = found.read()
     assert read.drop_columns("translation").equals(table)
     assert read.schema.metadata[b"what"] == b"that"
-    assert read["translation"].to_pylist() == ["ONE", None, "", "Ä\0"]
+    assert read["translation"].to_pylist() == ["ONE", None, "", "Ä"]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -68,6 +68,12 @@ def test_bad_columns(columns: dict[str, list[Any]], options: Options, message: s
     with pytest.raises(DocumentError) as raised:
         translated("parquet", written(pa.table(columns)), loud, options)
     assert message in str(raised.value)
+
+
+def test_a_nul() -> None:
+    data = written(pa.table({"text": ["one"] * CHUNK + ["two", "Ä\0", None]}))
+    with pytest.raises(DocumentError, match=rf"^row {CHUNK + 1}: 'text' holds a NUL; mend or drop the row$"):
+        translated("parquet", data, loud)
 
 
 def test_damaged() -> None:

@@ -112,6 +112,8 @@ def test_placeholders_come_back(client: TestClient) -> None:
         ({"q": 3}, 400, "q is a text or a list of texts, got int"),
         ({"q": ["a", 3]}, 400, "q is a text or a list of texts, got list"),
         ({"q": "\ud800"}, 400, "half a character"),
+        ({"q": ["a", "b. c\0"]}, 400, "sentence 1 holds a NUL, which no text does; take it out"),
+        ({"q": "<p>a\0</p>", "format": "html"}, 400, "sentence 0 holds a NUL"),
         ({"source": "auto"}, 400, "source auto: no language is detected here; name one of en"),
         ({"source": "fr"}, 400, "source 'fr' is not translated here; name one of en"),
         ({"target": "fr"}, 400, "en is not translated into 'fr' here; name one of de"),

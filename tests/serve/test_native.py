@@ -69,6 +69,7 @@ def test_translations(
         ({"target": "fr"}, 400, "not translated into 'fr'"),
         ({"stream": True, "scores": True}, 400, "stream: one text comes piece by piece"),
         ({"stream": True, "text": ["a"]}, 400, "stream: one text comes piece by piece"),
+        ({"stream": True, "text": "a\0"}, 400, "sentence 0 holds a NUL"),
         ({"stream": True, "text": "a" * 401}, 413, "a request takes 400 characters"),
     ],
 )
