@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subparsers.add_parser("prune", help="prune a dense model by a text, and write it as packed files")
     command.add_argument("source", metavar="MODEL", help="folder of the dense model, or its name on the Hub")
-    command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.add_argument("target", type=_path, metavar="DST", help="new folder")
     command.add_argument(
         "--calibration",
         nargs="+",
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subparsers.add_parser("pack", help="write a trained model as packed files")
     command.add_argument("source", metavar="SRC", help="training checkpoint, packed model, or masked dense model")
-    command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.add_argument("target", type=_path, metavar="DST", help="new folder")
     command.add_argument("--pattern", help="N:M, for a dense model whose weights are masked but not marked as such")
     _add_packing_arguments(command)
     command.set_defaults(run=commands.pack)
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "source", metavar="SRC", help="packed model or training checkpoint; with --for a dense one too"
     )
-    command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.add_argument("target", type=_path, metavar="DST", help="new folder")
     command.add_argument(
         "--for",
         dest="tool",
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subparsers.add_parser("convert", help="write a sparse-24-bitmask checkpoint as dense files")
     command.add_argument("source", metavar="SRC", help="its folder")
-    command.add_argument("target", type=Path, metavar="DST", help="new folder")
+    command.add_argument("target", type=_path, metavar="DST", help="new folder")
     command.set_defaults(run=commands.convert)
 
     command = subparsers.add_parser("translate", help="translate text, one line out for each line in, or documents")
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--glossary",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="terms that have one right translation, a line each: term, tab, translation, and further forms that are "
         "right too behind |",
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.evaluate)
 
     command = subparsers.add_parser("shortlist", help="learn which target tokens go with a source token, for speed")
-    command.add_argument("model", metavar="MODEL", help="folder of the model, where the shortlist goes")
+    command.add_argument("model", type=_name, metavar="MODEL", help="folder of the model, where the shortlist goes")
     command.add_argument(
         "--corpus",
         required=True,
@@ -290,23 +290,25 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.learn_shortlist)
 
     command = subparsers.add_parser("plot", help="draw flips, scores and layers of finished runs of the recipe")
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with evaluation.json and curve.json")
-    command.add_argument("--output", type=Path, default=Path("plots"), metavar="DIR", help="where the pictures go")
+    command.add_argument(
+        "runs", nargs="+", type=_path, metavar="RUN", help="folder with evaluation.json and curve.json"
+    )
+    command.add_argument("--output", type=_path, default=Path("plots"), metavar="DIR", help="where the pictures go")
     command.add_argument("--format", choices=("png", "svg"), default="png", help="kind of the pictures")
     command.set_defaults(run=commands.plot)
 
     command = subparsers.add_parser("report", help="write one HTML page on finished runs of the recipe, side by side")
     command.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="output folder; the others are compared with the first"
+        "runs", nargs="+", type=_path, metavar="RUN", help="output folder; the others are compared with the first"
     )
     command.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
     command.add_argument(
-        "--comet", type=Path, metavar="MODEL", help="score with this checkpoint of COMET too, one that you trust"
+        "--comet", type=_path, metavar="MODEL", help="score with this checkpoint of COMET too, one that you trust"
     )
     command.set_defaults(run=commands.report)
 
     command = subparsers.add_parser("doctor", help="print which kernels this machine runs, and what translates a model")
-    command.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder of a model")
+    command.add_argument("models", nargs="*", type=_path, metavar="MODEL", help="folder of a model")
     command.set_defaults(run=commands.doctor)
     return parser
 
@@ -347,6 +349,16 @@ def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: all)")
     command.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a path, as . for the current folder")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
 
 
 def _positive(text: str, most: int = 2**31 - 1) -> int:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_nmsparse.files import model_folder
+from hf_nmsparse.files import model_folder, named_path
 from hf_nmsparse.masks import unpack_bits
 from hf_nmsparse.packed_format import PackedFormatError
 
@@ -47,7 +47,7 @@ def convert_bitmask(source: str | Path, target: str | Path) -> int:
         PackedFormatError: The folder holds no such checkpoint, or one whose values are quantized as well, or a weight
             breaks the format.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source), named_path(target, "convert_bitmask: target")
     config = _read(source / "config.json")
     where = source / "config.json"
     record = _object(config.pop("quantization_config", None) or config.pop("compression_config", None) or {}, where)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from hf_nmsparse.files import replaced
+from hf_nmsparse.files import named_path, replaced
 from hf_nmsparse.kernels import library
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.version import __version__
@@ -149,7 +149,7 @@ class Evaluation:
 
     def write(self, path: str | Path) -> None:
         """Writes the record as JSON with sorted keys, one a line; folders are made as needed."""
-        with replaced(path) as file:
+        with replaced(named_path(path, "evaluation: path")) as file:
             file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 

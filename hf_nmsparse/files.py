@@ -15,7 +15,7 @@ from pathlib import Path
 if sys.platform != "win32":  # where folders cannot be locked
     import fcntl
 
-__all__ = ["check_writable", "flush", "locked", "model_folder", "naming", "replaced"]
+__all__ = ["check_writable", "flush", "locked", "model_folder", "named_path", "naming", "replaced"]
 
 _UNFINISHED = ".nmsparse-saving-"
 
@@ -25,6 +25,21 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\
 
 # What writing alone fails with, and the system does not say where: a full disk, a quota, a file that grows too long.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def named_path(name: str | Path, what: str) -> Path:
+    """The path that a name is of. An empty name, as of a variable of a shell that is not set, is refused.
+
+    Args:
+        name: The name. `Path` takes an empty one for the current folder.
+        what: What it is given as, which begins the message of an error.
+
+    Raises:
+        ValueError: It is empty.
+    """
+    if not str(name):
+        raise ValueError(f"{what} is empty; name a path, as . for the current folder")
+    return Path(name)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_nmsparse import standalone as reader
 from hf_nmsparse.checkpoint_fit import refuse_missing, ties
-from hf_nmsparse.files import model_folder
+from hf_nmsparse.files import model_folder, named_path
 from hf_nmsparse.layers import NMLayer, channel_dim, sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.number_types import VALUE_DTYPES
@@ -91,6 +91,7 @@ def save_packed(
             breaks the pattern, a number is not finite or does not fit ``values``, weights are sharded or lie on disk,
             ``state_dict`` lacks some, or ``standalone`` is given for a class that none of its auto classes loads.
     """
+    path = named_path(path, "save_packed: path")
     model = _itself(model, "save_packed")
     record = record_of(model)
     if values is None and holds_int8(model):
@@ -133,6 +134,7 @@ def export_dense(model: PreTrainedModel, path: str | Path, **kwargs: Any) -> Non
             left the pattern, a number is not finite, weights are sharded or lie on disk, ``state_dict`` lacks some, or
             CTranslate2 would give other translations without a word.
     """
+    path = named_path(path, "export_dense: path")
     model = _itself(model, "export_dense")
     if not sparse_layers(model):
         raise ValueError("export_dense: the model has no sparse layer; model.save_pretrained(path) writes it as it is")

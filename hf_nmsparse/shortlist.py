@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from hf_nmsparse.files import replaced
+from hf_nmsparse.files import named_path, replaced
 
 __all__ = ["FILE", "Shortlist", "coverage", "learn", "read", "save"]
 
@@ -159,7 +159,7 @@ def coverage(shortlist: Shortlist, pairs: Sequence[Pair]) -> tuple[float, float]
 
 def save(shortlist: Shortlist, folder: str | Path) -> Path:
     """Writes ``shortlist`` into the folder of its model, whole or not at all."""
-    path = Path(folder) / FILE
+    path = named_path(folder, "shortlist: folder") / FILE
     tensors = {name: np.ascontiguousarray(getattr(shortlist, name), dtype) for name, dtype in _TYPES.items()}
     with replaced(path) as beside:
         save_file(tensors, beside)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
+from hf_nmsparse.files import named_path
 from hf_nmsparse.number_types import VALUE_DTYPES
 from hf_nmsparse.optimizer import check_method
 from hf_nmsparse.schedule import Schedule
@@ -106,6 +107,7 @@ class SparseTrainingArguments(Seq2SeqTrainingArguments):
                 "see the gradients; train under DDP or FSDP2"
             )
         super().__post_init__()
+        named_path(str(self.output_dir), "output_dir")
         if self.sparse_method == DENSE:
             if self.sparse_decay:
                 raise ValueError(

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from hf_nmsparse.bulk import BulkTranslator, Candidate, Search, load_translator, score_each, translate_each
 from hf_nmsparse.devices import device_of, on_cpu
-from hf_nmsparse.files import check_writable, locked
+from hf_nmsparse.files import check_writable, locked, named_path
 from hf_nmsparse.glossary import Glossary
 from hf_nmsparse.pairs import FORMATS, column_of, read_column, read_columns, write_rows
 from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model, sha256_of, share_of
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     _check(args)
-    output = Path(args.output)
+    output = named_path(args.output, "--output")
     check_writable(output)
     glossary = Glossary.read(args.glossary) if args.glossary else None
     threads = args.threads or max(1, cpus() // place.beside)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, however the 
 from hf_nmsparse.bulk import BulkTranslator, Search, translate_each
 from hf_nmsparse.corpus import Rows, load_text
 from hf_nmsparse.faults import who_is_gone
-from hf_nmsparse.files import check_writable, replaced
+from hf_nmsparse.files import check_writable, named_path, replaced
 from hf_nmsparse.pairs import is_text, write_rows
 from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model
 from recipes.corpora import first_of, read_corpus
@@ -54,7 +54,7 @@ def main() -> None:
     """The whole run, from sources to a corpus."""
     args = parse(sys.argv[1:])
     state = PartialState(cpu=args.use_cpu, timeout=PATIENCE)
-    output = Path(args.output_dir)
+    output = named_path(args.output_dir, "output_dir")
     with state.main_process_first():
         check_writable(output)
         splits = read_splits(args)

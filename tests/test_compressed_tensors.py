@@ -144,6 +144,11 @@ def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
         convert_bitmask(tmp_path, tmp_path / "new")
 
 
+def test_an_empty_target_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^convert_bitmask: target is empty; name a path"):
+        convert_bitmask(tmp_path, "")
+
+
 def test_numbers_that_no_such_checkpoint_has_are_refused() -> None:
     values, bitmask, shape = torch.tensor([1.0, 2.0]), torch.tensor([[3]], dtype=torch.uint8), torch.tensor([1, 4])
     with pytest.raises(PackedFormatError, match=r"compressed: 2 floating-point values are needed, got torch.fl"):

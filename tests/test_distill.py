@@ -249,6 +249,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         ({"teachers": None}, "teachers: name one model or several"),
         ({"corpus": None}, "corpus: give it, or text in its place, and not both"),
         ({"text": "x"}, "corpus: give it, or text in its place, and not both"),
+        ({"output_dir": ""}, "output_dir is empty; name a path, as . for the current folder"),
         ({"beams": 0}, "beams: needs at least 1, got 0"),
         ({"format": "tsv"}, "format: is one of jsonl.gz, jsonl.zst, jsonl, parquet, got 'tsv'"),
         ({"interpolation": "ter"}, "interpolation: is one of chrf, bleu, got 'ter'"),

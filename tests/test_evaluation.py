@@ -36,6 +36,8 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "run.json"
     written.write(path)
     assert Evaluation.read(path) == written
+    with pytest.raises(ValueError, match=r"^evaluation: path is empty; name a path"):
+        written.write("")
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert list(stored) == sorted(stored)
     assert stored["against_dense"] == {

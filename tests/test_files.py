@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hf_nmsparse import NMSparseConfig, export_dense, save_packed, sparsify
-from hf_nmsparse.files import check_writable, model_folder, naming, replaced
+from hf_nmsparse.files import check_writable, model_folder, named_path, naming, replaced
 from hf_nmsparse.packed_files import check_folder
 from tests.tiny import marian
 
@@ -26,6 +26,13 @@ class Killed(BaseException):
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_an_empty_name_is_no_path() -> None:
+    assert named_path("a/b", "f: path") == named_path(Path("a/b"), "f: path") == Path("a/b")
+    assert named_path(".", "f: path") == Path()
+    with pytest.raises(ValueError, match=r"^f: path is empty; name a path, as \. for the current folder$"):
+        named_path("", "f: path")
 
 
 def test_a_full_disk_is_named() -> None:

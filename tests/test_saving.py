@@ -428,6 +428,16 @@ def test_a_disk_that_is_full_is_one_line(save: Callable[..., None], bytes_left: 
     assert [path.name for path in tmp_path.rglob("*")] == ["old"]
 
 
+@pytest.mark.parametrize("save", [save_packed, export_dense])
+def test_an_empty_path_is_not_the_current_folder(
+    save: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{save.__name__}: path is empty; name a path, [^\n]+$"):
+        save(sparse(), "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_path_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -116,6 +116,8 @@ class TestFiles:
         for name, expected in self.GOOD.items():
             assert np.array_equal(getattr(found, name), expected)
         assert [file.name for file in tmp_path.iterdir()] == [FILE]
+        with pytest.raises(ValueError, match=r"^shortlist: folder is empty; name a path"):
+            save(Shortlist(**self.GOOD), "")
         assert found.candidates([0, 1]).tolist() == [2, 4, 5]
 
     @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hf_nmsparse import SparseTrainingArguments
 from tests.test_trainer import arguments
 
 
@@ -16,6 +17,12 @@ def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match=r"the gradients; train under DDP or FSDP2$"):
         arguments(tmp_path)
+
+
+def test_an_empty_folder_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^output_dir is empty; name a path, as \. for the current folder$"):
+        SparseTrainingArguments("", use_cpu=True)
+    assert SparseTrainingArguments(use_cpu=True).output_dir  # of transformers
 
 
 def test_transformers_own_way_with_sigterm_is_refused(tmp_path: Path) -> None:

@@ -349,6 +349,15 @@ def test_mistakes_are_one_line(
     assert told.count("\n") == 1
 
 
+def test_an_empty_output_is_not_the_current_folder(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", str(model), "--output", "", str(text)]) == 2
+    assert capsys.readouterr().err == "translate_corpus: --output is empty; name a path, as . for the current folder\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_inputs_that_are_none_are_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "other.jsonl").write_text('{"fr": "x"}\n{"en": 3}\n')
