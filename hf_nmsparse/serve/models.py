@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
@@ -317,9 +318,18 @@ def load_models(
 
     Raises:
         PackedFormatError: A file is damaged.
-        ValueError: A name has no form, its languages are unknown, or a model does not load.
+        ValueError: A name has no form, its languages are unknown, a model does not load, or none of its pairs would
+            ever be asked of it, because models before it translate them all.
     """
-    return Models([_load(name, compute, load) for name in names], threads, max_tokens)
+    models, taken = list[Model](), set[tuple[str, str]]()
+    for name in names:
+        model = _load(name, compute, load)
+        pairs = set(product(model.sources, model.targets))
+        if pairs <= taken:
+            raise ValueError(f"serve: {name}: models before it translate all that it does; name it first, or drop it")
+        taken |= pairs
+        models.append(model)
+    return Models(models, threads, max_tokens)
 
 
 def _load(name: str, compute: str, load: Callable[..., Any]) -> Model:

@@ -73,8 +73,21 @@ def test_no_model() -> None:
         loaded()
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("en:de=pair/x", "en:fr=pair/y", "en:de=pair/z"),
+        ("nllb/600M", "eng_Latn:deu_Latn=pair/z"),
+        ("nllb/600M", "nllb/3B"),
+    ],
+)
+def test_a_model_that_would_never_be_asked(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"^serve: {names[-1]}: models before it translate all that it does; name it"):
+        loaded(*names)
+
+
 def test_the_first_that_translates_a_pair_does() -> None:
-    models = loaded("nllb/600M", "eng_Latn:deu_Latn=pair/better", "en:de=pair/x")
+    models = loaded("eng_Latn:deu_Latn=pair/better", "nllb/600M", "en:de=pair/x")
     models.start(Limits(), Metrics())
     try:
         assert models.languages == {
@@ -85,8 +98,9 @@ def test_the_first_that_translates_a_pair_does() -> None:
             "de": [],
         }
         route = models.route("eng_Latn", "deu_Latn")
-        assert route._translator.path == "nllb/600M"  # type: ignore[attr-defined]
-        assert route._languages == {"src_lang": "eng_Latn", "tgt_lang": "deu_Latn"}
+        assert route._translator.path == "pair/better"  # type: ignore[attr-defined]
+        assert route._languages == {"src_lang": None, "tgt_lang": None}
+        assert models.route("eng_Latn", "fra_Latn")._languages == {"src_lang": "eng_Latn", "tgt_lang": "fra_Latn"}
         assert models.route("en", "de")._languages == {"src_lang": None, "tgt_lang": None}
         for source, target in (("en", "deu_Latn"), ("de", "en"), ("auto", "de"), ("en", "en")):
             with pytest.raises(RequestError) as refused:
