@@ -22,13 +22,20 @@ _YOUNG_SECONDS = 5.0  # one that dies sooner is replaced after a pause, so that 
 _PAUSE_SECONDS = 1.0
 
 
-def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Callable[[], None]) -> int:
+def keep(
+    count: int,
+    target: Callable[..., None],
+    *arguments: Any,
+    at_work: Callable[[], None],
+    at_stop: Callable[[], None],
+) -> int:
     """Keeps so many processes going until a signal says to stop, and waits for their ends.
 
     Args:
         count: How many.
-        target: What each does; SIGTERM is to end it.
-        *arguments: What each is given.
+        target: What each does; SIGTERM is to end it. It is given a semaphore, which it releases once it is at work.
+        *arguments: What each is given beside that.
+        at_work: Called once so many are at work.
         at_stop: Called before they are told to stop.
 
     Returns:
@@ -38,10 +45,11 @@ def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Call
         ValueError: One could not start.
     """
     context, stop = multiprocessing.get_context("spawn"), threading.Event()
+    begun, idle = context.Semaphore(0), count
     signals: list[int] = []
 
     def begin() -> tuple[Any, float]:
-        process = context.Process(target=target, args=arguments)
+        process = context.Process(target=target, args=(begun, *arguments))
         process.start()
         return process, time.monotonic()
 
@@ -51,10 +59,15 @@ def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Call
 
     before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
     failed = False
+    running: list[tuple[Any, float]] = []
     try:
-        running = [begin() for _ in range(count)]
+        running += (begin() for _ in range(count))
         while not stop.is_set():
             wait([process.sentinel for process, _ in running], _LOOK_SECONDS)
+            while idle and begun.acquire(block=False):
+                idle -= 1
+                if not idle:
+                    at_work()
             for place, (process, began) in enumerate(running):
                 if process.is_alive() or stop.is_set():
                     continue
@@ -63,12 +76,12 @@ def keep(count: int, target: Callable[..., None], *arguments: Any, at_stop: Call
                     stop.set()
                 elif time.monotonic() - began > _YOUNG_SECONDS or not stop.wait(_PAUSE_SECONDS):
                     running[place] = begin()
+    finally:
         at_stop()
         for process, _ in running:
             process.terminate()
         for process, _ in running:
             process.join()
-    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if failed:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
+from multiprocessing.synchronize import Semaphore
 from typing import Any
 
 from fastapi import FastAPI
@@ -79,23 +80,30 @@ def serve(served: Served, host: str, port: int, workers: int = 1) -> None:
     listening = _listen(host, port)
     with listening:
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        told = f"nmsparse: {address} translates {', '.join(served.models)}"
         if workers == 1:
             app = served.app()
-            _tell(f"nmsparse: {address} translates {', '.join(served.models)}")
+            _tell(told)
             _run(app, served.limits, listening)
             return
         with tempfile.TemporaryDirectory(prefix="nmsparse-metrics-") as folder:
             os.environ[FOLDER] = folder
-            _tell(f"nmsparse: {address} translates {', '.join(served.models)} in {workers} processes")
             try:
-                # Where nobody listens clients are refused at once, while the processes finish what they took.
-                told = keep(workers, _serve_in_a_process, served, listening, at_stop=listening.close)
+                ended_by = keep(
+                    workers,
+                    _serve_in_a_process,
+                    served,
+                    listening,
+                    at_work=lambda: _tell(f"{told} in {workers} processes"),
+                    # Where nobody listens clients are refused at once, while the processes finish what they took.
+                    at_stop=listening.close,
+                )
             finally:
                 del os.environ[FOLDER]
-        signal.raise_signal(told)  # as uvicorn does of one process, so that both end with the same status
+        signal.raise_signal(ended_by)  # as uvicorn does of one process, so that both end with the same status
 
 
-def _serve_in_a_process(served: Served, listening: socket.socket) -> None:
+def _serve_in_a_process(at_work: Semaphore, served: Served, listening: socket.socket) -> None:
     _log_plainly()
     end_with_the_parent()
     forget_dead_processes()
@@ -104,6 +112,7 @@ def _serve_in_a_process(served: Served, listening: socket.socket) -> None:
     except (ValueError, OSError) as error:
         say(f"nmsparse: {one_line(error)}", error=True)
         sys.exit(CANNOT_START)
+    at_work.release()
     _run(app, served.limits, listening)
 
 

@@ -265,7 +265,8 @@ def test_no_process_outlives_its_parent(start: Start) -> None:
 def test_what_does_not_start(options: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     given = [*options] if "--port" in options else [*options, "--port", "0"]
     assert main(["serve", *given]) == 2
-    said = capfd.readouterr().err
+    out, said = capfd.readouterr()
+    assert out == ""  # which says what is served once it is
     assert message in said.splitlines()[-1]
     assert "Traceback" not in said
 
