@@ -59,6 +59,7 @@ def create_app(
     app.include_router(native(models, limits, keys))
     app.include_router(page())
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", include_in_schema=False)
     async def measured(request: Request) -> Response:
         keys.check(request)

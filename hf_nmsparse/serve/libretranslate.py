@@ -47,6 +47,7 @@ def libretranslate(models: Models, limits: Limits, keys: Keys) -> APIRouter:
             answer["alternatives"] = others if several else others[0]
         return answer
 
+    @router.head("/languages", include_in_schema=False)
     @router.get("/languages", summary="The languages, and what each is translated into")
     async def languages() -> list[dict[str, Any]]:
         return [
@@ -58,10 +59,12 @@ def libretranslate(models: Models, limits: Limits, keys: Keys) -> APIRouter:
     async def detect() -> None:
         raise RequestError(501, "no language is detected here; name the source with each text")
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Whether the server answers")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @router.head("/frontend/settings", include_in_schema=False)
     @router.get("/frontend/settings", summary="What clients adapt themselves to")
     async def settings() -> dict[str, Any]:
         source, targets = next(iter(models.languages.items()))

@@ -33,6 +33,7 @@ def page() -> APIRouter:
         "X-Content-Type-Options": "nosniff",
     }
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
     async def shown() -> HTMLResponse:
         return HTMLResponse(content, headers=headers)

@@ -53,6 +53,23 @@ def test_a_later_header_that_does_not_come(port: int) -> None:
     assert time.perf_counter() - began < 4  # a connection that is kept and says nothing is kept for five seconds
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/languages", "/frontend/settings", "/metrics"])
+def test_the_head_alone(port: int, path: str) -> None:
+    """As a load balancer may ask for it."""
+
+    def head(method: str) -> tuple[list[str], bytes]:
+        request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        first, body = answers(port, request.encode()).split(b"\r\n\r\n", 1)
+        lines = first.decode().lower().split("\r\n")
+        return [line for line in lines if not line.startswith(("date:", "content-length:"))], body
+
+    (with_body, body), (alone, nothing) = head("GET"), head("HEAD")
+    assert alone[0] == "http/1.1 200 ok"
+    assert alone == with_body
+    assert body
+    assert not nothing
+
+
 def test_a_header_in_pieces(port: int) -> None:
     assert (
         answers(port, b"GET /health HTTP/1.1\r\n", b"Host: x\r\nConnection: close\r\n\r\n", pause=0.1).count(b"200")
