@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -296,7 +296,7 @@ class Translator:
 
     def stream(
         self, text: str, *, src_lang: str | None = None, tgt_lang: str | None = None, seed: int = 0, **settings: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, bool]:
         """Translates one sentence and gives its text piece by piece, each as soon as it is sure.
 
         With beams that is what all of them begin with. The pieces put together are the text that `translate` gives.
@@ -310,7 +310,8 @@ class Translator:
             **settings: As in `translate`, but for ``num_return_sequences``.
 
         Returns:
-            The pieces. The translation begins with the first that is asked for, and ends where the iterator is closed.
+            The pieces. The translation begins with the first that is asked for, and ends where the generator is closed.
+            What ``yield from`` gives is whether it came out as a loop, which ``break_loops`` of `translate` breaks.
 
         Raises:
             ValueError: As `translate` does, at once.
@@ -324,11 +325,18 @@ class Translator:
         tokenizer = self.tokenizer
         grows = getattr(tokenizer, "is_fast", True)
 
+        done: list[Translation] = []
+
         def translate(tell: Callable[[Sequence[int]], None]) -> Sequence[int]:
             watch = (lambda _, tokens: tell(tokens[1:])) if grows else None
-            return self._done(task, 0, watch)[0].tokens
+            done.extend(self._done(task, 0, watch))
+            return done[0].tokens
 
-        return pieces(translate, self._text_of)
+        def streamed() -> Generator[str, None, bool]:
+            yield from pieces(translate, self._text_of)
+            return loops(done[0].tokens, done[0].source)
+
+        return streamed()
 
     def translate_ids(
         self,

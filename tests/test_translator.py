@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -490,9 +491,23 @@ def test_a_stream_that_is_closed_leaves_the_translator_as_it_was(translator: Tra
     expected = translator.translate(TEXTS, max_length=24)
     stream = translator.stream(TEXTS[1], max_length=60, min_length=50)
     assert next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert translator.translate(TEXTS, max_length=24) == expected
     assert list(translator.stream("  ")) == []
+
+
+def test_a_stream_says_whether_it_is_a_loop(translator: Translator) -> None:
+    def looped(text: str) -> bool:
+        def ended() -> Generator[str]:
+            found.append((yield from translator.stream(text, max_length=60)))
+
+        found: list[bool] = []
+        list(ended())
+        return found[0]
+
+    expected = [one.looped for one in translator.translate(TEXTS, max_length=60, break_loops=True)]
+    assert [looped(text) for text in TEXTS] == expected
+    assert set(expected) == {True, False}
 
 
 def test_a_process_ends_with_a_stream_that_nobody_has_closed(folder: Path) -> None:

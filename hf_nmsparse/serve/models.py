@@ -28,7 +28,7 @@ from hf_nmsparse.texts import languages_of
 from hf_nmsparse.translations import Translation, of_paragraphs
 from hf_nmsparse.translator import Translator
 
-__all__ = ["Model", "Models", "Route", "load_models"]
+__all__ = ["Mended", "Model", "Models", "Route", "load_models"]
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ class ServedTranslator(Translates, Protocol):
         """Translations with the marks of their texts."""
         ...
 
-    def stream(self, text: str, **settings: Any) -> Generator[str]:
-        """The pieces of a translation."""
+    def stream(self, text: str, **settings: Any) -> Generator[str, None, bool]:
+        """The pieces of a translation, and whether it runs in a loop."""
         ...
 
 
@@ -70,6 +70,13 @@ class Model:
     targets: tuple[str, ...]
     names_source: bool = False
     names_target: bool = False
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A whole translation, in the place of the pieces that came before it."""
+
+    text: str
 
 
 class Route:
@@ -147,10 +154,12 @@ class Route:
         futures = self._at_work.batcher.submit(paragraphs.sentences, paragraphs.lengths, key)
         return await finished(request, futures, limits.seconds)
 
-    async def stream(self, text: str, limits: Limits, **settings: Any) -> AsyncGenerator[str]:
+    async def stream(self, text: str, limits: Limits, **settings: Any) -> AsyncGenerator[str | Mended]:
         """The pieces of the translation of a text, as `Translator.stream` gives them.
 
-        A sentence that holds placeholders is one piece, so that all of them come back, as they do in `translate`.
+        A sentence that holds placeholders is one piece, so that all of them come back, as they do in `translate`. Where
+        another came as a loop the last piece is `Mended`: what `translate` gives of the whole text.
+
         All that can be refused is refused at once. As many texts stream at a time as there are threads. Where the
         iterator is closed the translation ends.
 
@@ -163,15 +172,20 @@ class Route:
             raise RequestError(429, f"{self._at_work.streams} texts stream or wait already; come again")
         return self._pieces(paragraphs, limits.seconds, settings)
 
-    async def _pieces(self, paragraphs: Paragraphs, seconds: float, settings: dict[str, Any]) -> AsyncGenerator[str]:
-        loop, found = asyncio.get_running_loop(), asyncio.Queue[str | Exception | None]()
+    async def _pieces(
+        self, paragraphs: Paragraphs, seconds: float, settings: dict[str, Any]
+    ) -> AsyncGenerator[str | Mended]:
+        loop, found = asyncio.get_running_loop(), asyncio.Queue[str | Mended | Exception | None]()
         closed, at_work = Event(), self._at_work
+        whole = {**self._languages, "break_loops": True, "keep_placeholders": True, **settings}
+        looped = False
 
-        def stream(sentence: str) -> Iterable[str]:
+        def stream(sentence: str) -> Generator[str]:
+            nonlocal looped
             if placeholders(sentence):  # whether all come back is known at its end
-                given = {**self._languages, "break_loops": True, "keep_placeholders": True, **settings}
-                return [self._translator.translate([sentence], **given)[0].text]
-            return self._translator.stream(sentence, **self._languages, **settings)
+                yield self._translator.translate([sentence], **whole)[0].text
+            elif (yield from self._translator.stream(sentence, **self._languages, **settings)):
+                looped = True
 
         def work() -> None:
             end: Exception | None = None
@@ -181,6 +195,10 @@ class Route:
                         if closed.is_set():
                             return
                         loop.call_soon_threadsafe(found.put_nowait, piece)
+                if looped:
+                    [best] = of_paragraphs(paragraphs, self._translator.translate(paragraphs.sentences, **whole))
+                    if best.looped:  # the settings may forbid loops as far as it can be done
+                        loop.call_soon_threadsafe(found.put_nowait, Mended(best.text))
             except BaseException as error:  # raised where the pieces are read
                 end = as_exception(error)
             loop.call_soon_threadsafe(found.put_nowait, end)

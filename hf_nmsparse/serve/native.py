@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from hf_nmsparse.serve.errors import RequestError
 from hf_nmsparse.serve.keys import Keys
 from hf_nmsparse.serve.limits import Limits, read_body
-from hf_nmsparse.serve.models import Models, Route
+from hf_nmsparse.serve.models import Mended, Models, Route
 from hf_nmsparse.terminal import one_line
 from hf_nmsparse.translations import Translation
 
@@ -39,7 +39,11 @@ class Asked(BaseModel):
         None, description="sequences of so many tokens come once"
     )
     scores: bool = Field(False, description="whether the log-probability of each token is wanted")
-    stream: bool = Field(False, description="whether the text comes piece by piece, as server-sent events")
+    stream: bool = Field(
+        False,
+        description="whether the text comes piece by piece, as server-sent events; where one came as a loop the last "
+        "one, done, holds the whole text as it is without stream",
+    )
 
     def settings(self, limits: Limits) -> dict[str, Any]:
         """As `Translator.translate` takes them.
@@ -142,11 +146,15 @@ async def _streamed(
     pieces = await route.stream(asked.text, limits, **settings)
 
     async def events() -> AsyncIterator[str]:
+        last: dict[str, Any] = {}
         try:
             async with aclosing(pieces):
                 async for piece in pieces:
-                    yield _event({"text": piece})
-            yield _event({"seconds": _since(began)}, "done")
+                    if isinstance(piece, Mended):
+                        last["text"] = piece.text
+                    else:
+                        yield _event({"text": piece})
+            yield _event({**last, "seconds": _since(began)}, "done")
         except ValueError as error:
             yield _event({"error": one_line(error)}, "error")
 

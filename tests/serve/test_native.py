@@ -100,12 +100,26 @@ def test_streams(client: TestClient, translator: Translator, fields: dict[str, A
         *pieces, (last, data) = events(response.text)
         assert last == "done"
         assert data["seconds"] > 0
+        assert data.keys() <= {"seconds", "text"}
         assert {name for name, _ in pieces} <= {"message"}
         kept = bool(placeholders(text))  # what holds none comes as it is made
         [expected] = translator.translate(
             [text], num_beams=fields.get("beams", 1), break_loops=kept, keep_placeholders=kept
         )
         assert "".join(piece["text"] for _, piece in pieces) == expected.text
+
+
+LOOPS = "A man sleeps. The device is not connected."
+
+
+def test_a_stream_that_loops_ends_with_the_whole(client: TestClient, translator: Translator) -> None:
+    [whole] = translator.translate([LOOPS])
+    assert whole.looped
+    *pieces, (_, last) = events(asked(client, LOOPS, stream=True).text)
+    assert last["text"] == whole.text == asked(client, LOOPS).json()["translations"][0]["text"]
+    assert last["text"] != "".join(piece["text"] for _, piece in pieces)
+    *_, (_, last) = events(asked(client, LOOPS, stream=True, no_repeat_ngram_size=2).text)
+    assert last.keys() == {"seconds"}
 
 
 def test_a_stream_keeps_placeholders(client: TestClient, translator: Translator) -> None:
