@@ -67,12 +67,16 @@ class Limits:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request; one that is too long is refused before it is read.
+    """The body of a request; one that is too long or compressed is refused before it is read.
 
     Raises:
-        RequestError: It is too long, or takes too long to come.
+        RequestError: It is too long or compressed, or takes too long to come.
         ClientDisconnect: The client went away.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):  # which may hide any length
+        message = f"content-encoding: takes a body as it is, got {encoding[:50]!r}; send it without compression"
+        raise RequestError(415, message, {"Accept-Encoding": "identity", "Connection": "close"})
     said = request.headers.get("content-length", "0")
     # Closed, for what is left of the body is not read.
     too_long = RequestError(413, f"a body takes {limits.body_bytes} bytes; send less", {"Connection": "close"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 from urllib.parse import urlencode
@@ -98,6 +99,17 @@ def test_html(client: TestClient, translator: Translator) -> None:
     asked = {**PAIR, "format": "html"}
     assert client.post("/translate", json={"q": pages, **asked}).json() == {"translatedText": expected_pages}
     assert client.post("/translate", data={"q": pages[0], **asked}).json() == {"translatedText": expected_pages[0]}
+
+
+@pytest.mark.parametrize("path", ["/translate", "/v1/translate"])
+def test_a_compressed_body(client: TestClient, path: str) -> None:
+    fields = {"q" if path == "/translate" else "text": "A man", **PAIR}
+    content, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    response = client.post(path, content=gzip.compress(content), headers={**headers, "Content-Encoding": "gzip"})
+    told = refused(response, 415)
+    assert told == "content-encoding: takes a body as it is, got 'gzip'; send it without compression"
+    assert response.headers["accept-encoding"] == "identity"
+    assert client.post(path, content=content, headers={**headers, "Content-Encoding": "Identity"}).status_code == 200
 
 
 def test_placeholders_come_back(client: TestClient) -> None:
