@@ -53,31 +53,21 @@ def _kind(character: str) -> str:
     return "w" if character.isalnum() else "j" if character in _JOINERS else "p"
 
 
-def attended(
-    source: str,
-    source_tokens: Sequence[int],
-    target: str,
-    target_tokens: Sequence[int],
-    attention: Array,
-    decode: Decode,
-) -> Array:
+def attended(source: str, of_source: Array, target: str, of_target: Array, attention: Array) -> Array:
     """How much the words of a translation looked at those of its source.
 
     Args:
         source: The text.
-        source_tokens: Its tokens.
+        of_source: Its `token_shares`, fp32 ``[source tokens, source words]``.
         target: The translation.
-        target_tokens: Its tokens.
+        of_target: Its `token_shares`, fp32 ``[target tokens, target words]``.
         attention: fp32 ``[target tokens, source tokens]``.
-        decode: Gives the text of tokens, without those that are special.
 
     Returns:
         fp32 ``[target words, source words]`` over ``word_spans`` of both. A mark looks at its like alone: what a model
         attends to as it writes a comma says nothing.
     """
-    of_source = token_shares(source, source_tokens, decode)  # [source tokens, source words]
-    of_target = token_shares(target, target_tokens, decode)  # [target tokens, target words]
-    looked: Array = of_target.T @ attention[: len(target_tokens)] @ of_source  # [target words, source words]
+    looked: Array = of_target.T @ attention[: len(of_target)] @ of_source  # [target words, source words]
     words = [source[start:end] for start, end in word_spans(source)]
     for place, (start, end) in enumerate(word_spans(target)):
         if not any(map(str.isalnum, target[start:end])):

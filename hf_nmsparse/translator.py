@@ -516,20 +516,22 @@ class Translator:
         todo = [place for place, terms in left.items() if missing(terms, found[place].text)]
         forced = dict(zip(todo, self._begun(task, todo, [()] * len(todo)), strict=True))
         begun = dict.fromkeys(todo, 0)  # the tokens of each that stay
+        of_source = {place: token_shares(sentences[place], forced[place].source, self._text_of) for place in todo}
         while todo:
             starts: dict[int, tuple[tuple[int, ...], Array]] = {}
             for place in todo:
                 one, text = forced[place], sentences[place]
                 shares = token_shares(one.text, one.tokens, self._text_of)
+                looked = attended(text, of_source[place], one.text, shares, _attention(one))
                 end = len(one.tokens) - (one.tokens[-1:] in [(token,) for token in task.search.eos])
                 lacking = missing(left[place], one.text)
-                term, at = next_term(text, self.attended(text, one), shares, lacking, begun[place], end)
+                term, at = next_term(text, looked, shares, lacking, begun[place], end)
                 left[place].remove(term)
                 tokens = self._term_tokens(one.tokens[:at], term.forms[0], target)
                 at = min(at, task.search.config.max_length - len(tokens) - 2)  # the start and a token behind
                 if at >= begun[place]:
                     start = (*one.tokens[:at], *tokens)
-                    looks = looks_at(text, token_shares(text, one.source, self._text_of), term)
+                    looks = looks_at(text, of_source[place], term)
                     starts[place] = start, np.concatenate([_attention(one)[:at], [looks] * (len(start) - at)])
                     begun[place] = len(start)
             again = self._begun(task, list(starts), [start for start, _ in starts.values()])
@@ -632,7 +634,8 @@ class Translator:
         attention, target = translation.attention, translation.text
         if attention is None:
             return np.zeros((len(word_spans(target)), len(word_spans(sentence))), np.float32)
-        return attended(sentence, translation.source, target, translation.tokens, attention, self._text_of)
+        of_source = token_shares(sentence, translation.source, self._text_of)
+        return attended(sentence, of_source, target, token_shares(target, translation.tokens, self._text_of), attention)
 
     def _break_loops(self, task: _Task, found: list[Translation], first: int) -> None:
         """Translates again what came out as a loop, where the call does not forbid repeats itself."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_nmsparse import NMSparseConfig, Translator, finalize, save_packed, sparsify
+from hf_nmsparse.alignment import token_shares
 from hf_nmsparse.glossary import Glossary, missing
 from hf_nmsparse.kernels import engine
 from hf_nmsparse.loops import loops
@@ -437,6 +438,22 @@ def test_terms_of_a_glossary_come_out(translator: Translator, settings: dict[str
     paragraph = translator.translate(["A dog runs.  {x} of the man"], **both)[0].text
     assert keeps_placeholders("{x}", paragraph)
     assert not missing(glossary.terms("A dog runs. The man"), paragraph)
+
+
+def test_a_text_is_aligned_with_its_tokens_once_for_all_its_terms(
+    translator: Translator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned: list[str] = []
+
+    def noted(text: str, *given: Any) -> Any:
+        aligned.append(text)
+        return token_shares(text, *given)
+
+    monkeypatch.setattr("hf_nmsparse.translator.token_shares", noted)
+    text = "A dog sees the man."
+    translator.translate([text], glossary=Glossary({"dog": "Hund", "man": "Mann"}), max_length=60)
+    assert aligned.count(text) == 1
+    assert len(aligned) == 3  # with the translation before each term
 
 
 def test_a_term_that_finds_no_room_is_left_out(translator: Translator) -> None:
