@@ -123,7 +123,8 @@ def to_matrix(weight: Tensor, channel_dim: int) -> Tensor:
 def from_matrix(matrix: Tensor, shape: torch.Size, channel_dim: int) -> Tensor:
     """The weight of the stock ``shape``; the inverse of `to_matrix`."""
     others = [size for dim, size in enumerate(shape) if dim != channel_dim]
-    return matrix.reshape(*others, shape[channel_dim]).movedim(-1, channel_dim).contiguous()
+    weight = matrix.reshape(*others, shape[channel_dim]).movedim(-1, channel_dim)
+    return weight.clone(memory_format=torch.contiguous_format)  # strides of 1x1 kernels would else say channels last
 
 
 def encode(mask: Tensor, pattern: NMPattern) -> Tensor:

@@ -209,7 +209,8 @@ def _stock_layout(matrix: Tensor, record: Tensor, pattern: PackedRecord, where: 
         f"{shape} does not fit a weight of {list(matrix.shape)}",
     )
     others = [size for dim, size in enumerate(shape) if dim != channel_dim]
-    return matrix.reshape(*others, shape[channel_dim]).movedim(-1, channel_dim).contiguous()
+    weight = matrix.reshape(*others, shape[channel_dim]).movedim(-1, channel_dim)
+    return weight.clone(memory_format=torch.contiguous_format)  # strides of 1x1 kernels would else say channels last
 
 
 def _check_whole(model: Any, missing: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
