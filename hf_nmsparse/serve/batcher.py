@@ -129,11 +129,7 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._take():
-            began = time.perf_counter()
             self._translate(batch)
-            seconds = time.perf_counter() - began
-            waited = [began - one.since for one in batch]
-            self._observer.batch(len(batch), sum(one.tokens for one in batch), waited, seconds)
 
     def _take(self) -> list[_Waiting]:
         """The next batch: the oldest text and others with its settings; empty where the threads are to end."""
@@ -166,14 +162,23 @@ class Batcher:
         return batch
 
     def _translate(self, batch: list[_Waiting]) -> None:
+        began = time.perf_counter()
         try:
             found = self._translator.translate([one.text for one in batch], **dict(batch[0].settings))
         except BaseException as error:  # whatever it is, each text has its answer and the thread lives on
             if len(batch) == 1:
+                self._count(batch, began)
                 batch[0].future.set_exception(as_exception(error))
                 return
             for one in batch:  # those of other requests are not lost with it
                 self._translate([one])
             return
+        self._count(batch, began)
         for one, translation in zip(batch, found, strict=True):
             one.future.set_result(translation)
+
+    def _count(self, batch: list[_Waiting], began: float) -> None:
+        """Before the texts have their answers: who has one finds it counted, even if this process is killed then."""
+        seconds = time.perf_counter() - began
+        waited = [began - one.since for one in batch]
+        self._observer.batch(len(batch), sum(one.tokens for one in batch), waited, seconds)

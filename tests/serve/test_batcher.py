@@ -89,6 +89,16 @@ def test_the_first_does_not_wait_and_the_others_go_together(make: Make, held: He
     assert held.queued == 0
 
 
+@pytest.mark.parametrize("text", ["a", "bad"])
+def test_what_has_its_answer_is_counted(make: Make, held: Held, text: str) -> None:
+    """A process that is killed as soon as it has answered leaves a count that holds the answer."""
+    counted: SimpleQueue[int] = SimpleQueue()
+    [future] = submit(make(), text)
+    future.add_done_callback(lambda _: counted.put(len(held.batches)))  # in the thread that answers, as it does
+    held.go.set()
+    assert counted.get(timeout=20) == 1
+
+
 def test_settings_keep_texts_apart(make: Make, held: Held) -> None:
     batcher, others = make(), (("num_beams", 4),)
     submit(batcher, "a")
