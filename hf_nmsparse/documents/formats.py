@@ -83,7 +83,7 @@ FORMATS = {
     "vtt": Format((".vtt",), translate_vtt),
     "po": Format((".po",), translate_po, options=("overwrite",)),
     "html": Format((".html", ".htm"), _html),
-    "md": Format((".md",), _markdown, needs=("markdown_it",)),
+    "md": Format((".md",), _markdown, needs=("markdown_it", "mdit_py_plugins")),
     "docx": Format((".docx",), _docx, needs=("lxml",), begins=b"PK"),
 }
 

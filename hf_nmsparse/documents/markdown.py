@@ -19,6 +19,8 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, reference
 from markdown_it.rules_inline import StateInline, autolink, backtick, html_inline, image, link
 from markdown_it.token import Token
+from mdit_py_plugins.container import container_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from hf_nmsparse.documents.base import Options, Translate, lines_of, read_text
 from hf_nmsparse.documents.texts import (
@@ -42,13 +44,14 @@ _FRONT_MATTER = re.compile(
 )
 _NOTE = re.compile(r"\[\^[^\]\s]+\]:[^\S\n]*")  # before the text of a footnote
 _BOX = re.compile(r"\[[ xX]\][^\S\n]+")  # before that of an item
+_ALERT = re.compile(r"\[![\w-]+\][+-]?[^\S\n]*")  # what a quote is: [!NOTE], and a title or the end of the line
 _FOOTNOTE = re.compile(r"\[\^[^\]\s]+\](?![\[(])")
 _BREAK = re.compile(r"\\?[ \t]*\n[ \t]*")
 _HTML_NAME = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9-]*)")
 _EMPTY_HTML = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 # What begins markup within a line, and what else may be escaped: at the start of a line it may begin a block.
-_INLINE_MARKUP = re.compile(r"([\\`*_\[\]<&~])")
+_INLINE_MARKUP = re.compile(r"([\\`*_\[\]<&~$])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 
 _TOKENS = {
@@ -80,7 +83,7 @@ class _Text:
 
 
 def translate_markdown(source: Path, target: IO[bytes], translate: Translate, options: Options) -> None:
-    """Translates CommonMark with the tables, footnotes and struck texts of GitHub."""
+    """Translates CommonMark with GitHub's tables, footnotes, struck texts, alerts and formulas, and ``:::`` blocks."""
     mark, text = read_text(source)
     lines = lines_of(text)
     environment: dict[str, Any] = {}
@@ -105,7 +108,14 @@ def _blocks() -> MarkdownIt:
     parser = MarkdownIt("commonmark").enable("table")
     parser.disable("inline")
     parser.block.ruler.at("reference", _reference)
+    _add_formulas(parser)
+    container_plugin(parser, "any", validate=lambda *_: True)
     return parser
+
+
+def _add_formulas(parser: MarkdownIt) -> None:
+    """``$formulas$`` by the rules of GitHub, which leave prices alone."""
+    dollarmath_plugin(parser, allow_space=False, allow_digits=False, allow_blank_lines=False, double_inline=True)
 
 
 def _reference(state: StateBlock, line: int, last: int, silent: bool) -> bool:
@@ -126,6 +136,7 @@ def _inlines() -> MarkdownIt:
     for name, rule in rules.items():
         parser.inline.ruler.at(name, _with_place(rule))
     parser.inline.ruler.before("link", "footnote", _with_place(_footnote))
+    _add_formulas(parser)
     return parser
 
 
@@ -174,18 +185,25 @@ def _texts(text: str, lines: list[str], environment: dict[str, Any]) -> Iterator
 
 
 def _texts_of_block(opening: Token, content: str, place: list[int], lines: list[str]) -> Iterator[_Text]:
-    """The text of a paragraph or heading; each footnote in it is a text."""
+    """The text of a paragraph or heading; each footnote in it is a text, and so is the title of an alert."""
     raw = content.split("\n")
     inner = [part.strip(" \t") for part in raw]
     # Lines of odd spaces at its ends are not in the content.
     line = next(line for line in range(*place) if all(map(contains, lines[line:], inner)))
     starts = [lines[line + number].rindex(part) for number, part in enumerate(inner)]
     is_heading = opening.type == "heading_open"
-    notes = [number for number, part in enumerate(inner) if number and not is_heading and _NOTE.match(part)]
-    for first, end in pairwise([0, *notes, len(raw)]):
+    is_alert = not is_heading and _ALERT.match(inner[0]) is not None
+    begins = [
+        number
+        for number, part in enumerate(inner)
+        if number and not is_heading and (_NOTE.match(part) or (is_alert and number == 1))
+    ]
+    for first, end in pairwise([0, *begins, len(raw)]):
         text = "\n".join(raw[first:end]).strip(" \t")
-        mark = None if is_heading else _NOTE.match(text) or _BOX.match(text)
+        mark = None if is_heading else _NOTE.match(text) or _BOX.match(text) or _ALERT.match(text)
         skipped = mark.end() if mark else 0
+        if skipped == len(text):
+            continue
         yield _Text(
             text[skipped:],
             "heading" if is_heading and opening.markup.startswith("#") else "paragraph",
@@ -246,6 +264,9 @@ def _parts(content: str, environment: dict[str, Any]) -> Iterator[str | Mark]:
             yield Mark(f"][{label}]" if text in ("]", "][]") else text, "link", "close")
         elif kind == "link_open":
             place = [next(tokens), next(tokens)][-1].meta["end"]
+            yield Mark(content[start:place], "", "word")
+        elif kind.startswith("math_inline"):
+            place += len(token.content) + 2 * len(token.markup)
             yield Mark(content[start:place], "", "word")
         elif token.nesting:
             place += len(token.markup)

@@ -94,7 +94,7 @@ def test_what_a_translation_says_is_said_as_it_is(tmp_path: Path) -> None:
         translate_document(str(tmp_path / "a.md"), io.BytesIO(), "md", fail)
 
 
-@pytest.mark.parametrize(("form", "module_name"), [("md", "markdown_it"), ("docx", "lxml")])
+@pytest.mark.parametrize(("form", "module_name"), [("md", "markdown_it"), ("md", "mdit_py_plugins"), ("docx", "lxml")])
 def test_a_missing_library(form: str, module_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == module_name else SimpleNamespace())
     with pytest.raises(ValueError, match=rf"^{form} needs {module_name}: pip install 'hf-nmsparse\[documents\]'$"):

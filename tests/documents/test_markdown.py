@@ -7,6 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from mdit_py_plugins.container import container_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from hf_nmsparse.documents import DocumentError
 from hf_nmsparse.markup import Marked, Tag
@@ -193,6 +195,23 @@ def test_front_matter(text: str) -> None:
     assert ("a = 1" in out) == ("a = 1" in text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The energy $E=mc^2$ is $$x_i$$ here\n", "THE ENERGY $E=mc^2$ IS $$x_i$$ HERE\n"),
+        ("It costs $5 or $10 in $home or $path\n", "IT COSTS $5 OR $10 IN $HOME OR $PATH\n"),
+        ("no formula: \\$a$\n", "NO FORMULA: \\$A\\$\n"),
+        ("a\n\n$$\na * b\n$$\n\nb\n", "A\n\n$$\na * b\n$$\n\nB\n"),
+        (":::note a title\nb\nc\n:::\n\n- d\n\n  ::: e\n  f\n", ":::note a title\nB\nC\n:::\n\n- D\n\n  ::: e\n  F\n"),
+        ("> [!NOTE]\n> a *b*\n> c\n\n> [!TIP]\n", "> [!NOTE]\n> A *B*\n> C\n\n> [!TIP]\n"),
+        ("> [!note]- a title\n> b\n", "> [!note]- A TITLE\n> B\n"),
+    ],
+)
+def test_formulas_containers_and_alerts(text: str, expected: str) -> None:
+    assert translated("md", text, same).decode() == text
+    assert translated("md", text, loud).decode() == expected
+
+
 def test_bad() -> None:
     with pytest.raises(DocumentError, match="is UTF-16"):
         translated("md", MARKDOWN.encode("utf-16"), loud)
@@ -201,7 +220,7 @@ def test_bad() -> None:
 _PIECES = re.findall(
     r"\S+",
     """word a B * ** _ __ ~~ ` `` [ ] ( ) [a](b) [a] <b> </b> <br/> < &amp; & # - 1. > | |-| --- === ``` [^1]
-    ![i](j) ! +++ \\""",
+    ![i](j) ! +++ \\ $ $$ ::: $c$""",
 )
 _PIECES += [
     "\u00c4",
@@ -226,6 +245,8 @@ _PIECES += [
     "[ ] ",
 ]
 _READER = MarkdownIt("commonmark").enable("table")
+dollarmath_plugin(_READER, allow_space=False, allow_digits=False, allow_blank_lines=False, double_inline=True)
+container_plugin(_READER, "any", validate=lambda *_: True)
 
 
 def shape(text: str) -> list[str]:
@@ -238,6 +259,8 @@ def words(text: str) -> list[str]:
         "code_inline": "`",
         "html_inline": "<>",
         "image": "!",
+        "math_inline": "$",
+        "math_inline_double": "$$",
         "link_open": "[",
         "em_open": "*",
         "strong_open": "**",
