@@ -365,6 +365,7 @@ def test_deepspeed_through_accelerate_is_one_line(tmp_path: Path, monkeypatch: p
         "distributed_type": "DEEPSPEED",
         "num_machines": 1,
         "num_processes": 2,
+        "main_process_port": 0,  # any: the default may be that of a training on this machine
         "mixed_precision": "bf16",
         "use_cpu": False,
         "deepspeed_config": {"zero_stage": 2},
