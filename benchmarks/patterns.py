@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from benchmarks import kernels, tables, timing
 from benchmarks.kernels import Candidate
 from hf_nmsparse.kernels import cpu, library, native
+from hf_nmsparse.kernels.order import format_of
 from hf_nmsparse.kernels.rounded import rounded
 from hf_nmsparse.masks import apply_mask, magnitude_mask
 from hf_nmsparse.number_types import VALUE_DTYPES
@@ -63,7 +64,7 @@ def candidates(in_features: int, out_features: int) -> dict[str, Candidate]:
         )
         add_kernels(f"dense {numbers}", weight, form, dense)
         for pattern in PATTERNS:
-            if cpu.fits(pattern, in_features, numbers):
+            if format_of(pattern, in_features, numbers) is not None:
                 linear = nn.Linear(in_features, out_features, bias=False, device="meta")
                 linear.weight = nn.Parameter(apply_mask(dense, magnitude_mask(dense, pattern)), requires_grad=False)
                 layer = KernelLinear(PackedLinear.from_linear(linear, pattern), numbers)

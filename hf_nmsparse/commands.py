@@ -483,26 +483,46 @@ def report(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """Prints which kernels this machine runs, and what translates the models that are named."""
-    from hf_nmsparse.engine_spec import read
-    from hf_nmsparse.kernels import engine
     from hf_nmsparse.kernels.__main__ import main as doctor
-    from hf_nmsparse.packed_files import read_object
 
     for model in args.models:
         if not (model / "config.json").is_file():
             raise ValueError(f"doctor: {model} holds no config.json; name the folder of a model")
     doctor()
     for model in args.models:
-        config, reason = read_object(model / "config.json"), engine.why_not()
-        try:
-            read(config)
-        except ValueError as error:
-            reason = reason or str(error).removeprefix("engine: ")
-            kind = str(config.get("model_type"))
-            if _is_of_another_kind(kind):
-                row(f"{model}: nothing translates: model_type {kind!r} is no encoder-decoder")
-                continue
-        row(f"{model}: " + (f"transformers translates: {reason}" if reason else "the engine translates"))
+        row(f"{model}: {_who_translates(model)}")
+
+
+def _who_translates(model: Path) -> str:
+    """Whether the engine or transformers translates a model, and what computes dense in it."""
+    from hf_nmsparse.engine_files import read_record
+    from hf_nmsparse.engine_spec import read
+    from hf_nmsparse.kernels import engine
+    from hf_nmsparse.kernels.order import format_of
+    from hf_nmsparse.packed_files import read_object
+
+    config = read_object(model / "config.json")
+    kind = str(config.get("model_type"))
+    try:
+        record = read_record(config)
+    except ValueError as error:
+        return f"nothing translates: {error}"
+    reason = engine.why_not()
+    if record is not None and record.format == "dense":
+        reason = reason or "it is a training checkpoint; write it with nmsparse pack"
+    try:
+        spec = read(config)
+    except ValueError as error:
+        if _is_of_another_kind(kind):
+            return f"nothing translates: model_type {kind!r} is no encoder-decoder"
+        reason = reason or str(error).removeprefix("engine: ")
+    if reason:
+        return f"transformers translates: {reason}"
+    if record is not None:
+        numbers = {"fp16": "fp32", None: "fp32"}.get(record.values, record.values)
+        if any(format_of(record.pattern, weight.in_features, numbers) is None for weight in spec.weights):
+            return f"the engine translates; {record.pattern} in {record.values} has no kernel and computes dense"
+    return "the engine translates"
 
 
 def _translations(

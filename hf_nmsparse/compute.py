@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_nmsparse.kernels import cpu, library, semi_structured
+from hf_nmsparse.kernels.order import format_of
 from hf_nmsparse.layers import sparse_layers
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.packed_layers import Int8Head, KernelLinear, PackedLinear, SemiStructuredLinear
@@ -97,7 +98,7 @@ def computing_packed(
 def _kernels_run(layers: Collection[Any], pattern: NMPattern, int8: bool) -> bool:
     """Whether the native kernels compute all of some layers faster than dense ones do."""
     held = [(layer.in_features, "int8" if int8 else _numbers(layer)) for layer in layers]
-    if not held or not all(cpu.fits(pattern, *each) for each in held):
+    if not held or any(format_of(pattern, *each) is None for each in held):
         return False
     status = library.status()
     if status.library is None and not status.chosen:

@@ -28,7 +28,7 @@ from hf_nmsparse.packed_format import PackedFormatError, StoredTensor
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.sparsity_record import SparsityRecord, one_of
 
-__all__ = ["COMPUTES", "LoadedEngine", "load_engine"]
+__all__ = ["COMPUTES", "LoadedEngine", "load_engine", "read_record"]
 
 COMPUTES = ("auto", "int8", "bf16", "fp32")
 
@@ -72,7 +72,9 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1, half_cach
     if not (folder / "config.json").is_file():
         raise ValueError(f"translator: {folder} holds no config.json, so no saved model")
     config = read_object(folder / "config.json")
-    record, dtype = _record(config, folder), _dtype(config)
+    record, dtype = read_record(config), _dtype(config)
+    if record is not None and record.format == "dense":
+        raise ValueError(f"translator: {folder} is a training checkpoint; write it with nmsparse pack first")
     spec = read(config, bf16=compute == "auto" and record is not None and dtype == "bfloat16")
     spec.config.half_cache = half_cache
     for side in (spec.config.encoder, spec.config.decoder):
@@ -97,15 +99,16 @@ def load_engine(folder: Path, compute: str = "auto", threads: int = 1, half_cach
     return LoadedEngine(Engine(spec.config, packed, tables), spec, config, Counter(each.format for each in products))
 
 
-def _record(config: Mapping[str, Any], folder: Path) -> SparsityRecord | None:
-    """What config.json says of packed weights; None for a dense model."""
+def read_record(config: Mapping[str, Any]) -> SparsityRecord | None:
+    """What config.json says of sparse weights; None for a dense model.
+
+    Raises:
+        ValueError: It breaks a rule.
+    """
     given = config.get("quantization_config")
     if not isinstance(given, Mapping) or given.get("quant_method") != "nmsparse":
         return None  # `read` refuses the methods of others
-    record = SparsityRecord.read(given)
-    if record.format == "dense":
-        raise ValueError(f"translator: {folder} is a training checkpoint; write it with nmsparse pack first")
-    return record
+    return SparsityRecord.read(given)
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
@@ -235,23 +238,23 @@ def _format(files: _Files, spec: Spec, source: WeightSource, compute: str) -> st
     name, record = files.module(source), files.record
     pattern = record.pattern if record is not None and files.packed(name) else None
     if compute != "auto":
-        return _kernel(pattern, compute) or f"dense_{compute}"
+        return _kernel(pattern, source, compute) or f"dense_{compute}"
     if record is None:
         return "dense_fp32"
     numbers = files.holds(name)
-    if numbers == "int8" and _kernel(pattern, numbers) is None:
+    if numbers == "int8" and _kernel(pattern, source, numbers) is None:
         # As for models of torch: nothing computes in int8 but layers with a kernel, and then the head.
         numbers = "bf16" if spec.config.bf16_activations else "fp32"
     if source.slot == WeightSlot.HEAD and any(
         numbers_of(_format(files, spec, other, compute)) == "int8" for other in spec.weights if other is not source
     ):
         numbers = "int8"
-    return _kernel(pattern, numbers) or f"dense_{numbers}"
+    return _kernel(pattern, source, numbers) or f"dense_{numbers}"
 
 
-def _kernel(pattern: NMPattern | None, numbers: str) -> str | None:
+def _kernel(pattern: NMPattern | None, source: WeightSource, numbers: str) -> str | None:
     """The format of a sparse weight; None for a dense one, and where there is no kernel for the pattern."""
-    return None if pattern is None else format_of(pattern, numbers)
+    return None if pattern is None else format_of(pattern, source.in_features, numbers)
 
 
 class _Product:

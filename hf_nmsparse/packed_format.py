@@ -172,7 +172,7 @@ def check_weight(
 
     if values.dtype != dtype:
         raise fail("weight", f"config.json declares values of {dtype}, got {values.dtype}")
-    if dtype not in _BITS:
+    if dtype not in VALUE_TYPES.values():
         raise fail("weight", f"values are {', '.join(VALUE_TYPES.values())}, got {dtype}")
     if codes.dtype != "U8":
         raise fail("weight_indices", f"codes are uint8, got {codes.dtype}")

@@ -155,14 +155,14 @@ class KernelLinear(nn.Linear):
         self._check(packed, format)
         self.in_features, self.out_features, self.pattern = packed.in_features, packed.out_features, packed.pattern
         self.dtype, self.format = packed.dtype, format
-        self.kernel_format = format_of(packed.pattern, format) or format
+        self.kernel_format = format_of(packed.pattern, packed.in_features, format) or format
         self.bias = packed.bias  # type: ignore[assignment]
         self.register_buffer("kernel_weight", self._repacked(packed.packed_tensors()), persistent=False)
         self.train(packed.training)
 
     def _check(self, packed: PackedLinear, format: str) -> None:
         cpu.preferred_format(packed.dtype)  # refuses what no kernel computes in
-        if not cpu.fits(packed.pattern, packed.in_features, format):
+        if format_of(packed.pattern, packed.in_features, format) is None:
             raise ValueError(
                 f"kernels: no {format} kernel for {packed.pattern} with {packed.in_features} inputs; choose "
                 "compute='dense'"

@@ -70,8 +70,8 @@ class NMPattern:
 
     @property
     def within_2_of_4(self) -> bool:
-        """Whether such weights are 2:4 too: at most two are kept in every aligned group of four."""
-        return self.n <= 2 and self.m % 4 == 0
+        """Whether such weights are 2:4 too where rows divide by four: no aligned group of four keeps more than two."""
+        return self.most_kept_in(4) <= 2
 
     def most_kept_in(self, width: int) -> int:
         """The most weights that are kept in any run of ``width`` columns that begins at a multiple of it."""

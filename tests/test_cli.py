@@ -36,6 +36,7 @@ from hf_nmsparse.packed_files import check_folder
 from hf_nmsparse.pattern import NMPattern
 from hf_nmsparse.pipeline import translate
 from hf_nmsparse.quantization_config import NMSparseQuantizationConfig
+from hf_nmsparse.saving import save_packed
 from hf_nmsparse.sparse_model import finalize, sparsify
 from hf_nmsparse.terminal import plain
 from tests import tiny
@@ -194,6 +195,38 @@ class TestArguments:
         main(["doctor", str(unknown)])
         last = capsys.readouterr().out.splitlines()[-1]
         assert last == f"{unknown}: nothing translates: model_type 'gpt2' is no encoder-decoder"
+
+    @pytest.mark.parametrize(
+        ("pattern", "values", "said"),
+        [
+            ("2:4", "bf16", "the engine translates"),
+            ("1:2", "bf16", "the engine translates"),
+            ("4:8", "int8", "the engine translates"),
+            ("4:8", "bf16", "the engine translates; 4:8 in bf16 has no kernel and computes dense"),
+            ("3:4", "int8", "the engine translates; 3:4 in int8 has no kernel and computes dense"),
+            ("2:4", None, "transformers translates: it is a training checkpoint; write it with nmsparse pack"),
+        ],
+    )
+    @pytest.mark.skipif(engine.why_not() is not None, reason="no engine on this machine")
+    def test_doctor_of_sparse_models(
+        self, tmp_path: Path, pattern: str, values: str | None, said: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = tiny.marian()
+        sparsify(model, NMSparseConfig(pattern))
+        if values is None:
+            model.save_pretrained(tmp_path)
+        else:
+            save_packed(model, tmp_path, values)
+        main(["doctor", str(tmp_path)])
+        assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: {said}"
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"]["pattern"] = "4:2"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        main(["doctor", str(tmp_path)])
+        assert (
+            f"{tmp_path}: nothing translates: config.json: pattern: N:M needs"
+            in capsys.readouterr().out.splitlines()[-1]
+        )
 
     @pytest.mark.parametrize("command", ["pack", "export", "prune"])
     def test_a_model_that_does_not_translate(

@@ -52,7 +52,7 @@ def test_bf16_rounds_as_torch_does() -> None:
     assert (from_bf16(bits) == expected.float().numpy()).all()
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "1:16", "2:12", "1:32"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "1:16", "2:12", "1:32", "1:2", "1:3"])
 def test_weights_within_2_of_4_become_2_of_4(pattern: str) -> None:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(2))
     weight[0, :8] = 0.0

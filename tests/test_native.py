@@ -810,14 +810,15 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
 def test_which_patterns_the_kernels_compute() -> None:
     patterns = [NMPattern(n, m) for m in range(2, 33) for n in range(1, m)]
     for numbers in ("fp32", "bf16"):
-        fitting = {str(pattern) for pattern in patterns if cpu.fits(pattern, 2 * pattern.m, numbers)}
-        assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}
+        fitting = {str(pattern) for pattern in patterns if order.format_of(pattern, 4 * pattern.m, numbers)}
+        assert fitting == {f"1:{m}" for m in range(2, 33)} | {f"2:{m}" for m in range(4, 33, 4)}
+        fitting = {str(pattern) for pattern in patterns if order.format_of(pattern, 3 * pattern.m, numbers)}
+        assert fitting == {f"{n}:{m}" for n in (1, 2) for m in range(4, 33, 4)}  # others have no whole groups of four
     for kind, pattern in {"fp32": TWO_OF_FOUR, "bf16": TWO_OF_FOUR, "int8": TWO_OF_FOUR, **HELD}.items():
         numbers = library.numbers_of(kind)
-        assert order.format_of(pattern, numbers) == kind
-        assert cpu.fits(pattern, 65536, numbers)
-        assert not cpu.fits(pattern, 2 * 65536, numbers)
-    assert order.format_of(NMPattern(9, 16), "int8") is None
+        assert order.format_of(pattern, 65536, numbers) == kind
+        assert order.format_of(pattern, 2 * 65536, numbers) == (None if numbers == "int8" else kind)
+    assert order.format_of(NMPattern(9, 16), 64, "int8") is None
     chosen = {kind: cpu.preferred_format(dtype) for kind, dtype in native._VALUES.items() if order.takes_codes(kind)}
     assert chosen == {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
     assert cpu.preferred_format(torch.float16) == "fp32"

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_nmsparse.kernels import native
-from hf_nmsparse.kernels.order import format_of
 from hf_nmsparse.number_types import VALUE_DTYPES
-from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["WIDEST_INT8", "fits", "linear", "needs_dispatch", "preferred_format"]
-
-# A pair of u8 x s8 products per column, summed in 32 bits, stays exact up to here.
-WIDEST_INT8 = 1 << 16
+__all__ = ["linear", "needs_dispatch", "preferred_format"]
 
 _OPERATORS = torch.library.Library("nmsparse", "DEF")
 _OPERATORS.define("linear(Tensor x, Tensor packed, Tensor? bias, str format, SymInt out_features) -> Tensor")
@@ -89,11 +84,6 @@ def needs_dispatch(x: Tensor) -> bool:
     return (
         torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]  # a documented function that is not in torch's __all__
     )
-
-
-def fits(pattern: NMPattern, in_features: int, numbers: str) -> bool:
-    """Whether the kernels compute such weights in these numbers: they have a format, and are not too wide."""
-    return format_of(pattern, numbers) is not None and in_features <= WIDEST_INT8
 
 
 # There is no format for fp16: its values are kept as they are in fp32.

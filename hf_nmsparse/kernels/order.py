@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hf_nmsparse.kernels.library import FORMATS, library, numbers_of
 from hf_nmsparse.pattern import NMPattern
 
-__all__ = ["NUMBERS", "format_of", "packed_bytes", "repack", "takes_codes"]
+__all__ = ["NUMBERS", "WIDEST_INT8", "format_of", "packed_bytes", "repack", "takes_codes"]
 
 Array = NDArray[Any]
 
@@ -21,19 +21,26 @@ NUMBERS = MappingProxyType(
 )
 """The number type of a format's values; NumPy has no bf16, so its bits stand in uint16."""
 
+# A pair of u8 x s8 products per column, summed in 32 bits, stays exact up to here.
+WIDEST_INT8 = 1 << 16
+
 _HELD = {"int8_4of16": (4, 16), "int8_8of16": (8, 16), "fp32_1of4": (1, 4), "bf16_1of4": (1, 4)}
 """How many values of how many neighbouring columns the sparse formats hold that are repacked from dense weights."""
 
 
-@lru_cache(maxsize=64)
-def format_of(pattern: NMPattern, numbers: str) -> str | None:
-    """The format that holds weights of a pattern in the fewest bytes, a key of `library.FORMATS`; None if none does.
+@lru_cache(maxsize=256)
+def format_of(pattern: NMPattern, in_features: int, numbers: str) -> str | None:
+    """The format that holds such weights in the fewest bytes, a key of `library.FORMATS`; None if none does.
 
     Args:
         pattern: The pattern.
+        in_features: Columns of the dense weight.
         numbers: ``"fp32"``, ``"bf16"`` or ``"int8"``.
     """
-    densities = {numbers: 2 / 4} if pattern.within_2_of_4 else {}  # first: as dense as 8 of 16, and fewer bytes
+    if numbers == "int8" and in_features > WIDEST_INT8:
+        return None
+    # 2:4 comes first: it is as dense as 8 of 16, and has fewer bytes.
+    densities = {numbers: 2 / 4} if pattern.within_2_of_4 and in_features % 4 == 0 else {}
     for name, (kept, run) in _HELD.items():
         if numbers_of(name) == numbers and pattern.most_kept_in(run) <= kept:
             densities[name] = kept / run
@@ -88,6 +95,8 @@ def repack(
     if not dense and (codes is None or codes.dtype != np.uint8 or codes.shape != (rows, width)):
         raise ValueError(f"repack: codes must be uint8 {[rows, width]}, got {None if codes is None else codes.shape}")
     scaled = NUMBERS[format] == np.int8
+    if scaled and in_features > WIDEST_INT8:
+        raise ValueError(f"repack: int8 takes up to {WIDEST_INT8} inputs, got {in_features}; compute in fp32 or bf16")
     if scaled and (scale is None or scale.dtype != np.float32 or scale.shape != (rows,)):
         raise ValueError(f"repack: {format} needs a scale, fp32 {[rows]}")
     size = packed_bytes(format, rows, in_features)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nmsparse.kernels import cpu, native
+from hf_nmsparse.kernels.order import WIDEST_INT8
 from hf_nmsparse.kernels.watched import WatchedParameter, state_of
 from hf_nmsparse.rounding import quantize_rows
 
@@ -46,8 +47,8 @@ def rounded(weight: Tensor) -> Tensor:
 
 
 def _round(weight: Tensor) -> Tensor:
-    if weight.shape[1] > cpu.WIDEST_INT8:
-        raise ValueError(f"kernels: int8 takes up to {cpu.WIDEST_INT8} inputs, got {weight.shape[1]}; keep it dense")
+    if weight.shape[1] > WIDEST_INT8:
+        raise ValueError(f"kernels: int8 takes up to {WIDEST_INT8} inputs, got {weight.shape[1]}; keep it dense")
     values, scale = quantize_rows(weight)
     return native.repack("dense_int8", weight.shape[1], values, scale=scale)
 
