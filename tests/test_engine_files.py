@@ -78,6 +78,7 @@ def test_what_is_too_wide_for_sums_of_int8(tmp_path: Path) -> None:
     sparsify(model, NMSparseConfig("2:4", ["model.encoder.layers.0.fc2"]))
     save_packed(model, tmp_path, "int8")
     loaded = engine_files.load_engine(tmp_path)
-    assert set(loaded.formats) == {"dense_fp32"}
+    assert loaded.formats["fp32"] == 1
+    assert set(loaded.formats) == {"fp32", "dense_fp32"}
     with pytest.raises(ValueError, match=r"repack: int8 takes up to 65536 inputs, got 65544; compute in fp32 or bf16"):
         engine_files.load_engine(tmp_path, "int8")
