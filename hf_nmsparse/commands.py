@@ -502,7 +502,6 @@ def _who_translates(model: Path) -> str:
     from hf_nmsparse.packed_files import read_object
 
     config = read_object(model / "config.json")
-    kind = str(config.get("model_type"))
     try:
         record = read_record(config)
     except ValueError as error:
@@ -513,13 +512,14 @@ def _who_translates(model: Path) -> str:
     try:
         spec = read(config)
     except ValueError as error:
+        kind = str(config.get("model_type"))
         if _is_of_another_kind(kind):
             return f"nothing translates: model_type {kind!r} is no encoder-decoder"
         reason = reason or str(error).removeprefix("engine: ")
     if reason:
         return f"transformers translates: {reason}"
     if record is not None:
-        numbers = {"fp16": "fp32", None: "fp32"}.get(record.values, record.values)
+        numbers = record.values if record.values in ("bf16", "int8") else "fp32"
         if any(format_of(record.pattern, weight.in_features, numbers) is None for weight in spec.weights):
             return f"the engine translates; {record.pattern} in {record.values} has no kernel and computes dense"
     return "the engine translates"
