@@ -369,6 +369,22 @@ def scaling_of(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def corpora_of(record: dict[str, Any]) -> str:
+    """Lines a second of a corpus by the processes that translate it, and what that is relative to one."""
+    rows = table_head(["processes", "seconds", "least to most", "lines/s", "to one process"])
+    alone = record["rows"][0]["seconds"]
+    for row in record["rows"]:
+        taken, speed = row["all_seconds"], record["lines"] / row["seconds"]
+        cells = [row["what"], f"{row['seconds']:.1f}", f"{min(taken):.1f} to {max(taken):.1f}", f"{speed:,.0f}"]
+        rows.append(table_row([*cells, f"{alone / row['seconds']:.2f}x"]))
+    rows += [
+        "",
+        f"{record['model']}, {record['lines']:,} lines in shards of {record['shard_size']:,}, beam {record['beams']}, "
+        f"one thread a process; seconds of whole commands, medians of {record['rounds']} turns. {machine(record)}",
+    ]
+    return "\n".join(rows)
+
+
 def memory_of(record: dict[str, Any]) -> str:
     """Memory of a training at its peak, and what that is relative to the dense one of the same batch."""
     columns = ["training", "tokens a side", "tensors MiB", "to dense", "masks MiB", "process MiB", "lowest to highest"]
@@ -608,6 +624,7 @@ OF = {
     "faults": faults_of,
     "startup": startup_of,
     "scaling": scaling_of,
+    "corpora": corpora_of,
     "memory": memory_of,
     "large": large_of,
     "gpu": gpu_of,

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from benchmarks import (
+    corpora,
     exports,
     generate,
     gpu,
@@ -390,6 +391,20 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["processes"] for row in rows] == [1, 2]
     assert all(row["step_ms"] > 0 for row in rows)
     assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["processes", "tokens a second"])
+
+
+@pytest.mark.long
+def test_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_with_news(tmp_path, 0)
+    text, file = tmp_path / "text.txt", tmp_path / "corpora.json"
+    text.write_text("A man sleeps.\n\nA dog.\nA man.\nThe house.\nOne more.\n", encoding="utf-8")
+    arguments = [str(tmp_path / "packed"), str(text), "--lines", "4", "--shard-size", "1", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--note", "a test", "--output", str(file)])
+    corpora.main()
+    record = tables.read(file)
+    assert record["lines"] == 4
+    assert [row["what"] for row in record["rows"]] == [corpora.ONE, corpora.TWO, corpora.APART]
+    assert_table(file.with_suffix(".md").read_text(encoding="utf-8"), ["processes", "lines/s", "to one process"])
 
 
 @pytest.mark.long

@@ -29,6 +29,7 @@ from hf_nmsparse.commands import _copy_files_beside
 from hf_nmsparse.config import NMSparseConfig
 from hf_nmsparse.devices import device_of
 from hf_nmsparse.kernels import engine
+from hf_nmsparse.kernels.order import WIDEST_INT8
 from hf_nmsparse.line_files import _decoded
 from hf_nmsparse.masks import count_violations
 from hf_nmsparse.metrics import compare, score
@@ -227,6 +228,14 @@ class TestArguments:
             f"{tmp_path}: nothing translates: config.json: pattern: N:M needs"
             in capsys.readouterr().out.splitlines()[-1]
         )
+
+    @pytest.mark.skipif(engine.why_not() is not None, reason="no engine on this machine")
+    def test_doctor_of_a_layer_too_wide_for_int8(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = tiny.marian(encoder_layers=1, encoder_ffn_dim=WIDEST_INT8 + 4)
+        sparsify(model, NMSparseConfig("2:4"))
+        save_packed(model, tmp_path, "int8")
+        main(["doctor", str(tmp_path)])
+        assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: the engine translates"
 
     @pytest.mark.parametrize("command", ["pack", "export", "prune"])
     def test_a_model_that_does_not_translate(
