@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from hf_nmsparse.alignment import Span
 from hf_nmsparse.markup import Marked, Tag, partners
+from hf_nmsparse.placeholders import has_words
 
 __all__ = ["Html", "Pages", "translate_html"]
 
@@ -164,7 +165,7 @@ class Html:
             segment = segment[1:]
         while segment and self._stays_outside(segment[-1]):
             segment = segment[:-1]
-        if not any(token.kind == "text" and self._raw(token).strip() for token in segment):
+        if not any(token.kind == "text" and has_words(html.unescape(self._raw(token))) for token in segment):
             return
         parts: list[str | Tag] = []
         for token, kind in zip(segment, _nested(segment), strict=True):

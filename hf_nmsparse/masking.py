@@ -16,6 +16,7 @@ from hf_nmsparse.kernels.engine import Array
 from hf_nmsparse.placeholders import (
     ONE_PLACEHOLDER,
     PLACEHOLDERS,
+    has_words,
     is_unnamed,
     keeps_placeholders,
     placeholders,
@@ -62,8 +63,13 @@ class Masked:
             translation: Of ``text``. Stand-ins that it lacks go where it has another one twice or one that there is
                 not, and else behind or before the word that stands for their neighbour in the source.
             looked: As `alignment.attended` gives it for ``text`` and the translation; None where nobody knows, and
-                words stand for those at their place.
+                words stand for those at their place. Where ``text`` has no words, it is the text itself.
         """
+        if not has_words(self.text):
+            own = self.text
+            for (start, stop), name in reversed(list(zip(self.spans, self.placeholders, strict=True))):
+                own = own[:start] + name + own[stop:]
+            return own
         looked = _diagonal(translation, self.text) if looked is None else looked
         found: dict[int, Span] = {}
         surplus: list[Span] = []
@@ -117,9 +123,16 @@ class Masked:
 
 
 def masked_where_lost(sources: Sequence[str], targets: Sequence[str]) -> dict[int, Masked]:
-    """The masked forms of the texts whose translations have lost placeholders, by their places."""
+    """The masked forms of the texts whose translations have lost placeholders, by their places.
+
+    A text of placeholders alone has lost them too where words stand beside them, which nobody has asked for.
+    """
     pairs = enumerate(zip(sources, targets, strict=True))
-    return {place: Masked.of(source) for place, (source, target) in pairs if not keeps_placeholders(source, target)}
+    return {place: Masked.of(source) for place, (source, target) in pairs if not _keeps(source, target)}
+
+
+def _keeps(source: str, target: str) -> bool:
+    return keeps_placeholders(source, target) and (source == target or not placeholders(source) or has_words(source))
 
 
 def _filled(

@@ -9,7 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-__all__ = ["ONE_PLACEHOLDER", "PLACEHOLDERS", "is_unnamed", "keeps_placeholders", "placeholders", "replaced"]
+__all__ = [
+    "ONE_PLACEHOLDER",
+    "PLACEHOLDERS",
+    "has_words",
+    "is_unnamed",
+    "keeps_placeholders",
+    "placeholders",
+    "replaced",
+]
 
 ONE_PLACEHOLDER = re.compile(
     r"""
@@ -47,6 +55,11 @@ def replaced(text: str, by: Callable[[str], str]) -> str:
         by: Says what, of a placeholder.
     """
     return PLACEHOLDERS.sub(lambda match: by(match.group()), text) if _SIGNS.search(text) else text
+
+
+def has_words(text: str) -> bool:
+    """Whether a letter stands outside of its placeholders: without one there is nothing to translate."""
+    return any(map(str.isalpha, replaced(text, lambda _: " ")))
 
 
 def keeps_placeholders(source: str, target: str) -> bool:

@@ -22,6 +22,12 @@ from hf_nmsparse.packed_format import PackedFormatError
 
 __all__ = ["Digest", "Progress", "Shards", "name_of_model", "sha256_of", "share_of"]
 
+# Weights, configurations and what tokenizers are read from, in a model's folder.
+_OF_A_MODEL = (
+    *("*.safetensors", "*config.json", "*tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*vocab*", "merges.txt", "*.model", "*.spm"),
+)
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -99,6 +105,22 @@ class Shards:
         """
         _write_object(self.output / self.record, {"settings": dict(settings), "rows": dict(rows), **more})
         self.sweep()
+
+    def check_ended(self) -> None:
+        """Looks whether the files of work that was ended are still as they were written.
+
+        Raises:
+            ValueError: One is not, or the record does not say how they were.
+        """
+        known = (self._found() or {}).get("shards")
+        digests = [one.get("sha256") if isinstance(one, dict) else None for one in known] if known else []
+        if len(digests) != len(self.all):
+            record = self.output / self.record
+            raise ValueError(f"{record}: names {len(digests)} of {len(self.all)} shards; begin again in another folder")
+        for shard, digest in zip(self.all, digests, strict=True):
+            file = self.file_of(shard)
+            if not file.is_file() or sha256_of(file) != digest:
+                raise ValueError(f"{file}: is missing, or not as it was written; begin again in another folder")
 
     def sweep(self) -> None:
         """Removes what the work has left beside its files, once it was ended; the one that ends it may be killed."""
@@ -236,12 +258,12 @@ def share_of(shards: range, process: int, processes: int) -> set[int]:
 
 
 def name_of_model(model: str) -> str:
-    """A model as a record names it: a folder by its own name and by what is in its weights and its configuration."""
+    """A model as a record names it: a folder by its own name and by its weights, configuration and tokenizer."""
     folder = Path(model)
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+    for file in sorted({file for pattern in _OF_A_MODEL for file in folder.glob(pattern)}):
         digest.update(file.name.encode())
         _update(digest, file)
     return f"{folder.resolve().name} {digest.hexdigest()[:16]}"

@@ -134,6 +134,8 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     ended = shards.begin(settings)
     if ended:
         shards.sweep()
+        if place.process == 0:
+            shards.check_ended()
     else:
         mine = share_of(shards.all, place.process, place.processes) & set(shards.missing())
         if mine:

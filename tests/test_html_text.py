@@ -46,6 +46,11 @@ def test_pages(page: str, translated: str) -> None:
     assert translate_html([page], shouted) == [translated]
 
 
+def test_what_has_no_words_is_no_text() -> None:
+    page = "<td>12</td><td>5 &gt; 3</td><p>***</p><p>&copy; 2020</p><p>{name}</p><p>%s <b>{n}</b></p><p>a</p>"
+    assert Html(page).texts == [("a",)]
+
+
 def test_what_is_one_text() -> None:
     page = "<ul><li>One <b>item</b> <li>Two</ul> <p> <img> Three: <a href=x>four</a>, five. </p>"
     texts = ["".join(part for part in text if isinstance(part, str)) for text in Html(page).texts]

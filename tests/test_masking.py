@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_nmsparse.alignment import word_spans
 from hf_nmsparse.kernels.engine import Array
-from hf_nmsparse.masking import Masked
+from hf_nmsparse.masking import Masked, masked_where_lost
 from hf_nmsparse.placeholders import keeps_placeholders
 
 
@@ -56,6 +56,13 @@ PARTS = [
     *("a@b.cd", "&amp;", "&", "{}", "(", ")", "$", "1", "{{", "/", "\u3042"),
 ]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
+
+
+@pytest.mark.parametrize("source", ["{a}", "%d%%", "https://a.example/b, c@d.example!", "{a} 12 {b}"])
+def test_a_text_without_words_is_its_own_translation(source: str) -> None:
+    masked = masked_where_lost([source, "a word: {a}"], [f"{source} foo", "ein Wort: {a}"])
+    assert list(masked) == [0]
+    assert masked[0].restored("{0} foo {1}") == source
 
 
 @settings(max_examples=500, deadline=None)

@@ -100,5 +100,9 @@ def test_models_and_texts_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text(name)
     assert len({name_of_model(str(tmp_path / name)) for name in ("one", "other")}) == 2
+    before = name_of_model(str(tmp_path / "one"))
+    for name in ("tokenizer.json", "source.spm", "vocab.json"):
+        (tmp_path / "one" / name).write_text("ids")
+        assert before != (before := name_of_model(str(tmp_path / "one")))
     assert name_of_model("user/model") == "user/model"
     assert len({str(Digest().add_all(texts)) for texts in (["ab", "c"], ["a", "bc"], ["abc"])}) == 3

@@ -301,6 +301,23 @@ def test_other_settings_texts_and_damaged_files_are_refused(
         assert main(given) == 2
         assert message in capsys.readouterr().err
 
+    # Shards of what was finished that are gone, changed or not known.
+    done = tmp_path / "done"
+    assert main(arguments(model, done, text)) == 0
+    record = json.loads((done / "manifest.json").read_text())
+    first, second = (done / shard["file"] for shard in record["shards"][:2])
+    first.write_bytes(content := first.read_bytes() + b"x")
+    assert main(arguments(model, done, text)) == 2
+    assert f"{first}: is missing, or not as it was written" in capsys.readouterr().err
+    first.write_bytes(content[:-1])
+    assert main(arguments(model, done, text)) == 0
+    second.unlink()
+    assert main(arguments(model, done, text)) == 2
+    assert f"{second}: is missing, or not as it was written" in capsys.readouterr().err
+    (done / "manifest.json").write_text(json.dumps({**record, "shards": record["shards"][1:]}))
+    assert main(arguments(model, done, text)) == 2
+    assert "manifest.json: names 3 of 4 shards" in capsys.readouterr().err
+
     # A shard that somebody has changed before all were there.
     begun = tmp_path / "begun"
     assert main(arguments(model, begun, text)) == 0

@@ -19,8 +19,9 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, reference
 from markdown_it.rules_inline import StateInline, autolink, backtick, html_inline, image, link
 from markdown_it.token import Token
+from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.container import container_plugin
-from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.dollarmath.index import math_block_dollar, math_inline_dollar
 
 from hf_nmsparse.documents.base import Options, Translate, lines_of, read_text
 from hf_nmsparse.documents.texts import (
@@ -53,6 +54,8 @@ _EMPTY_HTML = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link
 # What begins markup within a line, and what else may be escaped: at the start of a line it may begin a block.
 _INLINE_MARKUP = re.compile(r"([\\`*_\[\]<&~$])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+
+_DOLLARS = math_inline_dollar(allow_space=False, allow_digits=False, allow_double=True)
 
 _TOKENS = {
     "paragraph": ["paragraph_open", "inline", "paragraph_close"],
@@ -108,14 +111,23 @@ def _blocks() -> MarkdownIt:
     parser = MarkdownIt("commonmark").enable("table")
     parser.disable("inline")
     parser.block.ruler.at("reference", _reference)
-    _add_formulas(parser)
+    # A formula of several lines ends a paragraph, as a fence does.
+    parser.block.ruler.before(
+        "fence", "math_block", math_block_dollar(), {"alt": ["paragraph", "reference", "blockquote", "list"]}
+    )
+    amsmath_plugin(parser)
     container_plugin(parser, "any", validate=lambda *_: True)
     return parser
 
 
-def _add_formulas(parser: MarkdownIt) -> None:
+def _formula(state: StateInline, silent: bool) -> bool:
     """``$formulas$`` by the rules of GitHub, which leave prices alone."""
-    dollarmath_plugin(parser, allow_space=False, allow_digits=False, allow_blank_lines=False, double_inline=True)
+    text = state.src
+    if state.pos == 0:  # the rule asks what stands before the dollar, and at the start finds the last character there
+        state.src += " "
+    found = _DOLLARS(state, silent)
+    state.src = text
+    return found
 
 
 def _reference(state: StateBlock, line: int, last: int, silent: bool) -> bool:
@@ -136,7 +148,7 @@ def _inlines() -> MarkdownIt:
     for name, rule in rules.items():
         parser.inline.ruler.at(name, _with_place(rule))
     parser.inline.ruler.before("link", "footnote", _with_place(_footnote))
-    _add_formulas(parser)
+    parser.inline.ruler.before("escape", "math_inline", _formula)
     return parser
 
 

@@ -142,6 +142,8 @@ def _entries(lines: list[str]) -> Iterator[_Entry]:
         if (comment or (keyword and keyword[1] in ("msgctxt", "msgid"))) and entry.translations:
             yield _checked(entry, place)
             entry, last = _Entry(), ""
+        if line.lstrip().startswith("#~") and not entry.fields:
+            entry = _Entry()  # what stands before an obsolete message is that one's
         if comment:
             if line.lstrip().startswith("#,") and (entry.flags is None or "fuzzy" in line):
                 entry.flags = place

@@ -24,6 +24,8 @@ _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
 _NUMBER = re.compile(r"\s*\d+\s*")
 _SPEAKER = re.compile(r"(?:<[^<>]*>|\{\\[^{}]*\})*\s*[-\u2013\u2014]")
 
+_DASH = re.compile(r"\s*[-\u2013\u2014](?:\s+|(?=[^\W\d_]))")  # before what somebody says, and not of a number
+
 # <i>, </font>, <v Roger>, <00:01.000>, and {\an8} of SubRip's players.
 _TAG = re.compile(r"<(?P<end>/?)(?P<name>[a-zA-Z]+)[^<>]*>|<[\d:.]+>|\{\\[^{}]*\}")
 
@@ -78,7 +80,7 @@ def _translate_lines(
     given, shares, around = [], [], []
     for text in texts:
         split = [_space_around(lines[place]) for place in text]
-        parts, ends = as_one([list(_parts(inner, unescape)) for _, inner, _ in split])
+        parts, ends = as_one([list(_parts(inner, unescape, place == 0)) for place, (_, inner, _) in enumerate(split)])
         given.append(well_nested(parts))
         shares.append(ends)
         around.append([split[0][0], *(one[2] + other[0] for one, other in pairwise(split)), split[-1][2]])
@@ -103,10 +105,15 @@ def _speakers(lines: list[str], text: range) -> Iterator[range]:
     return (range(start, stop) for start, stop in pairwise([text.start, *starts, text.stop]))
 
 
-def _parts(line: str, unescape: Callable[[str], str]) -> Iterator[str | Mark]:
-    """A line as its strings and tags."""
+def _parts(line: str, unescape: Callable[[str], str], first: bool) -> Iterator[str | Mark]:
+    """A line as its strings and tags; the dash that the first line of a text begins with is one too."""
     end = 0
-    for tag in _TAG.finditer(line):
+    speaks = _SPEAKER.match(line) if first else None
+    if speaks and (dash := _DASH.match(line, speaks.end() - 1)):
+        yield from _parts(line[: dash.start()], unescape, first=False)
+        yield Mark(dash[0], "", "void")
+        end = dash.end()
+    for tag in _TAG.finditer(line, end):
         yield unescape(line[end : tag.start()])
         kind = "void" if tag["name"] is None else "close" if tag["end"] else "open"
         yield Mark(tag[0], tag["name"] or "", kind)

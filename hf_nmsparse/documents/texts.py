@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from hf_nmsparse.documents.base import Translate
 from hf_nmsparse.markup import Marked, Tag, joined, partners
 from hf_nmsparse.paragraphs import is_wide
+from hf_nmsparse.placeholders import has_words
 
 __all__ = [
     "Mark",
@@ -70,7 +71,7 @@ def one_line(text: Marked) -> Marked:
 
 
 def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marked]:
-    """Translates texts, but for what is around their words and for texts without a letter.
+    """Translates texts, but for what is around their words and for texts without any.
 
     White space, tags that stand alone at an end and those around the whole text stay where they are, so that most texts
     that have tags are translated without. Tags in the place of words are translated with these.
@@ -84,7 +85,7 @@ def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marke
     """
     split = [_split(joined(text)) for text in texts]
     whole = list(texts)  # what does not change is given back as it is, whatever its parts are
-    places = [place for place, (_, inner, _) in enumerate(split) if _has_words(inner)]
+    places = [place for place, (_, inner, _) in enumerate(split) if _says_something(inner)]
     found = translate([joined(split[place][1]) for place in places]) if places else []
     for place, inner in zip(places, found, strict=True):
         before, old, after = split[place]
@@ -93,8 +94,8 @@ def translate_inner(texts: Sequence[Marked], translate: Translate) -> list[Marke
     return whole
 
 
-def _has_words(text: Marked) -> bool:
-    return any(isinstance(part, str) and any(map(str.isalpha, part)) for part in text)
+def _says_something(text: Marked) -> bool:
+    return any(isinstance(part, str) and has_words(part) for part in text)
 
 
 def stripped(text: Marked) -> Marked:

@@ -126,6 +126,12 @@ def test_a_language_with_one_form() -> None:
     assert translated("po", text, loud).decode().endswith('msgstr[0] "%D FILES"\n')
 
 
+def test_flags_of_an_obsolete_message_are_its_own() -> None:
+    old = '#, fuzzy\n#~ msgid "b"\n#~ msgstr "c"\n\n'
+    found = translated("po", f'{old}msgid "a"\nmsgstr ""\n', loud).decode()
+    assert found == f'{old}#, fuzzy\nmsgid "a"\nmsgstr "A"\n'
+
+
 def test_a_message_without_a_translation_stays_as_it_is() -> None:
     assert translated("po", PO, lambda texts: [("",) for _ in texts]).decode() == PO.replace(
         'msgid "100%"\nmsgstr ""', '#, fuzzy\nmsgid "100%"\nmsgstr "100%"'

@@ -112,8 +112,8 @@ def test_what_is_asked_for() -> None:
     assert asked.texts == [
         ("Over a ", opened, "century ago, beings", closed, " that prey on humans suddenly appeared."),
         ("Boo!",),
-        ("- Where is it?",),
-        ("- Over ", Tag("<b>", "void"), "there."),
+        ("Where is it?",),
+        ("Over ", Tag("<b>", "void"), "there."),
         ("one",),
         ("two",),
     ]
@@ -125,7 +125,23 @@ def test_what_is_asked_for() -> None:
 def test_a_line_before_the_speakers_is_a_part_of_its_own() -> None:
     asked = Asked()
     translated("srt", "1\n00:00:01,000 --> 00:00:02,000\nAT THE\nDOOR\n- Hello.\n- Try\nagain.\n", asked)
-    assert asked.texts == [("AT THE DOOR",), ("- Hello.",), ("- Try again.",)]
+    assert asked.texts == [("AT THE DOOR",), ("Hello.",), ("Try again.",)]
+
+
+@pytest.mark.parametrize(
+    ("line", "asked", "written"),
+    [
+        ("{\\an8}-Hello.", "Hello.", "{\\an8}-HELLO."),
+        ("<i>\u2013 yes</i>", "yes", "<i>\u2013 YES</i>"),
+        ("-5 degrees", "-5 degrees", "-5 DEGREES"),
+        ("well - yes", "well - yes", "WELL - YES"),
+    ],
+)
+def test_the_dash_of_a_speaker_stays(line: str, asked: str, written: str) -> None:
+    ask = Asked()
+    found = translated("srt", f"1\n00:00:01,000 --> 00:00:02,000\n{line}\n", ask)
+    assert ask.texts == [(asked,)]
+    assert found.decode().splitlines()[2] == written
 
 
 def test_a_cue_is_wrapped_by_length() -> None:
