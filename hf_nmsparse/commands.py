@@ -522,7 +522,7 @@ def _who_translates(model: Path) -> str:
         numbers = record.values if record.values in ("bf16", "int8") else "fp32"
         # What is too wide for sums of int8 takes a kernel of other numbers.
         tried = (numbers, "fp32") if numbers == "int8" else (numbers,)
-        if any(not any(format_of(record.pattern, one.in_features, each) for each in tried) for one in spec.weights):
+        if not all(any(format_of(record.pattern, one.in_features, each) for each in tried) for one in spec.weights):
             return f"the engine translates; {record.pattern} in {record.values} has no kernel and computes dense"
     return "the engine translates"
 

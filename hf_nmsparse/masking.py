@@ -63,13 +63,13 @@ class Masked:
             translation: Of ``text``. Stand-ins that it lacks go where it has another one twice or one that there is
                 not, and else behind or before the word that stands for their neighbour in the source.
             looked: As `alignment.attended` gives it for ``text`` and the translation; None where nobody knows, and
-                words stand for those at their place. Where ``text`` has no words, it is the text itself.
+                words stand for those at their place.
+
+        Returns:
+            It; the text that was masked, where that has no words that could be translated.
         """
         if not has_words(self.text):
-            own = self.text
-            for (start, stop), name in reversed(list(zip(self.spans, self.placeholders, strict=True))):
-                own = own[:start] + name + own[stop:]
-            return own
+            return _filled(self.text, list(zip(self.spans, self.placeholders, strict=True)), [], without="")
         looked = _diagonal(translation, self.text) if looked is None else looked
         found: dict[int, Span] = {}
         surplus: list[Span] = []

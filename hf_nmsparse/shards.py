@@ -113,7 +113,8 @@ class Shards:
             ValueError: One is not, or the record does not say how they were.
         """
         known = (self._found() or {}).get("shards")
-        digests = [one.get("sha256") if isinstance(one, dict) else None for one in known] if known else []
+        known = known if isinstance(known, list) else []
+        digests = [one.get("sha256") if isinstance(one, dict) else None for one in known]
         if len(digests) != len(self.all):
             record = self.output / self.record
             raise ValueError(f"{record}: names {len(digests)} of {len(self.all)} shards; begin again in another folder")

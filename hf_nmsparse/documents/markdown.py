@@ -55,7 +55,8 @@ _EMPTY_HTML = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link
 _INLINE_MARKUP = re.compile(r"([\\`*_\[\]<&~$])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 
-_DOLLARS = math_inline_dollar(allow_space=False, allow_digits=False, allow_double=True)
+_INLINE_FORMULA = math_inline_dollar(allow_space=False, allow_digits=False, allow_double=True)
+_BLOCK_FORMULA = math_block_dollar()
 
 _TOKENS = {
     "paragraph": ["paragraph_open", "inline", "paragraph_close"],
@@ -111,22 +112,35 @@ def _blocks() -> MarkdownIt:
     parser = MarkdownIt("commonmark").enable("table")
     parser.disable("inline")
     parser.block.ruler.at("reference", _reference)
-    # A formula of several lines ends a paragraph, as a fence does.
-    parser.block.ruler.before(
-        "fence", "math_block", math_block_dollar(), {"alt": ["paragraph", "reference", "blockquote", "list"]}
-    )
-    amsmath_plugin(parser)
+    _add_formulas(parser)
     container_plugin(parser, "any", validate=lambda *_: True)
     return parser
 
 
-def _formula(state: StateInline, silent: bool) -> bool:
-    """``$formulas$`` by the rules of GitHub, which leave prices alone."""
+def _add_formulas(parser: MarkdownIt) -> None:
+    """``$formulas$`` by the rules of GitHub, which leave prices alone, and LaTeX's environments."""
+    parser.inline.ruler.before("escape", "math_inline", _inline_formula)
+    # One of several lines ends a paragraph, as a fence does.
+    ends = ["paragraph", "reference", "blockquote", "list"]
+    parser.block.ruler.before("fence", "math_block", _block_formula, {"alt": ends})
+    amsmath_plugin(parser)
+
+
+def _inline_formula(state: StateInline, silent: bool) -> bool:
     text = state.src
     if state.pos == 0:  # the rule asks what stands before the dollar, and at the start finds the last character there
         state.src += " "
-    found = _DOLLARS(state, silent)
+    found = _INLINE_FORMULA(state, silent)
     state.src = text
+    return found
+
+
+def _block_formula(state: StateBlock, line: int, last: int, silent: bool) -> bool:
+    at, count = state.line, len(state.tokens)
+    found = _BLOCK_FORMULA(state, line, last, silent)
+    if silent:  # which the rule does not know: it is asked whether one begins here, and adds it
+        state.line = at
+        del state.tokens[count:]
     return found
 
 
@@ -148,7 +162,7 @@ def _inlines() -> MarkdownIt:
     for name, rule in rules.items():
         parser.inline.ruler.at(name, _with_place(rule))
     parser.inline.ruler.before("link", "footnote", _with_place(_footnote))
-    parser.inline.ruler.before("escape", "math_inline", _formula)
+    _add_formulas(parser)
     return parser
 
 
