@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -102,24 +102,39 @@ class Shards:
         """Adds to the record how many rows there are of each kind and whatever else is known.
 
         What was known of single shards goes, and so does what killed processes have left beside the files.
+
+        Args:
+            settings: Those that the work began with.
+            rows: How many there are of each kind.
+            more: What else the record holds, such as ``shards`` or ``files`` for `check_ended`.
         """
         _write_object(self.output / self.record, {"settings": dict(settings), "rows": dict(rows), **more})
         self.sweep()
 
-    def check_ended(self) -> None:
+    def check_ended(self, files: Sequence[Path] | None = None) -> None:
         """Looks whether the files of work that was ended are still as they were written.
+
+        Args:
+            files: Those that were made of the shards, where the record has ``files``, the checksum of each name; None
+                for the shards themselves, where it has ``shards``, what is known of each.
 
         Raises:
             ValueError: One is not, or the record does not say how they were.
         """
-        known = (self._found() or {}).get("shards")
-        known = known if isinstance(known, list) else []
-        digests = [one.get("sha256") if isinstance(one, dict) else None for one in known]
-        if len(digests) != len(self.all):
+        found = self._found() or {}
+        if files is None:
+            known = found.get("shards")
+            known = known if isinstance(known, list) else []
+            files, kind = [self.file_of(shard) for shard in self.all], "shards"
+            digests = [one.get("sha256") if isinstance(one, dict) else None for one in known]
+        else:
+            known = found.get("files")
+            known = known if isinstance(known, dict) else {}
+            kind, digests = "files", [known[file.name] for file in files if file.name in known]
+        if len(digests) != len(files):
             record = self.output / self.record
-            raise ValueError(f"{record}: names {len(digests)} of {len(self.all)} shards; begin again in another folder")
-        for shard, digest in zip(self.all, digests, strict=True):
-            file = self.file_of(shard)
+            raise ValueError(f"{record}: names {len(digests)} of {len(files)} {kind}; begin again in another folder")
+        for file, digest in zip(files, digests, strict=True):
             if not file.is_file() or sha256_of(file) != digest:
                 raise ValueError(f"{file}: is missing, or not as it was written; begin again in another folder")
 

@@ -31,7 +31,7 @@ from hf_nmsparse.corpus import Rows, load_text
 from hf_nmsparse.faults import who_is_gone
 from hf_nmsparse.files import check_writable, named_path, replaced
 from hf_nmsparse.pairs import is_text, write_rows
-from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model
+from hf_nmsparse.shards import Digest, Progress, Shards, name_of_model, sha256_of
 from recipes.corpora import first_of, read_corpus
 from recipes.distill_arguments import DistillArguments, parse
 from recipes.mistakes import in_one_line
@@ -61,12 +61,14 @@ def main() -> None:
     train = splits.pop("train")
     shards = Shards(output, len(train), args.shard_size, "distill.json", "shards/{number:06}.jsonl")
     finished = output / f"train.{args.format}"
+    files = [finished, *(output / f"{split}.{args.format}" for split in splits)]
     settings = settings_of(args, train) if state.is_main_process else {}
     with state.main_process_first():
+        ended = shards.begin(settings) if state.is_main_process else shards.is_ended()
+    if ended:
         if state.is_main_process:
-            shards.begin(settings)
-    if finished.is_file():
-        if state.is_main_process:
+            shards.sweep()
+            shards.check_ended(files)
             print(f"distill: {finished} is finished; delete {output} to translate anew")
         return
 
@@ -91,7 +93,7 @@ def main() -> None:
             columns = zip(pairs["source"], pairs["target"], strict=True)
             write_pairs(output / f"{split}.{args.format}", columns, args)
         counts = merge(shards, finished, args)
-        shards.end(settings, counts)
+        shards.end(settings, counts, files={file.name: sha256_of(file) for file in files})
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if kind != "translated") or "none"
         print(f"{finished}: {counts['translated']:,} of {len(train):,} sources; left out: {left_out}")
 

@@ -75,6 +75,10 @@ def threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.distill.take_all_cores", lambda: None)  # which is for the whole process
 
 
+def interrupt(*args: Any, **more: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def rows(file: Path) -> list[tuple[str, str]]:
     pairs = [json.loads(line)["translation"] for line in file.read_text(encoding="utf-8").splitlines()]
     return [(pair["en"], pair["de"]) for pair in pairs]
@@ -101,6 +105,43 @@ def test_the_best_translations_become_a_corpus(
 
     distil(monkeypatch, *arguments(place, output))
     assert "train.jsonl is finished; delete" in capsys.readouterr().out
+    for name in ("train", "validation", "test"):
+        file = output / f"{name}.jsonl"
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"a", b"b", 1))
+        told = refusal(monkeypatch, *arguments(place, output))
+        assert told == f"distill: {file}: is missing, or not as it was written; begin again in another folder"
+        file.unlink()
+        assert refusal(monkeypatch, *arguments(place, output)) == told
+        file.write_bytes(content)
+    record = json.loads((output / "distill.json").read_text())
+    del record["files"]["test.jsonl"]
+    (output / "distill.json").write_text(json.dumps(record))
+    told = refusal(monkeypatch, *arguments(place, output))
+    assert told == f"distill: {output}/distill.json: names 2 of 3 files; begin again in another folder"
+
+
+def test_a_run_that_was_killed_before_its_record_was_written_ends(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are there, and whether all of them are whole nobody has said."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "end", interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            distil(patch, *arguments(place, output))
+    whole = (output / "train.jsonl").read_bytes()
+    (output / "train.jsonl").write_bytes(b"")
+    (output / "test.jsonl").unlink()
+    distil(monkeypatch, *arguments(place, output))
+    assert "train.jsonl: 120 of 120 sources" in capsys.readouterr().out
+    assert (output / "train.jsonl").read_bytes() == whole
+    assert rows(output / "test.jsonl") == PAIRS[::10]
+
+    # And where it was killed a moment after: what it would have removed goes.
+    (output / "shards").mkdir()
+    distil(monkeypatch, *arguments(place, output))
+    assert not (output / "shards").exists()
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
