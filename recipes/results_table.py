@@ -63,16 +63,16 @@ def study_of(folder: Path) -> str:
     """A row for each setting of a study: means over the seeds, beside the dense runs of the same seeds.
 
     The dense runs come first and then what is best beside them. A run that starts from a model or learns from one is
-    also set beside the dense run that does the same.
+    also set beside the dense run that does the same for as many steps.
     """
     runs = [read_run(file.parent) for file in sorted(folder.glob("*/evaluation.json"))]
     settings: dict[str, list[LoggedRun]] = {}
     for run in runs:
         settings.setdefault(run.name.rpartition("-s")[0], []).append(run)
     dense = {run.evaluation.seed: run for run in settings.get("dense", [])}
-    alike = {beginning_of(run): run for run in runs if run.evaluation.method == "dense"}
+    alike = {training_of(run): run for run in runs if run.evaluation.method == "dense"}
     columns = ["run", "setting", "seeds", "BLEU", "to dense (95%)", "verdict", "to dense trained alike (95%)"]
-    head = tables.table_head([*columns, "chrF", "flip rate", "step time"])
+    head = tables.table_head([*columns, "chrF", "validation loss", "flip rate", "step time"])
     rows: list[tuple[float, str]] = []
     for name, repetitions in settings.items():
         evaluations = [run.evaluation for run in repetitions]
@@ -81,7 +81,7 @@ def study_of(folder: Path) -> str:
         baselines = [None if name == "dense" else dense.get(run.evaluation.seed) for run in repetitions]
         test = compare_runs(folder, repetitions, baselines)
         verdict = "" if test is None else f"{test.verdict}, p {test.p:.3f}".replace("the baseline", "dense")
-        twins = [alike.get(beginning_of(run)) for run in repetitions]
+        twins = [alike.get(training_of(run)) for run in repetitions]
         twins = [
             None if twin in (run, baseline) else twin
             for run, baseline, twin in zip(repetitions, baselines, twins, strict=True)
@@ -89,10 +89,12 @@ def study_of(folder: Path) -> str:
         compared = difference_of(compare_runs(folder, repetitions, twins))
         found = len(twins) - twins.count(None)
         compared += f", {found} of {len(twins)} seeds" if 0 < found < len(twins) else ""
+        losses = [run.validation_loss for run in evaluations if run.validation_loss is not None]
         rates = [run.flip_rate for run in evaluations if run.flip_rate is not None]
         cells = [name, repetitions[0].settings, len(bleu), f"{statistics.fmean(bleu):.2f}{spread}", difference_of(test)]
         cells += [verdict, compared, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
-        cells += [f"{statistics.fmean(rates):.2g}" if rates else "", step_time(evaluations[0])]
+        cells += [f"{statistics.fmean(losses):.3f}" if losses else "", f"{statistics.fmean(rates):.2g}" if rates else ""]
+        cells.append(step_time(evaluations[0]))
         place = -math.inf if name == "dense" else math.inf if test is None else -test.difference
         rows.append((place, tables.table_row(cells)))
     lines = [*head, *(row for _, row in sorted(rows)), "", *beside_ste(folder, settings)]
@@ -111,10 +113,10 @@ def beside_ste(folder: Path, settings: Mapping[str, list[LoggedRun]]) -> list[st
     return [f"- To ste, over the seeds of both: {'; '.join(found)}"] if found else []
 
 
-def beginning_of(run: LoggedRun) -> tuple[int, str, str | None, str | None]:
-    """The seed of a run, its shape, the model that it starts from and the one that it learns from."""
+def training_of(run: LoggedRun) -> tuple[int, str, int, str | None, str | None]:
+    """The seed of a run, its shape, its steps, the model that it starts from and the one that it learns from."""
     of = run.evaluation
-    return of.seed, of.model, of.base_model, of.options.get("distill_from")
+    return of.seed, of.model, of.steps, of.base_model, of.options.get("distill_from")
 
 
 def compare_runs(folder: Path, runs: list[LoggedRun], others: list[LoggedRun | None]) -> Comparison | None:

@@ -250,8 +250,10 @@ def test_runs_are_set_beside_the_dense_run_that_was_trained_alike(tmp_path: Path
         ("dense-s1", 0, {"method": "dense"}),
         ("dense-s2", 4, {"method": "dense", "seed": 2}),
         ("again-s1", 8, {"method": "dense", "base_model": "dense-s1"}),
-        ("asp-s1", 4, sparse),
-        ("asp-s2", 4, {**sparse, "base_model": "dense-s2", "seed": 2}),
+        ("longer-s1", 0, {"method": "dense", "base_model": "dense-s1", "steps": 200}),
+        ("pruned-s1", 0, {**sparse, "steps": 1}),
+        ("asp-s1", 4, {**sparse, "validation_loss": 2.5}),
+        ("asp-s2", 4, {**sparse, "base_model": "dense-s2", "seed": 2, "validation_loss": 2.6}),
         ("taught-s1", 8, {"method": "ste", "pattern": "2:4", "options": taught}),
         ("plain-s1", 0, {"method": "ste", "pattern": "2:4"}),
     ):
@@ -262,9 +264,11 @@ def test_runs_are_set_beside_the_dense_run_that_was_trained_alike(tmp_path: Path
     rows = {cells[0].strip(): [cell.strip() for cell in cells] for cells in lines if len(cells) > 5}
     place = rows["run"].index("to dense trained alike (95%)")
     alike = {name: cells[place] for name, cells in rows.items() if name != "run" and "---" not in name}
-    assert alike.keys() == {"dense", "again", "asp", "taught", "plain"}
+    assert alike.keys() == {"dense", "again", "longer", "pruned", "asp", "taught", "plain"}
     assert alike["asp"].startswith("-")
     assert alike["asp"].endswith(", 1 of 2 seeds")
-    assert alike["dense"] == alike["again"] == alike["taught"] == alike["plain"] == ""
+    assert {name for name, compared in alike.items() if compared} == {"asp"}  # no other is as long
     assert rows["asp"][place - 2].startswith("+")  # beside the plain dense runs of both seeds
     assert rows["plain"][place - 2] == "+0.00 (+0.00 to +0.00)"
+    loss = rows["run"].index("validation loss")
+    assert (rows["asp"][loss], rows["plain"][loss]) == ("2.550", "")
