@@ -89,12 +89,10 @@ def study_of(folder: Path) -> str:
         compared = difference_of(compare_runs(folder, repetitions, twins))
         found = len(twins) - twins.count(None)
         compared += f", {found} of {len(twins)} seeds" if 0 < found < len(twins) else ""
-        losses = [run.validation_loss for run in evaluations if run.validation_loss is not None]
-        rates = [run.flip_rate for run in evaluations if run.flip_rate is not None]
         cells = [name, repetitions[0].settings, len(bleu), f"{statistics.fmean(bleu):.2f}{spread}", difference_of(test)]
         cells += [verdict, compared, f"{statistics.fmean(run.chrf for run in evaluations):.2f}"]
-        cells += [f"{statistics.fmean(losses):.3f}" if losses else "", f"{statistics.fmean(rates):.2g}" if rates else ""]
-        cells.append(step_time(evaluations[0]))
+        cells += [mean([run.validation_loss for run in evaluations], ".3f")]
+        cells += [mean([run.flip_rate for run in evaluations], ".2g"), step_time(evaluations[0])]
         place = -math.inf if name == "dense" else math.inf if test is None else -test.difference
         rows.append((place, tables.table_row(cells)))
     lines = [*head, *(row for _, row in sorted(rows)), "", *beside_ste(folder, settings)]
@@ -133,6 +131,12 @@ def compare_runs(folder: Path, runs: list[LoggedRun], others: list[LoggedRun | N
 def difference_of(test: Comparison | None) -> str:
     """``+0.22 (-0.61 to +1.02)``."""
     return "" if test is None else f"{test.difference:+.2f} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})"
+
+
+def mean(values: list[float | None], form: str) -> str:
+    """The mean of the values that there are; empty without any."""
+    known = [value for value in values if value is not None]
+    return format(statistics.fmean(known), form) if known else ""
 
 
 def step_time(run: Evaluation) -> str:
