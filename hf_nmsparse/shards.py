@@ -61,6 +61,11 @@ class Shards:
         """The file of a shard."""
         return self.output / self.names.format(number=shard, all=len(self.all))
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of all shards."""
+        return [self.file_of(shard) for shard in self.all]
+
     def missing(self) -> list[int]:
         """The shards that nobody has finished."""
         return [shard for shard in self.all if not self.file_of(shard).is_file()]
@@ -111,31 +116,26 @@ class Shards:
         _write_object(self.output / self.record, {"settings": dict(settings), "rows": dict(rows), **more})
         self.sweep()
 
-    def check_ended(self, files: Sequence[Path] | None = None) -> None:
-        """Looks whether the files of work that was ended are still as they were written.
+    def check_ended(self, kind: str, files: Sequence[Path]) -> None:
+        """Looks whether files of work that was ended are still as they were written.
 
         Args:
-            files: Those that were made of the shards, where the record has ``files``, the checksum of each name; None
-                for the shards themselves, where it has ``shards``, what is known of each.
+            kind: What the record calls them, ``shards`` or ``files``; it has a list with the ``file``, a name, and the
+                ``sha256`` of each.
+            files: All of them.
 
         Raises:
             ValueError: One is not, or the record does not say how they were.
         """
-        found = self._found() or {}
-        if files is None:
-            known = found.get("shards")
-            known = known if isinstance(known, list) else []
-            files, kind = [self.file_of(shard) for shard in self.all], "shards"
-            digests = [one.get("sha256") if isinstance(one, dict) else None for one in known]
-        else:
-            known = found.get("files")
-            known = known if isinstance(known, dict) else {}
-            kind, digests = "files", [known[file.name] for file in files if file.name in known]
-        if len(digests) != len(files):
+        known = (self._found() or {}).get(kind)
+        known = [one for one in known if isinstance(one, dict)] if isinstance(known, list) else []
+        names = [one.get("file") for one in known]
+        count = sum(file.name in names for file in files)
+        if count != len(files):
             record = self.output / self.record
-            raise ValueError(f"{record}: names {len(digests)} of {len(files)} {kind}; begin again in another folder")
-        for file, digest in zip(files, digests, strict=True):
-            if not file.is_file() or sha256_of(file) != digest:
+            raise ValueError(f"{record}: names {count} of {len(files)} {kind}; begin again in another folder")
+        for file in files:
+            if not file.is_file() or sha256_of(file) != known[names.index(file.name)].get("sha256"):
                 raise ValueError(f"{file}: is missing, or not as it was written; begin again in another folder")
 
     def sweep(self) -> None:

@@ -135,7 +135,7 @@ def _translate_corpus(args: argparse.Namespace, place: Place) -> None:
     if ended:
         shards.sweep()
         if place.process == 0:
-            shards.check_ended()
+            shards.check_ended("shards", shards.files)
     else:
         mine = share_of(shards.all, place.process, place.processes) & set(shards.missing())
         if mine:

@@ -68,7 +68,7 @@ def main() -> None:
     if ended:
         if state.is_main_process:
             shards.sweep()
-            shards.check_ended(files)
+            shards.check_ended("files", files)
             print(f"distill: {finished} is finished; delete {output} to translate anew")
         return
 
@@ -93,7 +93,7 @@ def main() -> None:
             columns = zip(pairs["source"], pairs["target"], strict=True)
             write_pairs(output / f"{split}.{args.format}", columns, args)
         counts = merge(shards, finished, args)
-        shards.end(settings, counts, files={file.name: sha256_of(file) for file in files})
+        shards.end(settings, counts, files=[{"file": file.name, "sha256": sha256_of(file)} for file in files])
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if kind != "translated") or "none"
         print(f"{finished}: {counts['translated']:,} of {len(train):,} sources; left out: {left_out}")
 

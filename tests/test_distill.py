@@ -115,10 +115,10 @@ def test_the_best_translations_become_a_corpus(
         assert refusal(monkeypatch, *arguments(place, output)) == told
         file.write_bytes(content)
     record = json.loads((output / "distill.json").read_text())
-    del record["files"]["test.jsonl"]
-    (output / "distill.json").write_text(json.dumps(record))
-    told = refusal(monkeypatch, *arguments(place, output))
-    assert told == f"distill: {output}/distill.json: names 2 of 3 files; begin again in another folder"
+    for files, count in ((record["files"][1:], 2), ([*record["files"][1:], 5, {"file": []}], 2), ({}, 0)):
+        (output / "distill.json").write_text(json.dumps({**record, "files": files}))
+        told = refusal(monkeypatch, *arguments(place, output))
+        assert told == f"distill: {output}/distill.json: names {count} of 3 files; begin again in another folder"
 
 
 def test_a_run_that_was_killed_before_its_record_was_written_ends(
